@@ -1,0 +1,1 @@
+"""Training recipes on tokenprune's public API."""

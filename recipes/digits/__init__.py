@@ -1,0 +1,1 @@
+"""The demo: handwritten digits hidden among fragments of other digits."""

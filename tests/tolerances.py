@@ -1,0 +1,19 @@
+"""The one table of tolerances, each with its reason."""
+
+from __future__ import annotations
+
+import torch
+
+IDENTITY = 1e-6
+"""Nothing pruned: the same kernels on the same tensors, so nearly always exactly 0."""
+
+MASK_EQUALS_GATHER = {
+    # Sums over kept keys run over other lengths, so in another order; errors of single precision add up
+    # over the blocks.
+    torch.float32: 1e-4,
+    # The same in double precision, where eps is 2e-16.
+    torch.float64: 1e-9,
+}
+
+FORMULA = 1e-9
+"""Double precision against the written-out formula; sums in another order."""

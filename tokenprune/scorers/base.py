@@ -1,0 +1,107 @@
+"""What a scorer is, what it is given, and the table of scorers by name.
+
+Shapes: B images, n patch tokens a stage looks at, N patch tokens of the whole image, P prefix
+tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+
+class Candidates(NamedTuple):
+    """The patch tokens that a scorer is to score.
+
+    Attributes:
+        patches: (B, n, C). In `gather` execution the tokens that are left, in `mask` execution all.
+        prefix: (B, P, C), the class, distillation and register tokens, to look at only.
+        keep: (B, n), 1 = not pruned yet, 0 = pruned by an earlier stage; ``None`` means all are left.
+        indices: (B, n) int64, each token's position in the image's row-major order; ``None`` means
+            all N in order.
+        num_patches: N, the patch tokens of the image before any pruning.
+        grid: Rows and columns of patches in the image, ``None`` where unknown.
+    """
+
+    patches: Tensor
+    prefix: Tensor
+    keep: Tensor | None
+    indices: Tensor | None
+    num_patches: int
+    grid: tuple[int, int] | None
+
+
+class ScorerContext(NamedTuple):
+    """What is known of a stage when its scorer is built.
+
+    Attributes:
+        embed_dim: Width C of the tokens.
+        keep_probability: Fraction of the tokens reaching the stage that it is to keep, in (0, 1].
+        grid_size: Rows and columns of patches at the model's nominal image size, if known.
+    """
+
+    embed_dim: int
+    keep_probability: float
+    grid_size: tuple[int, int] | None
+
+
+class Scorer(nn.Module):
+    """Gives every patch token a score; higher = keep.
+
+    A subclass implements `forward`. With ``probabilistic = True`` a score is the log-odds of keeping
+    the token, log p − log(1 − p), and in training decisions are sampled from it, with a gradient.
+    With ``False`` scores only rank, and the top k are kept in training too.
+    """
+
+    probabilistic: bool = False
+
+    def forward(self, candidates: Candidates) -> Tensor:
+        """Score the candidates.
+
+        Returns:
+            (B, n) floating point; what it says of tokens that are already pruned is ignored.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no forward(candidates)")
+
+
+ScorerBuilder = Callable[[ScorerContext], Scorer]
+_Builder = TypeVar("_Builder", bound=ScorerBuilder)
+_BUILDERS: dict[str, ScorerBuilder] = {}
+
+
+def register_scorer(name: str) -> Callable[[_Builder], _Builder]:
+    """Decorate a function that builds a scorer, to make it available as ``scorer=name``."""
+
+    def add(builder: _Builder) -> _Builder:
+        _BUILDERS[name] = builder
+        return builder
+
+    return add
+
+
+def scorer_builder(scorer: str | ScorerBuilder) -> ScorerBuilder:
+    """The builder of a scorer given by name, or the one that was given.
+
+    Raises:
+        ValueError: No scorer has that name.
+        TypeError: It is neither a name nor a callable.
+    """
+    if isinstance(scorer, str):
+        if scorer not in _BUILDERS:
+            raise ValueError(f"scorer={scorer!r} is unknown; choose from {sorted(_BUILDERS)}, or pass a callable.")
+        return _BUILDERS[scorer]
+    if isinstance(scorer, nn.Module) or not callable(scorer):
+        raise TypeError(
+            f"scorer={type(scorer).__name__}: expected a name from {sorted(_BUILDERS)}, or a callable that takes a "
+            "ScorerContext and returns a new Scorer for a stage."
+        )
+    return scorer
+
+
+def log_odds(probability: float) -> float:
+    """log p − log(1 − p), with p held within 0.001 … 0.999 so that it stays finite and trainable."""
+    probability = min(max(probability, 1e-3), 1 - 1e-3)
+    return math.log(probability / (1 - probability))

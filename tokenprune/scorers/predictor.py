@@ -1,0 +1,68 @@
+"""DynamicViT's learned local-global predictor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.scorers.base import Candidates, Scorer, ScorerContext, log_odds, register_scorer
+
+
+class Predictor(Scorer):
+    """A small MLP that sees each token and the mean of the tokens that are left.
+
+    DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034),
+    Eq. 1 to 5. Of z = GELU(Linear(LayerNorm(x))) the first half of the channels stays local and the
+    second half is averaged over the kept tokens; an MLP turns both into two logits, keep first.
+
+    Deviation: the score is the difference of the two logits, that is log p(keep) − log p(drop).
+    It ranks and samples exactly as the paper's log-softmax does.
+
+    Deviation: a fresh predictor keeps a token with the stage's own probability, not with ½, which
+    saves many steps of learning the ratio; as in the authors' code, weights start at 0.02·normal.
+
+    Args:
+        embed_dim: Width C of the tokens; a multiple of 4.
+        keep_probability: Fraction of tokens that a fresh predictor keeps, in (0, 1].
+
+    Raises:
+        ValueError: ``embed_dim`` cannot be halved twice.
+    """
+
+    probabilistic = True
+
+    def __init__(self, embed_dim: int, keep_probability: float = 0.5) -> None:
+        super().__init__()
+        if embed_dim % 4:
+            raise ValueError(f"embed_dim={embed_dim}: the predictor halves the width twice; it takes a multiple of 4.")
+        self.in_conv = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, embed_dim), nn.GELU())
+        self.out_conv = nn.Sequential(
+            nn.Linear(embed_dim, embed_dim // 2),
+            nn.GELU(),
+            nn.Linear(embed_dim // 2, embed_dim // 4),
+            nn.GELU(),
+            nn.Linear(embed_dim // 4, 2),
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            self.out_conv[-1].bias[0] = log_odds(keep_probability)
+
+    def forward(self, candidates: Candidates) -> Tensor:
+        hidden = self.in_conv(candidates.patches)  # (B, n, C)
+        local, other = hidden.chunk(2, dim=-1)  # (B, n, C/2) each
+        if candidates.keep is None:
+            mean = other.mean(dim=1, keepdim=True)  # (B, 1, C/2)
+        else:
+            weights = candidates.keep.to(other.dtype).unsqueeze(-1)  # (B, n, 1)
+            mean = (other * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+        keep, drop = self.out_conv(torch.cat([local, mean.expand_as(local)], dim=-1)).unbind(dim=-1)
+        return keep - drop
+
+
+@register_scorer("predictor")
+def build(context: ScorerContext) -> Predictor:
+    """A `Predictor` of the stage's width and keep probability."""
+    return Predictor(context.embed_dim, context.keep_probability)
