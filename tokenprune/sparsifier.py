@@ -22,6 +22,7 @@ from tokenprune.errors import InterceptionError, StateError
 from tokenprune.interception import BlockInterception, TailInterception
 from tokenprune.plan import Plan
 from tokenprune.scorers import Candidates, Scorer
+from tokenprune.side_inputs import shorten
 from tokenprune.stage import Stage
 from tokenprune.trace import Trace
 
@@ -146,6 +147,7 @@ class Sparsifier(nn.Module):
         for stage, index in enumerate(self._plan.stages):
             yield blocks[index].register_forward_pre_hook(partial(self._at_stage, stage), with_kwargs=True)
         for index in range(first, len(blocks)):
+            yield blocks[index].register_forward_pre_hook(self._before_pruned_block, with_kwargs=True)
             stage = sum(start <= index for start in self._plan.stages) - 1
             for attention in self.backbone.attention_modules(index):
                 yield attention.register_forward_pre_hook(partial(self._before_attention, stage))
@@ -253,6 +255,19 @@ class Sparsifier(nn.Module):
             return None
         return _with_tokens(args, kwargs, self._gather(stage, trace, tokens))
 
+    def _before_pruned_block(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        trace = self.trace
+        if not self._enabled or trace is None or trace.execution != "gather":
+            return None
+        if not any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values())):
+            return None
+        num_prefix, indices = trace.num_prefix_tokens, trace.indices[-1]
+        prefix = torch.arange(num_prefix, device=indices.device).expand(indices.shape[0], -1)
+        kept = torch.cat([prefix, indices + num_prefix], dim=1)  # (B, P + n)
+        return shorten(args, kwargs, kept, num_prefix + trace.num_patches)
+
     def _mask(self, stage: int, trace: Trace, tokens: Tensor) -> None:
         decisions = self._current_decisions()
         before = decisions.keep[stage - 1] if stage > 0 else None
@@ -262,7 +277,7 @@ class Sparsifier(nn.Module):
         else:
             candidates = self._candidates(tokens, before, None, trace)
             keep = self.stages[stage].mask(candidates, self._plan.num_keep(trace.num_patches)[stage])
-            keys = torch.cat([keep.new_ones(len(keep), trace.num_prefix_tokens), keep], dim=1)
+            keys = torch.cat([keep.new_ones(keep.shape[0], trace.num_prefix_tokens), keep], dim=1)
         if not _recomputing():
             self._decisions = _Decisions((*decisions.keep, keep), (*decisions.keys, keys))
             trace._keep.append(keep)
