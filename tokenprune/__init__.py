@@ -10,10 +10,43 @@ from tokenprune.errors import (
     TokenpruneError,
     UnsupportedModelError,
 )
+from tokenprune.counting import FlopReport, flops
+from tokenprune.losses import DynamicViTLoss
 from tokenprune.plan import Plan
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
 from tokenprune.sparsifier import Sparsifier
 from tokenprune.sparsify import dense, sparsify, unsparsify
+from tokenprune.timing import ThroughputReport, throughput
 from tokenprune.trace import Trace
+from tokenprune.verification import VerificationReport, verify
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Backbone",
+    "Candidates",
+    "CountingError",
+    "DynamicViTLoss",
+    "FlopReport",
+    "InterceptionError",
+    "Plan",
+    "PlanError",
+    "Scorer",
+    "ScorerContext",
+    "Setting",
+    "Sparsifier",
+    "StateError",
+    "ThroughputReport",
+    "TokenpruneError",
+    "Trace",
+    "UnsupportedModelError",
+    "VerificationReport",
+    "dense",
+    "flops",
+    "functional",
+    "register_scorer",
+    "sparsify",
+    "throughput",
+    "unsparsify",
+    "verify",
+]

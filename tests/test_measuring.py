@@ -1,0 +1,122 @@
+"""Throughput and verification: what they report, and that they leave the model as it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tokenprune
+from tests.zoo import BY_NAME, Case, every_model
+from tokenprune.timing import ThroughputReport
+
+
+def state(model: nn.Module) -> tuple[object, ...]:
+    sparsifier = model.tokenprune
+    return (
+        [module.training for module in model.modules()],
+        [parameter.grad for parameter in model.parameters()],
+        sparsifier.keep_ratio,
+        sparsifier.execution,
+        [stage.scorer for stage in sparsifier.stages],
+    )
+
+
+def test_throughput_reports_pairs() -> None:
+    case = BY_NAME["timm class token"]
+    model = case.sparsified().train()
+    before = state(model)
+    report = tokenprune.throughput(model, (3, 48, 48), batch_size=2, pairs=4, warmup=1)
+    assert len(report.dense_seconds) == len(report.sparse_seconds) == 4 and report.keep_ratios == (0.6, 0.36)
+    assert json.loads(report.to_json())["speedup"] == report.speedup
+    assert str(report).endswith("at batch 2")
+    assert state(model) == before
+    with pytest.raises(ValueError, match="pairs=1"):
+        tokenprune.throughput(model, pairs=1)
+
+
+def test_throughput_figures_are_medians_of_pairs() -> None:
+    report = ThroughputReport(
+        input_size=(3, 8, 8), batch_size=10, keep_ratios=(0.5,), dense_seconds=(2.0, 4.0, 8.0), sparse_seconds=(1.0, 1.0, 4.0)
+    )
+    assert report.dense_images_per_second == 2.5 and report.sparse_images_per_second == 10
+    assert report.speedups == (2.0, 4.0, 2.0) and report.speedup == 2.0 and report.spread == (2.0, 4.0)
+
+
+@every_model
+def test_every_model_passes_verification(case: Case) -> None:
+    model, images = case.sparsified(), case.images()
+    before = state(model)
+    inputs = {"pixel_values": images, **case.forward_arguments} if case.name.startswith("transformers") else images
+    report = tokenprune.verify(model, inputs)
+    assert report.passed, str(report)
+    assert len(report.gradients) == 2 and report.compared >= 1
+    assert state(model) == before
+
+
+class Block(nn.Module):
+    """A research block that is not anybody's."""
+
+    def __init__(self, norm: bool = True, written_out: bool = False, pool: bool = False) -> None:
+        super().__init__()
+        self.norm, self.qkv = nn.LayerNorm(16), nn.Linear(16, 48)
+        self.written_out, self.pool = written_out, pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(self.norm(x)).unsqueeze(1).chunk(3, dim=-1)
+        if self.written_out:
+            attended = (query @ key.transpose(-1, -2) / 4).softmax(dim=-1) @ value
+        else:
+            attended = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        if self.pool:
+            x = x + x.mean(dim=1, keepdim=True)
+        return x + attended.squeeze(1)
+
+
+class Research(nn.Module):
+    def __init__(self, tail: str = "mean", **options: bool) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 8, 8)
+        self.blocks = nn.ModuleList([Block(**options) for _ in range(4)])
+        self.tail = tail
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(dim=1) if self.tail == "mean" else x.sum(dim=1)
+
+
+def research(**options: object) -> nn.Module:
+    model = Research(**options)  # type: ignore[arg-type]
+    backbone = tokenprune.Backbone(blocks=model.blocks, num_prefix_tokens=0, embed_dim=16)
+    return tokenprune.sparsify(model, (1, 2), 0.5, backbone=backbone)
+
+
+def test_a_model_of_ones_own_with_a_backbone_of_three_lines() -> None:
+    report = tokenprune.verify(research(), torch.randn(2, 3, 48, 48))
+    assert report.passed, str(report)
+
+
+def test_a_tail_that_sums_pruned_tokens_is_found_out() -> None:
+    report = tokenprune.verify(research(tail="sum"), torch.randn(2, 3, 48, 48))
+    assert not report.passed and "mask and gather differ" in str(report)
+
+
+def test_a_block_that_mixes_tokens_outside_attention_is_found_out() -> None:
+    report = tokenprune.verify(research(pool=True), torch.randn(2, 3, 48, 48))
+    assert not report.passed and report.failures[0].startswith("for the same decisions")
+
+
+def test_attention_that_cannot_be_intercepted_is_an_error() -> None:
+    with pytest.raises(tokenprune.InterceptionError, match="the attention of Block did not pass through"):
+        tokenprune.verify(research(written_out=True), torch.randn(2, 3, 48, 48))
+
+
+def test_a_frozen_scorer_is_found_out() -> None:
+    model = research()
+    model.tokenprune.stages[0].scorer.forward = lambda candidates: candidates.patches.detach().sum(dim=-1)
+    report = tokenprune.verify(model, torch.randn(2, 3, 48, 48))
+    assert report.failures == ("the scorer of stage 0 gets no finite gradient",)

@@ -1,0 +1,264 @@
+"""Counting multiply-adds, dense and sparse side by side, by stage and by block.
+
+One multiply-add counts 1, as in fvcore and in the papers of this field. What is counted and what
+is left out stands in the docs page "Counting FLOPs".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tokenprune.errors import CountingError
+from tokenprune.probing import eval_mode, example_images
+from tokenprune.sparsifier import Sparsifier
+from tokenprune.sparsify import dense, sparsifier_of, unwrap
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Operators that move, compare or reduce numbers and multiply-add none, or too few to matter (one or
+# a few operations an element). Any other operator that fvcore does not know is an error.
+_WEIGHTLESS = frozenset(
+    "aten::" + name
+    for name in (
+        "abs add add_ alias amax arange argmax as_strided bernoulli bitwise_and broadcast_tensors cat ceil chunk clamp "
+        "clamp_min clone constant_pad_nd contiguous copy copy_ cos cumsum detach div div_ dropout embedding empty eq erf "
+        "exp expand expand_as eye feature_dropout fill_ flatten floor floor_divide full full_like gather ge gelu gelu_ gt "
+        "hardtanh index index_select is_nonzero item le lift_fresh linspace log log1p log_softmax logical_and logical_not "
+        "logical_or lt masked_fill masked_fill_ max maximum mean meshgrid min minimum mul mul_ narrow ne neg new_empty "
+        "new_full new_ones new_zeros nonzero norm numel one_hot ones ones_like pad permute pixel_shuffle pixel_unshuffle "
+        "pow prod rand rand_like randint randn randperm reciprocal relu relu_ remainder repeat repeat_interleave reshape "
+        "resize_ roll round rsqrt rsub scalar_tensor scatter scatter_ select selu sigmoid sigmoid_ sign silu silu_ sin "
+        "size slice slice_scatter softmax softplus sort split split_with_sizes sqrt square squeeze stack std sub sub_ sum "
+        "t tanh tensor_split tile to topk transpose tril triu type_as unbind unflatten uniform_ unsqueeze upsample_bicubic2d "
+        "upsample_bilinear2d upsample_nearest2d var view where zeros zeros_like zero_ _shape_as_tensor _to_copy "
+        "_upsample_bicubic2d_aa _upsample_bilinear2d_aa adaptive_avg_pool1d index_put index_put_ l1_loss linalg_vector_norm"
+    ).split()
+)
+
+Handler = Callable[[list[Any], list[Any]], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopReport:
+    """Multiply-adds of one image, unpruned and pruned.
+
+    Attributes:
+        input_size: Channels, height and width of the image.
+        keep_ratios: Cumulative keep ratios, one a stage.
+        dense: Multiply-adds without pruning.
+        sparse: Multiply-adds with pruning, scorers included.
+        dense_blocks: The share of each block, unpruned.
+        sparse_blocks: The share of each block, pruned.
+        stages: The share of each stage's scorer, in the pruned model.
+        stage_blocks: Index of the block in front of which each stage stands.
+    """
+
+    input_size: tuple[int, ...]
+    keep_ratios: tuple[float, ...]
+    dense: int
+    sparse: int
+    dense_blocks: tuple[int, ...]
+    sparse_blocks: tuple[int, ...]
+    stages: tuple[int, ...]
+    stage_blocks: tuple[int, ...]
+
+    @property
+    def dense_gmacs(self) -> float:
+        """Multiply-adds without pruning, in 10⁹."""
+        return self.dense / 1e9
+
+    @property
+    def sparse_gmacs(self) -> float:
+        """Multiply-adds with pruning, in 10⁹."""
+        return self.sparse / 1e9
+
+    @property
+    def ratio(self) -> float:
+        """Dense ÷ sparse: the speed-up to expect."""
+        return self.dense / self.sparse
+
+    def to_json(self) -> str:
+        """All attributes, and the figures derived from them, as a JSON object."""
+        derived = {"dense_gmacs": self.dense_gmacs, "sparse_gmacs": self.sparse_gmacs, "ratio": self.ratio}
+        return json.dumps({**asdict(self), **derived})
+
+    def table(self) -> Table:
+        """The report as a rich table."""
+        from rich.table import Table
+
+        size = " × ".join(str(side) for side in self.input_size)
+        table = Table(title=f"Multiply-adds of one image of {size}, in millions")
+        for column in ("part", "dense", "sparse", "dense ÷ sparse"):
+            table.add_column(column, justify="left" if column == "part" else "right")
+
+        def row(name: str, before: int | None, after: int, style: str | None = None) -> None:
+            numbers = ("" if before is None else f"{before / 1e6:,.1f}", f"{after / 1e6:,.1f}")
+            table.add_row(name, *numbers, f"{before / after:.2f}" if before and after else "", style=style)
+
+        for index, (before, after) in enumerate(zip(self.dense_blocks, self.sparse_blocks, strict=True)):
+            if index in self.stage_blocks:
+                stage = self.stage_blocks.index(index)
+                row(f"stage {stage}, keeps {self.keep_ratios[stage]:.1%}", None, self.stages[stage], style="cyan")
+            row(f"block {index}", before, after)
+        rest = self.dense - sum(self.dense_blocks), self.sparse - sum(self.sparse_blocks) - sum(self.stages)
+        row("everything else", *rest)
+        table.add_section()
+        row("all", self.dense, self.sparse, style="bold")
+        return table
+
+    def __str__(self) -> str:
+        return f"{self.dense_gmacs:.2f} GMACs dense, {self.sparse_gmacs:.2f} sparse, ratio {self.ratio:.2f}"
+
+
+def flops(
+    model: nn.Module,
+    input_size: Sequence[int] = (3, 224, 224),
+    *,
+    forward_kwargs: Mapping[str, Any] | None = None,
+) -> FlopReport:
+    """Count the multiply-adds of a sparsified model for one image, unpruned and pruned.
+
+    Args:
+        model: A sparsified model; its mode, weights and settings are left as they are.
+        input_size: Channels, height and width of the image.
+        forward_kwargs: What the model is called with besides the image, such as
+            ``{"interpolate_pos_encoding": True}``.
+
+    Returns:
+        The counts, in all and by block and stage.
+
+    Raises:
+        StateError: The model is not sparsified.
+        CountingError: An operator that may do multiply-adds has no handler; the message names it.
+    """
+    sparsifier = sparsifier_of(model)
+    inner = unwrap(model)
+    names = {module: name for name, module in inner.named_modules()}
+    block_names = [names[block] for block in sparsifier.backbone.blocks]
+    stage_names = [names[stage] for stage in sparsifier.stages]
+    image = example_images(inner, input_size)
+
+    with eval_mode(inner), _gathering(sparsifier), _called_with(inner, forward_kwargs or {}):
+        with dense(inner):
+            dense_counts = count(inner, image)
+        sparse_counts = count(inner, image)
+    return FlopReport(
+        input_size=tuple(input_size),
+        keep_ratios=sparsifier.plan.keep_ratios,
+        dense=dense_counts[""],
+        sparse=sparse_counts[""],
+        dense_blocks=tuple(dense_counts[name] for name in block_names),
+        sparse_blocks=tuple(sparse_counts[name] for name in block_names),
+        stages=tuple(sparse_counts[name] for name in stage_names),
+        stage_blocks=sparsifier.plan.stages,
+    )
+
+
+def count(model: nn.Module, inputs: torch.Tensor) -> Counter[str]:
+    """Multiply-adds of one forward pass by module name; ``""`` is the whole model.
+
+    Raises:
+        CountingError: An operator that may do multiply-adds has no handler.
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    analysis = FlopCountAnalysis(model, inputs)
+    analysis.set_op_handle(**_HANDLERS)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    with _slow_path(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's, of shapes and deprecations
+        by_module = analysis.by_module()
+        uncounted = {name: times for name, times in analysis.unsupported_ops().items() if not _is_weightless(name)}
+    if uncounted:
+        listed = ", ".join(f"{name} ({times} times)" for name, times in sorted(uncounted.items()))
+        raise CountingError(
+            f"cannot count {listed} in {type(model).__name__}: tokenprune has no handler for it, and would undercount. "
+            "Please report the operator."
+        )
+    return Counter({name: int(number) for name, number in by_module.items()})
+
+
+def _is_weightless(operator: str) -> bool:
+    return operator in _WEIGHTLESS or operator.startswith("prim::")
+
+
+def _shape(value: Any) -> list[int]:
+    return value.type().sizes() or []
+
+
+def _attention(inputs: list[Any], outputs: list[Any]) -> int:
+    """Query · keyᵀ and weights · value of a scaled dot-product attention."""
+    *batch, num_queries, query_dim = _shape(inputs[0])
+    num_keys, value_dim = _shape(inputs[1])[-2], _shape(inputs[2])[-1]
+    return int(math.prod(batch) * num_queries * num_keys * (query_dim + value_dim))
+
+
+def _convolution_mode(inputs: list[Any], outputs: list[Any]) -> int:
+    """A convolution whose padding is a word: output pixels · weights."""
+    batch, _, *pixels = _shape(outputs[0])
+    return int(batch * math.prod(pixels) * math.prod(_shape(inputs[1])))
+
+
+def _rms_norm(inputs: list[Any], outputs: list[Any]) -> int:
+    """As fvcore counts a LayerNorm: 5 an element."""
+    return 5 * math.prod(_shape(inputs[0]))
+
+
+def _baddbmm(inputs: list[Any], outputs: list[Any]) -> int:
+    """batch · rows · inner · columns."""
+    batch, rows, inner = _shape(inputs[1])
+    return int(batch * rows * inner * _shape(inputs[2])[-1])
+
+
+_HANDLERS: dict[str, Handler] = {
+    "aten::scaled_dot_product_attention": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::_scaled_dot_product_flash_attention": _attention,
+    "aten::_scaled_dot_product_efficient_attention": _attention,
+    "aten::_convolution_mode": _convolution_mode,
+    "aten::baddbmm": _baddbmm,
+    "aten::rms_norm": _rms_norm,
+}
+
+
+@contextmanager
+def _called_with(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Add keyword arguments to every call of the model; fvcore can only pass positional ones."""
+    handle = model.register_forward_pre_hook(
+        lambda module, args, given: (args, {**given, **kwargs}), with_kwargs=True, prepend=True
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _gathering(sparsifier: Sparsifier) -> Iterator[None]:
+    before, sparsifier.execution = sparsifier.execution, "gather"
+    try:
+        yield
+    finally:
+        sparsifier.execution = before
+
+
+@contextmanager
+def _slow_path() -> Iterator[None]:
+    """Without the fused path of nn.MultiheadAttention, one opaque operator to whoever counts."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,0 +1,219 @@
+"""The training objective: classification, distillation from the dense model, and the keep ratio.
+
+Shapes: B images, N patch tokens, P prefix tokens, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenprune.errors import StateError
+from tokenprune.sparsifier import Sparsifier
+from tokenprune.sparsify import sparsifier_of, unwrap
+
+
+class DynamicViTLoss(nn.Module):
+    """DynamicViT's full loss: L = L_cls + λ_KL L_KL + λ_distill L_distill + λ_ratio L_ratio.
+
+    DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034),
+    Eq. 13 to 17.
+
+    - ``classification``: the criterion on the logits.
+    - ``kl``: KL(student ‖ teacher) of the class probabilities, mean over the batch.
+    - ``distill``: squared error between the student's and the teacher's final patch tokens, mean
+      over channels and over the tokens kept at the last stage; 0 if none is.
+    - ``ratio``: squared difference between a stage's keep ratio and the share of tokens an image
+      keeps there, mean over images and stages.
+
+    Deviation: ``kl`` is the divergence as the paper writes it; the authors' code swaps the two.
+
+    Args:
+        teacher: The dense model, as it was before it was sparsified: a copy made with
+            ``copy.deepcopy``. It is put in eval mode, is run without gradients, once a step, and
+            stays in eval mode whatever the mode of this loss.
+        criterion: Called as ``criterion(logits, targets)``; ``None`` means cross-entropy, for class
+            indices (B,) as for class probabilities (B, K).
+        kl_weight: λ_KL.
+        distill_weight: λ_distill.
+        ratio_weight: λ_ratio; the paper takes 2, and 5 for DeiT-B.
+
+    Raises:
+        StateError: The teacher is a sparsified model.
+        ValueError: A weight is negative.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        kl_weight: float = 0.5,
+        distill_weight: float = 0.5,
+        ratio_weight: float = 2.0,
+    ) -> None:
+        super().__init__()
+        for name, weight in (("kl", kl_weight), ("distill", distill_weight), ("ratio", ratio_weight)):
+            if weight < 0:
+                raise ValueError(f"{name}_weight={weight} is negative; 0 leaves the part out.")
+        if any(isinstance(module, Sparsifier) for module in teacher.modules()):
+            raise StateError(
+                "the teacher is sparsified; pass the dense model: teacher = copy.deepcopy(model) before sparsify(model)."
+            )
+        self.teacher = teacher.eval()
+        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+        self.kl_weight = kl_weight
+        self.distill_weight = distill_weight
+        self.ratio_weight = ratio_weight
+
+    def train(self, mode: bool = True) -> DynamicViTLoss:
+        """Set the training mode, which the teacher ignores."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, model: nn.Module, inputs: Any, outputs: Any, targets: Tensor) -> dict[str, Tensor]:
+        """The loss of a forward pass that the sparsified model has just made.
+
+        Args:
+            model: The sparsified model, possibly wrapped (DDP, `torch.compile`), in training mode.
+            inputs: What it was called with: a tensor, a tuple of positional arguments or a mapping
+                of keyword arguments.
+            outputs: What it returned: logits (B, K), or something with ``logits``.
+            targets: What the criterion takes, (B,) class indices or (B, K) probabilities as a rule.
+
+        Returns:
+            Scalars ``loss`` (the weighted total), ``classification``, ``kl``, ``distill`` and
+            ``ratio`` (unweighted). A part whose weight is 0 is not computed and is 0.
+
+        Raises:
+            StateError: The model is not sparsified, or its last forward pass left no decisions with
+                gradients: it ran in eval mode, densely, or under re-entrant checkpointing.
+            ValueError: Student and teacher do not fit together.
+        """
+        sparsifier = sparsifier_of(model)
+        keep = _decisions(sparsifier)
+        logits = _logits(outputs)
+        zero = logits.new_zeros(())
+        parts = {"classification": self.criterion(logits, targets), "kl": zero, "distill": zero, "ratio": zero}
+        if self.kl_weight or self.distill_weight:
+            teacher_logits, teacher_tokens = self._teach(inputs, _tokens_module(model, sparsifier))
+            if self.kl_weight:
+                parts["kl"] = _kl_divergence(logits, teacher_logits)
+            if self.distill_weight:
+                assert sparsifier.trace is not None and sparsifier.trace.tokens is not None
+                parts["distill"] = _token_distillation(
+                    sparsifier.trace.tokens, teacher_tokens, keep[-1], sparsifier.backbone.num_prefix_tokens
+                )
+        if self.ratio_weight:
+            parts["ratio"] = _ratio(keep, sparsifier.plan.keep_ratios)
+        total = (
+            parts["classification"]
+            + self.kl_weight * parts["kl"]
+            + self.distill_weight * parts["distill"]
+            + self.ratio_weight * parts["ratio"]
+        )
+        return {"loss": total, **parts}
+
+    @torch.no_grad()
+    def _teach(self, inputs: Any, tokens_module: str) -> tuple[Tensor, Tensor | None]:
+        """The teacher's logits, and its final tokens: what its module of that name puts out."""
+        if not self.distill_weight:
+            return _logits(_call(self.teacher, inputs)), None
+        with _captured(unwrap(self.teacher), tokens_module) as captured:
+            logits = _logits(_call(self.teacher, inputs))
+        return logits, captured[-1]
+
+
+def _decisions(sparsifier: Sparsifier) -> tuple[Tensor, ...]:
+    trace = sparsifier.trace
+    if trace is None or trace.execution != "mask":
+        ran = "no pruned forward pass" if trace is None else "one in gather execution"
+        raise StateError(
+            f"the loss needs decisions made in mask execution; there was {ran}. Call model.train() and "
+            "model(inputs), outside of tokenprune.dense, before the loss."
+        )
+    learns = any(parameter.requires_grad for parameter in sparsifier.stages.parameters())
+    if torch.is_grad_enabled() and learns and not any(keep.requires_grad for keep in trace.keep):
+        raise StateError(
+            "the decisions of the last forward pass carry no gradient; it ran under no_grad, or inside re-entrant "
+            "activation checkpointing (use use_reentrant=False)."
+        )
+    return trace.keep
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _logits(outputs: Any) -> Tensor:
+    if isinstance(outputs, Mapping):
+        outputs = outputs.get("logits", outputs)
+    logits = getattr(outputs, "logits", outputs)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"expected logits of shape (B, K), or an output that has them as .logits; got {got}.")
+    return logits
+
+
+def _tokens_module(model: nn.Module, sparsifier: Sparsifier) -> str:
+    """The name, within the model, of the module whose output is the final tokens."""
+    backbone = sparsifier.backbone
+    wanted = backbone.blocks[-1] if backbone.final_norm is None else backbone.final_norm
+    return next(name for name, module in unwrap(model).named_modules() if module is wanted)
+
+
+@contextmanager
+def _captured(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
+    """Collect what the module of that name puts out."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"the teacher, a {type(model).__name__}, has no module {name!r} whose tokens could be distilled; "
+            "pass distill_weight=0 for a teacher of another architecture."
+        ) from None
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(
+        lambda module, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def _kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(student ‖ teacher) of softmax probabilities, mean over the batch; logits (B, K) each."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"logits of student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape.")
+    return F.kl_div(
+        F.log_softmax(teacher.float(), dim=-1), F.log_softmax(student.float(), dim=-1), reduction="batchmean",
+        log_target=True,
+    )  # fmt: skip
+
+
+def _token_distillation(student: Tensor, teacher: Tensor | None, keep: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Squared error of final patch tokens, mean over kept tokens and channels; tokens (B, P + N, C) each."""
+    if teacher is None or student.shape != teacher.shape:
+        got = None if teacher is None else tuple(teacher.shape)
+        raise ValueError(
+            f"final tokens of student {tuple(student.shape)} and teacher {got} differ in shape; pass distill_weight=0 for "
+            "a teacher of another architecture, and do not drop patches in training while distilling tokens."
+        )
+    error = (student - teacher)[:, num_prefix_tokens:].float().square().mean(dim=-1)  # (B, N)
+    kept = keep.detach()
+    return (error * kept).sum() / kept.sum().clamp(min=1)
+
+
+def _ratio(keep: tuple[Tensor, ...], keep_ratios: tuple[float, ...]) -> Tensor:
+    """Squared difference between planned and actual keep ratio, mean over images and stages."""
+    errors = [(ratio - decisions.mean(dim=1)).square().mean() for ratio, decisions in zip(keep_ratios, keep, strict=True)]
+    return torch.stack(errors).mean()

@@ -1,0 +1,211 @@
+"""Proving the invariants on a user's own model and inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.probing import eval_mode
+from tokenprune.scorers import Candidates, Scorer
+from tokenprune.sparsifier import Sparsifier
+from tokenprune.sparsify import dense, sparsifier_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationReport:
+    """What `verify` found.
+
+    Differences are the largest over all outputs that have the same shape either way, relative to
+    the output's largest magnitude.
+
+    Attributes:
+        identity: Between the model with nothing pruned and the unpruned model.
+        mask_equals_gather: Between the two executions, for the same decisions.
+        effect: Between the pruned and the unpruned model; 0 means pruning changes nothing.
+        gradients: For each stage the largest gradient of its scorer's parameters after a training
+            step; NaN if one is not finite or missing, and no entry for scorers without parameters.
+        compared: Number of output tensors that were compared.
+        tolerance: Up to which difference the two invariants hold.
+    """
+
+    identity: float
+    mask_equals_gather: float
+    effect: float
+    gradients: tuple[float, ...]
+    compared: int
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every invariant holds."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What does not hold, a sentence each."""
+        found = []
+        if not self.compared:
+            found.append("no output has the same shape pruned and unpruned, so nothing could be compared")
+        if not self.identity <= self.tolerance:
+            found.append(f"with nothing pruned, outputs differ from the dense model's by {self.identity:.1e}")
+        if not self.mask_equals_gather <= self.tolerance:
+            found.append(f"for the same decisions, mask and gather differ by {self.mask_equals_gather:.1e}")
+        if not self.effect > 0:
+            found.append("pruning has no effect on the outputs")
+        for stage, gradient in enumerate(self.gradients):
+            if not (math.isfinite(gradient) and gradient > 0):
+                found.append(f"the scorer of stage {stage} gets no finite gradient")
+        return tuple(found)
+
+    def __str__(self) -> str:
+        lines = [
+            f"identity {self.identity:.1e}, mask = gather {self.mask_equals_gather:.1e} (tolerance {self.tolerance:.0e})",
+            f"effect of pruning {self.effect:.1e}, over {self.compared} outputs",
+            "largest gradient of each scorer: " + ", ".join(f"{gradient:.1e}" for gradient in self.gradients),
+        ]
+        return "\n".join([*lines, *(f"FAILED: {failure}" for failure in self.failures)])
+
+
+def verify(model: nn.Module, inputs: Any, *, tolerance: float = 1e-4) -> VerificationReport:
+    """Check on a sparsified model that what must hold does hold.
+
+    Three passes are made in eval mode and one in training mode, in which every masked block must be
+    seen to attend. Weights, gradients, modes and settings are afterwards what they were.
+
+    Args:
+        model: A sparsified model.
+        inputs: A tensor, a tuple of positional or a mapping of keyword arguments; at least two
+            images, so that decisions that differ between images are tried.
+        tolerance: The largest relative difference that counts as equal; for float32.
+
+    Raises:
+        StateError: The model is not sparsified.
+        InterceptionError: A masked block's attention could not be masked.
+    """
+    sparsifier = sparsifier_of(model)
+    with _unchanged(model, sparsifier):
+        with eval_mode(model), torch.no_grad():
+            with dense(model):
+                unpruned = _run(model, inputs)
+            ratios = sparsifier.keep_ratio
+            sparsifier.keep_ratio = 1.0
+            kept_all = _run(model, inputs)
+            sparsifier.keep_ratio = ratios
+            with _hashed_scores(sparsifier):
+                sparsifier.execution = "gather"
+                gathered = _run(model, inputs)
+                sparsifier.execution = "mask"
+                masked = _run(model, inputs)
+        gradients = _gradients(model, sparsifier, inputs)
+    comparable = [name for name in unpruned if unpruned[name].shape == gathered[name].shape == masked[name].shape]
+    return VerificationReport(
+        identity=_difference(kept_all, unpruned, list(unpruned)),
+        mask_equals_gather=_difference(masked, gathered, comparable),
+        effect=_difference(gathered, unpruned, comparable),
+        gradients=gradients,
+        compared=len(comparable),
+        tolerance=tolerance,
+    )
+
+
+class _Hashed(Scorer):
+    """Scores that differ by position and image and are the same in either execution."""
+
+    def forward(self, candidates: Candidates) -> Tensor:
+        patches = candidates.patches
+        image = torch.arange(patches.shape[0], device=patches.device)[:, None]
+        position = torch.arange(candidates.num_patches, device=patches.device)[None, :]
+        if candidates.indices is not None:
+            position = candidates.indices
+        # A permutation of the positions for each image: no two scores are equal, whatever the rounding.
+        return ((position * 7919 + image * 104729) % 1299709).to(torch.float32)
+
+
+@contextmanager
+def _hashed_scores(sparsifier: Sparsifier) -> Iterator[None]:
+    scorers = [stage.scorer for stage in sparsifier.stages]
+    for stage in sparsifier.stages:
+        stage.scorer = _Hashed()
+    try:
+        yield
+    finally:
+        for stage, scorer in zip(sparsifier.stages, scorers, strict=True):
+            stage.scorer = scorer
+
+
+@contextmanager
+def _unchanged(model: nn.Module, sparsifier: Sparsifier) -> Iterator[None]:
+    """Put back what a training step and a change of settings would leave."""
+    plan, execution = sparsifier.plan, sparsifier.execution
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    try:
+        yield
+    finally:
+        sparsifier.keep_ratio, sparsifier.execution = plan.keep_ratios, execution
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for buffer, before in buffers.items():
+            buffer.copy_(before)
+
+
+def _gradients(model: nn.Module, sparsifier: Sparsifier, inputs: Any) -> tuple[float, ...]:
+    training = {module: module.training for module in model.modules()}
+    for parameter in model.parameters():
+        parameter.grad = None
+    sparsifier.execution = "mask"
+    model.train()
+    try:
+        with torch.enable_grad():
+            outputs = _run(model, inputs)
+            torch.stack([output.float().square().mean() for output in outputs.values()]).sum().backward()
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    found = []
+    for stage in sparsifier.stages:
+        parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+        if parameters:
+            found.append(_magnitude([parameter.grad for parameter in parameters]))
+    return tuple(found)
+
+
+def _magnitude(gradients: list[Tensor | None]) -> float:
+    """The largest entry; NaN if a gradient is missing or has an entry that is not finite."""
+    if any(gradient is None or not bool(gradient.isfinite().all()) for gradient in gradients):
+        return math.nan
+    return max(float(gradient.abs().max()) for gradient in gradients if gradient is not None)
+
+
+def _run(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    if isinstance(inputs, Mapping):
+        output = model(**inputs)
+    else:
+        output = model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    return dict(_tensors(output, "output"))
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, f"{name}.{key}")
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from _tensors(item, f"{name}[{index}]")
+
+
+def _difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: list[str]) -> float:
+    differences = [
+        float((actual[name] - expected[name]).abs().max() / expected[name].abs().max().clamp(min=1e-12))
+        for name in names
+        if actual[name].shape == expected[name].shape
+    ]
+    return max(differences, default=math.nan)
