@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,9 +46,16 @@ class Schedule:
 
 
 def image_folder_loader(
-    root: Path, split: str, *, image_size: int, batch_size: int, crop_scale: float = 1.0, num_workers: int = 1
+    root: Path,
+    split: str,
+    *,
+    image_size: int,
+    batch_size: int,
+    crop_scale: float = 1.0,
+    num_workers: int = 1,
+    seed: int = 0,
 ) -> DataLoader:
-    """timm's loader over ``root/split``, an ordinary image folder with one sub-folder a class.
+    """Timm's loader over ``root/split``, an ordinary image folder with one sub-folder a class.
 
     Args:
         root: The folder that holds the splits.
@@ -59,9 +64,10 @@ def image_folder_loader(
         batch_size: Images in a batch.
         crop_scale: Smallest area of a random training crop, as a fraction of the image; 1 = none.
         num_workers: Processes that decode images.
+        seed: Seed of the order of training images.
     """
     training = split == "train"
-    return create_loader(
+    loader = create_loader(
         create_dataset("", root=str(root), split=split),
         input_size=(3, image_size, image_size),
         batch_size=batch_size,
@@ -79,6 +85,10 @@ def image_folder_loader(
         use_prefetcher=False,
         persistent_workers=num_workers > 0,
     )
+    loader.generator = torch.Generator().manual_seed(seed)
+    if training:
+        loader.sampler.generator = loader.generator
+    return loader
 
 
 @torch.no_grad()
@@ -111,12 +121,14 @@ def _interrupt_flag() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _save_state(accelerator: Accelerator, folder: Path) -> None:
-    partial = folder.with_name(folder.name + ".partial")
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have ``write`` make a file or folder beside ``path`` and rename it: there is never half of it."""
+    partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    accelerator.save_state(str(partial))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    write(partial)
+    if path.is_dir():
+        shutil.rmtree(path)
+    partial.replace(path)
 
 
 class _Counter:
@@ -149,7 +161,8 @@ def train(
     Args:
         model: What to train.
         loss_function: Called as ``loss_function(model, inputs, outputs, targets)``; returns named
-            scalars, of which ``"loss"`` is minimised and all are logged.
+            scalars, of which ``"loss"`` is minimised and all are logged (``"kept"``, a share of
+            tokens, also beside the progress bar).
         loader: Batches of ``(images, targets)``; repeated as often as the schedule needs.
         parameter_groups: Parameters and their learning rates, as torch optimisers take them.
         schedule: How long and how fast.
@@ -182,8 +195,13 @@ def train(
         accelerator.load_state(str(state_folder))
     wrapped.train()
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[status]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
     with _interrupt_flag() as interrupted, Progress(*columns, transient=True) as progress:
         task = progress.add_task(description, total=schedule.steps, completed=counter.step, status="")
         batches = _repeat(loader)
@@ -199,11 +217,12 @@ def train(
             logged = {name: float(value.detach()) for name, value in parts.items()}
             if not math.isfinite(logged["loss"]):
                 raise FloatingPointError(f"the loss is {logged['loss']} at step {counter.step}: {logged}")
-            progress.update(task, advance=1, status=f"loss {logged['loss']:.3f}")
+            kept = f", {logged['kept']:.0%} kept" if "kept" in logged else ""
+            progress.update(task, advance=1, status=f"loss {logged['loss']:.3f}{kept}")
             if on_step is not None:
                 on_step(counter.step, logged)
             if interrupted[0]:
-                _save_state(accelerator, state_folder)
+                write_whole(state_folder, lambda partial: accelerator.save_state(str(partial)))
                 raise Interrupted(f"stopped after step {counter.step} of {schedule.steps}")
     shutil.rmtree(state_folder, ignore_errors=True)
 

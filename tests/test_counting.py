@@ -16,8 +16,17 @@ from tests.zoo import ALL, BY_NAME, Case, every_model
 from tokenprune.counting import count
 
 
-def closed_form(width: int, plan: tokenprune.Plan | None, *, patches: int = 196, depth: int = 12, classes: int = 1000,
-                patch: int = 16, prefix: int = 1, mlp_ratio: int = 4) -> int:
+def closed_form(
+    width: int,
+    plan: tokenprune.Plan | None,
+    *,
+    patches: int = 196,
+    depth: int = 12,
+    classes: int = 1000,
+    patch: int = 16,
+    prefix: int = 1,
+    mlp_ratio: int = 4,
+) -> int:
     """Multiply-adds of a plain ViT, and 5 an element of what a LayerNorm takes, which fvcore counts too."""
 
     def block(tokens: int) -> int:
@@ -105,7 +114,11 @@ def test_report_as_object_table_and_json() -> None:
     report = tokenprune.flops(BY_NAME["timm class token"].sparsified(), (3, 48, 48))
     fields = json.loads(report.to_json())
     assert fields["dense"] == report.dense and fields["ratio"] == report.dense / report.sparse
-    assert len(report.dense_blocks) == 6 and report.stage_blocks == (2, 4) and report.sparse_blocks[0] == report.dense_blocks[0]
+    assert (
+        len(report.dense_blocks) == 6
+        and report.stage_blocks == (2, 4)
+        and report.sparse_blocks[0] == report.dense_blocks[0]
+    )
     console = Console(record=True, width=100, file=open("/dev/null", "w"))
     console.print(report.table())
     text = console.export_text()

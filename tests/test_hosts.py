@@ -14,7 +14,9 @@ import tokenprune
 from tests.zoo import BY_NAME, KEEP_RATIO, STAGES, Case, some_models
 
 timm_and_transformers = pytest.mark.parametrize(
-    "case", [BY_NAME["timm class token"], BY_NAME["transformers ViT classifier"], BY_NAME["transformers SigLIP"]], ids=str
+    "case",
+    [BY_NAME["timm class token"], BY_NAME["transformers ViT classifier"], BY_NAME["transformers SigLIP"]],
+    ids=str,
 )
 
 

@@ -39,7 +39,11 @@ def test_throughput_reports_pairs() -> None:
 
 def test_throughput_figures_are_medians_of_pairs() -> None:
     report = ThroughputReport(
-        input_size=(3, 8, 8), batch_size=10, keep_ratios=(0.5,), dense_seconds=(2.0, 4.0, 8.0), sparse_seconds=(1.0, 1.0, 4.0)
+        input_size=(3, 8, 8),
+        batch_size=10,
+        keep_ratios=(0.5,),
+        dense_seconds=(2.0, 4.0, 8.0),
+        sparse_seconds=(1.0, 1.0, 4.0),
     )
     assert report.dense_images_per_second == 2.5 and report.sparse_images_per_second == 10
     assert report.speedups == (2.0, 4.0, 2.0) and report.speedup == 2.0 and report.spread == (2.0, 4.0)

@@ -92,7 +92,9 @@ class Case:
 
 
 def _timm(cls: type[nn.Module] = VisionTransformer, **options: Any) -> Callable[[], nn.Module]:
-    sizes = dict(img_size=IMAGE_SIZE, patch_size=PATCH_SIZE, embed_dim=EMBED_DIM, depth=DEPTH, num_heads=2, num_classes=7)
+    sizes = dict(
+        img_size=IMAGE_SIZE, patch_size=PATCH_SIZE, embed_dim=EMBED_DIM, depth=DEPTH, num_heads=2, num_classes=7
+    )
     return lambda: cls(**{**sizes, **options})
 
 
@@ -101,8 +103,13 @@ def _transformers(name: str, config_name: str, **options: Any) -> Callable[[], n
         import transformers
 
         sizes = dict(
-            hidden_size=EMBED_DIM, intermediate_size=64, num_hidden_layers=DEPTH, num_attention_heads=2,
-            image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, **options,
+            hidden_size=EMBED_DIM,
+            intermediate_size=64,
+            num_hidden_layers=DEPTH,
+            num_attention_heads=2,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            **options,
         )
         if config_name in ("CLIPConfig", "SiglipConfig"):
             text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
@@ -118,8 +125,11 @@ def _transformers(name: str, config_name: str, **options: Any) -> Callable[[], n
 TIMM = [
     Case("timm class token", _timm(), 1),
     Case("timm distilled", _timm(VisionTransformerDistilled), 2),
-    Case("timm registers, layer scale, q/k norm, no class position",
-         _timm(reg_tokens=4, init_values=0.5, qk_norm=True, no_embed_class=True), 5),
+    Case(
+        "timm registers, layer scale, q/k norm, no class position",
+        _timm(reg_tokens=4, init_values=0.5, qk_norm=True, no_embed_class=True),
+        5,
+    ),
     Case("timm no class token, average", _timm(class_token=False, global_pool="avg"), 0),
     Case("timm class token, average, final norm kept", _timm(global_pool="avg", final_norm=True, fc_norm=False), 1),
     Case("timm registers, average with prefix", _timm(reg_tokens=2, global_pool="avg", pool_include_prefix=True), 3),
@@ -140,16 +150,24 @@ TIMM = [
 TRANSFORMERS = [
     Case("transformers ViT", _transformers("ViTModel", "ViTConfig"), 1),
     Case("transformers ViT classifier", _transformers("ViTForImageClassification", "ViTConfig"), 1),
-    Case("transformers ViT, other size", _transformers("ViTForImageClassification", "ViTConfig"), 1,
-         image_size=(32, 64), forward_arguments={"interpolate_pos_encoding": True}),
+    Case(
+        "transformers ViT, other size",
+        _transformers("ViTForImageClassification", "ViTConfig"),
+        1,
+        image_size=(32, 64),
+        forward_arguments={"interpolate_pos_encoding": True},
+    ),
     Case("transformers DeiT", _transformers("DeiTModel", "DeiTConfig"), 2),
     Case("transformers DeiT classifier", _transformers("DeiTForImageClassification", "DeiTConfig"), 2),
     Case("transformers DeiT with teacher", _transformers("DeiTForImageClassificationWithTeacher", "DeiTConfig"), 2),
     Case("transformers DINOv2", _transformers("Dinov2Model", "Dinov2Config"), 1),
     Case("transformers DINOv2 classifier", _transformers("Dinov2ForImageClassification", "Dinov2Config"), 1),
     Case("transformers DINOv2 registers", _transformers("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"), 5),
-    Case("transformers DINOv2 registers classifier",
-         _transformers("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig"), 5),
+    Case(
+        "transformers DINOv2 registers classifier",
+        _transformers("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig"),
+        5,
+    ),
     Case("transformers CLIP", _transformers("CLIPVisionModel", "CLIPVisionConfig"), 1),
     Case("transformers CLIP projection", _transformers("CLIPVisionModelWithProjection", "CLIPVisionConfig"), 1),
     Case("transformers CLIP classifier", _transformers("CLIPForImageClassification", "CLIPConfig"), 1),

@@ -2,6 +2,7 @@
 
 from tokenprune import functional
 from tokenprune.backbone import Backbone, Setting
+from tokenprune.counting import FlopReport, flops
 from tokenprune.errors import (
     CountingError,
     InterceptionError,
@@ -10,7 +11,6 @@ from tokenprune.errors import (
     TokenpruneError,
     UnsupportedModelError,
 )
-from tokenprune.counting import FlopReport, flops
 from tokenprune.losses import DynamicViTLoss
 from tokenprune.plan import Plan
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer

@@ -76,7 +76,10 @@ class Backbone:
         """
         name = type(model).__name__
         parts = set(model.modules())
-        named = [*self.blocks, *(module for index in range(len(self.blocks)) for module in self.attention_modules(index))]
+        named = [
+            *self.blocks,
+            *(module for index in range(len(self.blocks)) for module in self.attention_modules(index)),
+        ]
         if self.final_norm is not None:
             named.append(self.final_norm)
         for module in named:

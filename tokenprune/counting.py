@@ -30,20 +30,175 @@ if TYPE_CHECKING:
 # a few operations an element). Any other operator that fvcore does not know is an error.
 _WEIGHTLESS = frozenset(
     "aten::" + name
-    for name in (
-        "abs add add_ alias amax arange argmax as_strided bernoulli bitwise_and broadcast_tensors cat ceil chunk clamp "
-        "clamp_min clone constant_pad_nd contiguous copy copy_ cos cumsum detach div div_ dropout embedding empty eq erf "
-        "exp expand expand_as eye feature_dropout fill_ flatten floor floor_divide full full_like gather ge gelu gelu_ gt "
-        "hardtanh index index_select is_nonzero item le lift_fresh linspace log log1p log_softmax logical_and logical_not "
-        "logical_or lt masked_fill masked_fill_ max maximum mean meshgrid min minimum mul mul_ narrow ne neg new_empty "
-        "new_full new_ones new_zeros nonzero norm numel one_hot ones ones_like pad permute pixel_shuffle pixel_unshuffle "
-        "pow prod rand rand_like randint randn randperm reciprocal relu relu_ remainder repeat repeat_interleave reshape "
-        "resize_ roll round rsqrt rsub scalar_tensor scatter scatter_ select selu sigmoid sigmoid_ sign silu silu_ sin "
-        "size slice slice_scatter softmax softplus sort split split_with_sizes sqrt square squeeze stack std sub sub_ sum "
-        "t tanh tensor_split tile to topk transpose tril triu type_as unbind unflatten uniform_ unsqueeze upsample_bicubic2d "
-        "upsample_bilinear2d upsample_nearest2d var view where zeros zeros_like zero_ _shape_as_tensor _to_copy "
-        "_upsample_bicubic2d_aa _upsample_bilinear2d_aa adaptive_avg_pool1d index_put index_put_ l1_loss linalg_vector_norm"
-    ).split()
+    for name in [
+        "abs",
+        "add",
+        "add_",
+        "alias",
+        "amax",
+        "arange",
+        "argmax",
+        "as_strided",
+        "bernoulli",
+        "bitwise_and",
+        "broadcast_tensors",
+        "cat",
+        "ceil",
+        "chunk",
+        "clamp",
+        "clamp_min",
+        "clone",
+        "constant_pad_nd",
+        "contiguous",
+        "copy",
+        "copy_",
+        "cos",
+        "cumsum",
+        "detach",
+        "div",
+        "div_",
+        "dropout",
+        "embedding",
+        "empty",
+        "eq",
+        "erf",
+        "exp",
+        "expand",
+        "expand_as",
+        "eye",
+        "feature_dropout",
+        "fill_",
+        "flatten",
+        "floor",
+        "floor_divide",
+        "full",
+        "full_like",
+        "gather",
+        "ge",
+        "gelu",
+        "gelu_",
+        "gt",
+        "hardtanh",
+        "index",
+        "index_select",
+        "is_nonzero",
+        "item",
+        "le",
+        "lift_fresh",
+        "linspace",
+        "log",
+        "log1p",
+        "log_softmax",
+        "logical_and",
+        "logical_not",
+        "logical_or",
+        "lt",
+        "masked_fill",
+        "masked_fill_",
+        "max",
+        "maximum",
+        "mean",
+        "meshgrid",
+        "min",
+        "minimum",
+        "mul",
+        "mul_",
+        "narrow",
+        "ne",
+        "neg",
+        "new_empty",
+        "new_full",
+        "new_ones",
+        "new_zeros",
+        "nonzero",
+        "norm",
+        "numel",
+        "one_hot",
+        "ones",
+        "ones_like",
+        "pad",
+        "permute",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "pow",
+        "prod",
+        "rand",
+        "rand_like",
+        "randint",
+        "randn",
+        "randperm",
+        "reciprocal",
+        "relu",
+        "relu_",
+        "remainder",
+        "repeat",
+        "repeat_interleave",
+        "reshape",
+        "resize_",
+        "roll",
+        "round",
+        "rsqrt",
+        "rsub",
+        "scalar_tensor",
+        "scatter",
+        "scatter_",
+        "select",
+        "selu",
+        "sigmoid",
+        "sigmoid_",
+        "sign",
+        "silu",
+        "silu_",
+        "sin",
+        "size",
+        "slice",
+        "slice_scatter",
+        "softmax",
+        "softplus",
+        "sort",
+        "split",
+        "split_with_sizes",
+        "sqrt",
+        "square",
+        "squeeze",
+        "stack",
+        "std",
+        "sub",
+        "sub_",
+        "sum",
+        "t",
+        "tanh",
+        "tensor_split",
+        "tile",
+        "to",
+        "topk",
+        "transpose",
+        "tril",
+        "triu",
+        "type_as",
+        "unbind",
+        "unflatten",
+        "uniform_",
+        "unsqueeze",
+        "upsample_bicubic2d",
+        "upsample_bilinear2d",
+        "upsample_nearest2d",
+        "var",
+        "view",
+        "where",
+        "zeros",
+        "zeros_like",
+        "zero_",
+        "_shape_as_tensor",
+        "_to_copy",
+        "_upsample_bicubic2d_aa",
+        "_upsample_bilinear2d_aa",
+        "adaptive_avg_pool1d",
+        "index_put",
+        "index_put_",
+        "l1_loss",
+        "linalg_vector_norm",
+    ]
 )
 
 Handler = Callable[[list[Any], list[Any]], int]
@@ -171,15 +326,16 @@ def count(model: nn.Module, inputs: torch.Tensor) -> Counter[str]:
     Raises:
         CountingError: An operator that may do multiply-adds has no handler.
     """
-    from fvcore.nn import FlopCountAnalysis
-
-    analysis = FlopCountAnalysis(model, inputs)
-    analysis.set_op_handle(**_HANDLERS)
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with _slow_path(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's, of shapes and deprecations
+        warnings.simplefilter("ignore")  # the tracer's, of shapes and of deprecations in fvcore's own code
+        from fvcore.nn import FlopCountAnalysis
+
+        analysis = FlopCountAnalysis(model, inputs)
+        analysis.set_op_handle(**_HANDLERS)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         by_module = analysis.by_module()
-        uncounted = {name: times for name, times in analysis.unsupported_ops().items() if not _is_weightless(name)}
+        unsupported = analysis.unsupported_ops()
+    uncounted = {name: times for name, times in unsupported.items() if not _is_weightless(name)}
     if uncounted:
         listed = ", ".join(f"{name} ({times} times)" for name, times in sorted(uncounted.items()))
         raise CountingError(
@@ -216,7 +372,7 @@ def _rms_norm(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _baddbmm(inputs: list[Any], outputs: list[Any]) -> int:
-    """batch · rows · inner · columns."""
+    """Batch · rows · inner · columns."""
     batch, rows, inner = _shape(inputs[1])
     return int(batch * rows * inner * _shape(inputs[2])[-1])
 

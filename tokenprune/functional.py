@@ -104,7 +104,7 @@ def attend(
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     if dropout_p > 0:
         inputs = (query, key, value, keep, attn_mask, own_key, scale, dropout_p)
-        return cast(Tensor, checkpoint(_written_out, *inputs, use_reentrant=False))
+        return checkpoint(_written_out, *inputs, use_reentrant=False)
     return cast(Tensor, _MaskedAttention.apply(query, key, value, keep, attn_mask, own_key, scale))
 
 
@@ -204,10 +204,12 @@ class _MaskedAttention(torch.autograd.Function):
 
         with torch.autocast(query.device.type, enabled=False):
             for images, heads in _blocks(query, key):
-                operands = (tensor[images, heads].to(dtype) for tensor in (grad, query, key, value, output, log_sum_exp))
+                operands = [
+                    tensor[images, heads].to(dtype) for tensor in (grad, query, key, value, output, log_sum_exp)
+                ]
                 bias = None if attn_mask is None else _mask_block(attn_mask, images, heads)
                 *block, block_keep, slopes = _backward_block(
-                    *operands, keep[images].to(dtype), bias, ctx.own_key, ctx.scale
+                    operands, keep[images].to(dtype), bias, ctx.own_key, ctx.scale
                 )
                 for whole, part in zip(grads, block, strict=True):
                     whole[images, heads] = part.to(whole.dtype)
@@ -257,16 +259,7 @@ def _mask_block(mask: Tensor, images: slice, heads: slice) -> Tensor:
 
 
 def _backward_block(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    keep: Tensor,
-    bias: Tensor | None,
-    own_key: bool,
-    scale: float,
+    operands: list[Tensor], keep: Tensor, bias: Tensor | None, own_key: bool, scale: float
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key, value (b, h, …) and keep (b, K), and those of the scores (b, h, L, K).
 
@@ -274,6 +267,7 @@ def _backward_block(
     ∂a_ij = G_ij t_ij, ∂keep_j = Σ_{i≠j} t_ij. G is a factor of columns but for the diagonal, so it
     multiplies what the products take or give, never a matrix of scores.
     """
+    grad, query, key, value, output, log_sum_exp = operands
     shape = query.shape[:2]
     keep_column = keep[:, None, :, None].expand(*shape, -1, 1).flatten(0, 1)  # (b·h, K, 1)
     offset = -log_sum_exp.unsqueeze(-1) if bias is None else bias - log_sum_exp.unsqueeze(-1)

@@ -28,12 +28,16 @@ def _without_override_check(function: Callable[..., Any]) -> types.FunctionType:
     `F.multi_head_attention_forward` hands itself to the active mode before it does anything. To run
     it *with* the mode, so that the attention inside is seen, the question must be answered by no.
     """
-    namespace = {**function.__globals__, "has_torch_function": _no_torch_function}  # type: ignore[attr-defined]
+    namespace = {**function.__globals__, "has_torch_function": _no_torch_function}
     del namespace["__name__"]  # the compiler takes a named namespace for the module of that name
     copy = types.FunctionType(
-        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__  # type: ignore[attr-defined]
+        function.__code__,
+        namespace,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
-    copy.__kwdefaults__ = function.__kwdefaults__  # type: ignore[attr-defined]
+    copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
@@ -75,11 +79,11 @@ class _Interception(TorchFunctionMode):
     ) -> Tensor:
         """Stands in for `F.scaled_dot_product_attention`, with its signature."""
         if is_causal or enable_gqa:
-            raise InterceptionError("causal attention and grouped queries cannot be masked; no ViT is known to use them.")
+            raise InterceptionError(
+                "causal attention and grouped queries cannot be masked; no ViT is known to use them."
+            )
         keep, own_key = self.keep_of_keys(key.shape[-2])
-        return attend(
-            query, key, value, keep, own_key=own_key, scale=scale, dropout_p=dropout_p, attn_mask=attn_mask
-        )
+        return attend(query, key, value, keep, own_key=own_key, scale=scale, dropout_p=dropout_p, attn_mask=attn_mask)
 
     def keep_of_keys(self, num_keys: int) -> tuple[Tensor, bool]:
         """The (B, K) decisions for ``num_keys`` keys, and whether a query always sees its own key."""
@@ -134,9 +138,7 @@ class TailInterception(_Interception):
                 return result
         return func(*args, **kwargs)
 
-    def reduce(
-        self, reduction: Callable[[Tensor, Tensor], Tensor], *args: Any, **kwargs: Any
-    ) -> Tensor | None:
+    def reduce(self, reduction: Callable[[Tensor, Tensor], Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
         """The kept-only reduction, or ``None`` where the call does not reduce tokens."""
         tokens = args[0] if args else kwargs.get("input")
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))

@@ -167,7 +167,8 @@ def _tokens_module(model: nn.Module, sparsifier: Sparsifier) -> str:
     """The name, within the model, of the module whose output is the final tokens."""
     backbone = sparsifier.backbone
     wanted = backbone.blocks[-1] if backbone.final_norm is None else backbone.final_norm
-    return next(name for name, module in unwrap(model).named_modules() if module is wanted)
+    names = [name for name, module in unwrap(model).named_modules() if module is wanted]
+    return names[0]
 
 
 @contextmanager
@@ -193,7 +194,9 @@ def _captured(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
 def _kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(student ‖ teacher) of softmax probabilities, mean over the batch; logits (B, K) each."""
     if student.shape != teacher.shape:
-        raise ValueError(f"logits of student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape.")
+        raise ValueError(
+            f"logits of student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape."
+        )
     return F.kl_div(
         F.log_softmax(teacher.float(), dim=-1), F.log_softmax(student.float(), dim=-1), reduction="batchmean",
         log_target=True,
@@ -215,5 +218,7 @@ def _token_distillation(student: Tensor, teacher: Tensor | None, keep: Tensor, n
 
 def _ratio(keep: tuple[Tensor, ...], keep_ratios: tuple[float, ...]) -> Tensor:
     """Squared difference between planned and actual keep ratio, mean over images and stages."""
-    errors = [(ratio - decisions.mean(dim=1)).square().mean() for ratio, decisions in zip(keep_ratios, keep, strict=True)]
+    errors = [
+        (ratio - decisions.mean(dim=1)).square().mean() for ratio, decisions in zip(keep_ratios, keep, strict=True)
+    ]
     return torch.stack(errors).mean()

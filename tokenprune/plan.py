@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 from tokenprune.errors import PlanError
 
@@ -74,9 +75,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as a JSON object that `from_json` reads, with a version."""
-        return json.dumps(
-            {"version": PLAN_VERSION, "stages": list(self.stages), "keep_ratios": list(self.keep_ratios)}
-        )
+        return json.dumps({"version": PLAN_VERSION, "stages": list(self.stages), "keep_ratios": list(self.keep_ratios)})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -120,8 +119,9 @@ def cumulative_ratios(keep_ratio: float | Sequence[float], num_stages: int) -> t
         PlanError: A ratio lies outside (0, 1], the count is wrong, or the ratios rise.
     """
     if isinstance(keep_ratio, Real):
+        ratio = float(keep_ratio)
         _check_keep_ratios((keep_ratio,), 1)
-        return tuple(float(keep_ratio) ** power for power in range(1, num_stages + 1))
+        return tuple(ratio**power for power in range(1, num_stages + 1))
     ratios = _as_tuple(keep_ratio, "keep_ratio")
     _check_keep_ratios(ratios, num_stages)
     return ratios
@@ -132,14 +132,14 @@ def _num_keep(num_patches: int, ratio: float) -> int:
     return max(1, math.floor(num_patches * ratio + 1e-9))
 
 
-def _as_tuple(values: object, name: str) -> tuple:
+def _as_tuple(values: Any, name: str) -> tuple[Any, ...]:
     try:
-        return tuple(values)  # type: ignore[arg-type]
+        return tuple(values)
     except TypeError:
         raise PlanError(f"{name}={values!r}: expected a sequence of numbers.") from None
 
 
-def _check_stages(stages: Sequence[int]) -> None:
+def _check_stages(stages: Sequence[Any]) -> None:
     if not stages:
         raise PlanError("stages is empty; name at least one block, or pass stages=None for the default.")
     for stage in stages:
@@ -153,7 +153,7 @@ def _check_stages(stages: Sequence[int]) -> None:
         raise PlanError(f"stages={tuple(stages)} repeat a block; name each block once.")
 
 
-def _check_keep_ratios(ratios: Sequence[float], num_stages: int) -> None:
+def _check_keep_ratios(ratios: Sequence[Any], num_stages: int) -> None:
     if len(ratios) != num_stages:
         raise PlanError(
             f"keep ratios {tuple(ratios)} and {num_stages} stage(s) do not match; "

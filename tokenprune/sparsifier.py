@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -212,16 +212,12 @@ class Sparsifier(nn.Module):
         num_patches = tokens.shape[1] - self.backbone.num_prefix_tokens
         if num_patches < 1:
             raise StateError(
-                f"{type(block).__name__} got {tokens.shape[1]} tokens, {self.backbone.num_prefix_tokens} of them prefix "
+                f"{type(block).__name__} got {tokens.shape[1]} tokens, and {self.backbone.num_prefix_tokens} are prefix "
                 "tokens; there is no patch token to prune."
             )
-        execution: Literal["mask", "gather"]
-        if self._execution == "auto":
-            execution = "mask" if self.training else "gather"
-        else:
-            execution = self._execution
+        by_mode: Literal["mask", "gather"] = "mask" if self.training else "gather"
         self.trace = Trace(
-            execution=execution,
+            execution=by_mode if self._execution == "auto" else self._execution,
             num_patches=num_patches,
             num_prefix_tokens=self.backbone.num_prefix_tokens,
             grid=self._grid(num_patches),
@@ -276,7 +272,7 @@ class Sparsifier(nn.Module):
             keys = decisions.keys[stage - 1] if stage > 0 else None
         else:
             candidates = self._candidates(tokens, before, None, trace)
-            keep = self.stages[stage].mask(candidates, self._plan.num_keep(trace.num_patches)[stage])
+            keep = self._stage(stage).mask(candidates, self._plan.num_keep(trace.num_patches)[stage])
             keys = torch.cat([keep.new_ones(keep.shape[0], trace.num_prefix_tokens), keep], dim=1)
         if not _recomputing():
             self._decisions = _Decisions((*decisions.keep, keep), (*decisions.keys, keys))
@@ -292,14 +288,15 @@ class Sparsifier(nn.Module):
             trace.indices.append(everything if before is None else before)
             return tokens
         candidates = self._candidates(tokens, None, before, trace)
-        chosen = self.stages[stage].gather(candidates, num_keep)  # (B, num_keep)
+        chosen = self._stage(stage).gather(candidates, num_keep)  # (B, num_keep)
         trace.indices.append(chosen if before is None else before.gather(1, chosen))
         kept = candidates.patches.gather(1, chosen.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
         return torch.cat([candidates.prefix, kept], dim=1)  # (B, P + num_keep, C)
 
-    def _candidates(
-        self, tokens: Tensor, keep: Tensor | None, indices: Tensor | None, trace: Trace
-    ) -> Candidates:
+    def _stage(self, index: int) -> Stage:
+        return cast(Stage, self.stages[index])
+
+    def _candidates(self, tokens: Tensor, keep: Tensor | None, indices: Tensor | None, trace: Trace) -> Candidates:
         num_prefix = trace.num_prefix_tokens
         return Candidates(
             patches=tokens[:, num_prefix:],
@@ -384,8 +381,8 @@ class Sparsifier(nn.Module):
     def _check_grad(self, module: nn.Module) -> None:
         if self._in_model and self._grad_enabled and not torch.is_grad_enabled():
             raise StateError(
-                f"{type(module).__name__} runs without gradients inside a forward pass with them: re-entrant activation "
-                "checkpointing loses the gradients of the keep decisions. Use use_reentrant=False."
+                f"{type(module).__name__} runs without gradients inside a forward pass with them: re-entrant "
+                "activation checkpointing loses the gradients of the keep decisions. Use use_reentrant=False."
             )
 
 

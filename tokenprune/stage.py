@@ -40,7 +40,7 @@ class Stage(nn.Module):
         return top_k(self._scores(candidates).detach(), candidates.keep, num_keep)
 
     def _scores(self, candidates: Candidates) -> Tensor:
-        scores = self.scorer(candidates)
+        scores: Tensor = self.scorer(candidates)
         expected = candidates.patches.shape[:2]
         if scores.shape != expected:
             raise ValueError(

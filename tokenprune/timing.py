@@ -46,9 +46,7 @@ class ThroughputReport:
     @property
     def speedups(self) -> tuple[float, ...]:
         """Dense ÷ sparse seconds of each pair."""
-        return tuple(
-            before / after for before, after in zip(self.dense_seconds, self.sparse_seconds, strict=True)
-        )
+        return tuple(before / after for before, after in zip(self.dense_seconds, self.sparse_seconds, strict=True))
 
     @property
     def speedup(self) -> float:

@@ -41,5 +41,6 @@ class Trace:
         if self.execution == "mask":
             return tuple(self._keep)
         return tuple(
-            torch.zeros(kept.shape[0], self.num_patches, device=kept.device).scatter_(1, kept, 1.0) for kept in self.indices
+            torch.zeros(kept.shape[0], self.num_patches, device=kept.device).scatter_(1, kept, 1.0)
+            for kept in self.indices
         )

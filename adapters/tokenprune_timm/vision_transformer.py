@@ -25,11 +25,12 @@ def describe(model: nn.Module) -> Backbone:
         )
     if getattr(model.attn_pool, "pos_embed", None) is not None:
         raise UnsupportedModelError(f"{name}'s attention pool adds position embeddings of its own to a full grid.")
+    height, width = model.patch_embed.feat_ratio(as_scalar=False)  # pixels a token stands for, also in hybrids
     return Backbone(
         blocks=tuple(model.blocks),
         num_prefix_tokens=model.num_prefix_tokens,
         embed_dim=model.embed_dim,
-        patch_size=tuple(int(size) for size in model.patch_embed.feat_ratio(as_scalar=False)),
+        patch_size=(int(height), int(width)),
         grid_size=model.patch_embed.grid_size,
         final_norm=model.norm,
         settings=tuple(

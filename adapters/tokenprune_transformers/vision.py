@@ -78,7 +78,11 @@ def _vision_tower(model: nn.Module) -> PreTrainedModel | None:
     from transformers.backbone_utils import BackboneMixin
 
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config.model_type in _FINAL_NORMS and hasattr(module, "embeddings"):
+        if (
+            isinstance(module, PreTrainedModel)
+            and module.config.model_type in _FINAL_NORMS
+            and hasattr(module, "embeddings")
+        ):
             return None if isinstance(module, BackboneMixin) else module
     return None
 

@@ -9,7 +9,6 @@ The folder is an ordinary one (``train/3/00012.png``) and is read like any user'
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +16,8 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 from sklearn.datasets import load_digits
+
+from recipes.engine import write_whole
 
 IMAGE_SIZE = 64
 DIGIT_SCALE = 3
@@ -39,7 +40,7 @@ class DigitsConfig:
     num_train: int = 20_000
     num_validation: int = 2_000
     validation_fraction: float = 0.25
-    num_fragments: int = 6
+    num_fragments: int = 4
     noise: float = 0.06
     seed: int = 0
 
@@ -70,8 +71,9 @@ def _scene(digits: np.ndarray, index: int, config: DigitsConfig, rng: np.random.
     return Image.fromarray((canvas.clip(0, 1) * 255).astype(np.uint8))
 
 
-def _write_split(root: Path, digits: np.ndarray, labels: np.ndarray, count: int, config: DigitsConfig,
-                 rng: np.random.Generator) -> None:
+def _write_split(
+    root: Path, digits: np.ndarray, labels: np.ndarray, count: int, config: DigitsConfig, rng: np.random.Generator
+) -> None:
     for label in range(10):
         (root / str(label)).mkdir(parents=True)
     for number in track(range(count), description=f"writing {root.name} images", transient=True):
@@ -82,8 +84,7 @@ def _write_split(root: Path, digits: np.ndarray, labels: np.ndarray, count: int,
 def make_digits(root: Path, config: DigitsConfig | None = None) -> Path:
     """Write the image folder once, or reuse the one that is there.
 
-    The folder is built beside its final place and renamed, so an interrupted run leaves nothing
-    that a later one could mistake for a whole folder.
+    An interrupted run leaves nothing that a later one could mistake for a whole folder.
 
     Args:
         root: The folder to make; holds ``train/``, ``validation/`` and ``digits.json`` afterwards.
@@ -97,10 +98,11 @@ def make_digits(root: Path, config: DigitsConfig | None = None) -> Path:
     marker = root / "digits.json"
     if marker.exists() and marker.read_text() == description:
         return root
-    partial = root.with_name(root.name + ".partial")
-    for stale in (partial, root):
-        shutil.rmtree(stale, ignore_errors=True)
+    write_whole(root, lambda partial: _write(partial, config, description))
+    return root
 
+
+def _write(folder: Path, config: DigitsConfig, description: str) -> None:
     digits = load_digits()
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(digits.images))
@@ -110,7 +112,5 @@ def make_digits(root: Path, config: DigitsConfig | None = None) -> Path:
         ("train", seen, config.num_train),
         ("validation", held_out, config.num_validation),
     ):
-        _write_split(partial / name, digits.images[chosen], digits.target[chosen], count, config, rng)
-    (partial / marker.name).write_text(description)
-    partial.rename(root)
-    return root
+        _write_split(folder / name, digits.images[chosen], digits.target[chosen], count, config, rng)
+    (folder / "digits.json").write_text(description)

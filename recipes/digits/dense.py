@@ -12,10 +12,10 @@ from recipes.digits.data import IMAGE_SIZE, make_digits
 from recipes.digits.model import WEIGHTS, build_model, save_dense_model
 from recipes.engine import Schedule, evaluate, image_folder_loader, train
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1.5e-3
 
 
-def train_dense(data: Path, output: Path, *, weights: Path = WEIGHTS, steps: int = 6000, seed: int = 0) -> float:
+def train_dense(data: Path, output: Path, *, weights: Path = WEIGHTS, steps: int = 4000, seed: int = 0) -> float:
     """Train from nothing with cross-entropy.
 
     Args:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
 
 from recipes.digits.data import IMAGE_SIZE
+from recipes.engine import write_whole
 
 WEIGHTS = Path(__file__).with_name("dense.safetensors")
 
@@ -29,7 +30,5 @@ def load_dense_model(weights: Path = WEIGHTS) -> VisionTransformer:
 
 def save_dense_model(model: VisionTransformer, weights: Path = WEIGHTS) -> None:
     """Write the weights as float16 safetensors, whole or not at all."""
-    partial = weights.with_suffix(".partial")
     state = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, partial)
-    partial.replace(weights)
+    write_whole(weights, lambda partial: save_file(state, partial))

@@ -102,6 +102,6 @@ def scorer_builder(scorer: str | ScorerBuilder) -> ScorerBuilder:
 
 
 def log_odds(probability: float) -> float:
-    """log p − log(1 − p), with p held within 0.001 … 0.999 so that it stays finite and trainable."""
+    """Log p − log(1 − p), with p held within 0.001 … 0.999 so that it stays finite and trainable."""
     probability = min(max(probability, 1e-3), 1 - 1e-3)
     return math.log(probability / (1 - probability))

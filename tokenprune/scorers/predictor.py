@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -48,18 +50,19 @@ class Predictor(Scorer):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
-            self.out_conv[-1].bias[0] = log_odds(keep_probability)
+            last = cast(nn.Linear, self.out_conv[-1])
+            last.bias[0] = log_odds(keep_probability)
 
     def forward(self, candidates: Candidates) -> Tensor:
-        hidden = self.in_conv(candidates.patches)  # (B, n, C)
+        hidden: Tensor = self.in_conv(candidates.patches)  # (B, n, C)
         local, other = hidden.chunk(2, dim=-1)  # (B, n, C/2) each
         if candidates.keep is None:
             mean = other.mean(dim=1, keepdim=True)  # (B, 1, C/2)
         else:
             weights = candidates.keep.to(other.dtype).unsqueeze(-1)  # (B, n, 1)
             mean = (other * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1)
-        keep, drop = self.out_conv(torch.cat([local, mean.expand_as(local)], dim=-1)).unbind(dim=-1)
-        return keep - drop
+        logits: Tensor = self.out_conv(torch.cat([local, mean.expand_as(local)], dim=-1))  # (B, n, 2)
+        return logits[..., 0] - logits[..., 1]
 
 
 @register_scorer("predictor")

@@ -1,0 +1,42 @@
+# Every target does its own set-up: a virtual environment in .venv, made once and reused.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: demo test test-all check docs benchmarks clean
+
+demo: $(READY)
+	$(BIN)/python -m recipes.digits demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "not gpu" $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/mypy -p recipes
+	$(BIN)/lint-imports
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+docs: $(READY)
+	$(BIN)/mkdocs serve
+
+benchmarks: $(READY)
+	$(BIN)/python -m benchmarks.inference
+	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.training
+
+clean:
+	rm -rf $(VENV) build runs
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[all,dev]"
+	touch $(READY)

@@ -1,0 +1,73 @@
+"""The command line of the digits demo: ``python -m recipes.digits``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from recipes.digits.demo import run_demo
+from recipes.digits.dense import train_dense
+from recipes.digits.study import run_study
+from recipes.engine import Interrupted
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+console = Console()
+
+Data = Annotated[Path, typer.Option(help="The image folder, made if it is not there.")]
+Output = Annotated[Path, typer.Option(help="Where results and checkpoints go.")]
+Steps = Annotated[int, typer.Option(min=10, help="Fine-tuning steps of each scorer.")]
+
+
+@app.command()
+def demo(
+    data: Data = Path("runs/digits-images"),
+    output: Output = Path("runs/digits"),
+    keep_ratio: Annotated[float, typer.Option(min=0.05, max=1.0, help="ρ: the stages keep ρ, ρ², ρ³.")] = 0.7,
+    steps: Steps = 100,
+    seed: int = 0,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Train the dense model first (about 40 min).")
+    ] = False,
+) -> None:
+    """Sparsify the trained dense model with three scorers, fine-tune, and compare."""
+    if from_scratch:
+        train_dense(data, output)
+    run_demo(data=data, output=output, keep_ratio=keep_ratio, steps=steps, seed=seed, console=console)
+
+
+@app.command()
+def dense(
+    data: Data = Path("runs/digits-images"), output: Output = Path("runs/digits"), steps: Steps = 4000, seed: int = 0
+) -> None:
+    """Train the dense model from scratch and write the weights that the demo starts from."""
+    accuracy = train_dense(data, output, steps=steps, seed=seed)
+    console.print(f"dense accuracy {accuracy:.2%}")
+
+
+@app.command()
+def study(
+    data: Data = Path("runs/digits-images"),
+    output: Output = Path("runs/digits"),
+    keep_ratio: Annotated[list[float] | None, typer.Option(help="ρ; give it several times.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+    steps: Steps = 100,
+) -> None:
+    """Compare the scorers over several seeds and keep ratios."""
+    ratios = keep_ratio or [0.7, 0.5]
+    run_study(data=data, output=output, keep_ratios=ratios, seeds=range(seeds), steps=steps, console=console)
+
+
+def main() -> None:
+    """Run the command line; an interrupted run says how to go on."""
+    try:
+        app()
+    except Interrupted as interrupted:
+        console.print(f"\n[yellow]Interrupted:[/] {interrupted}. Run the same command again to go on from there.")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

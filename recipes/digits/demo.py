@@ -1,0 +1,143 @@
+"""The demo: dense model in, three sparse ones out, one table and one picture."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import tokenprune
+from recipes.digits.data import IMAGE_SIZE, make_digits
+from recipes.digits.model import load_dense_model
+from recipes.digits.picture import kept_tokens_picture
+from recipes.digits.sparse import SparseConfig, SparseResult, fine_tune, sparse_model
+from recipes.engine import evaluate, image_folder_loader, write_whole
+
+INPUT_SIZE = (3, IMAGE_SIZE, IMAGE_SIZE)
+SCORERS = ("predictor", "random", "static")
+LABELS = {"predictor": "learned", "random": "random", "static": "static"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        name: The model.
+        accuracy: Validation accuracy as a fraction.
+        gmacs: 10⁹ multiply-adds an image.
+        gmac_ratio: Dense ÷ sparse multiply-adds.
+        dense_images_per_second: Measured without pruning, beside the next.
+        images_per_second: Measured as it is.
+        speedup: Median of the pairs.
+    """
+
+    name: str
+    accuracy: float
+    gmacs: float
+    gmac_ratio: float
+    dense_images_per_second: float
+    images_per_second: float
+    speedup: float
+
+
+def run_demo(
+    *, data: Path, output: Path, keep_ratio: float, steps: int, seed: int, console: Console, pairs: int = 15
+) -> list[Row]:
+    """Make the images, the three runs, the table, the picture and ``results.json``.
+
+    Args:
+        data: Where the digits image folder is, or is to be made.
+        output: Where everything else is written.
+        keep_ratio: ρ.
+        steps: Fine-tuning steps of each scorer.
+        seed: Seed of the runs.
+        console: Where the table is printed.
+        pairs: Timed pairs of batches a row.
+
+    Raises:
+        Interrupted: Ctrl-C was pressed; the same call goes on where it stopped.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    make_digits(data)
+    validation = image_folder_loader(data, "validation", image_size=IMAGE_SIZE, batch_size=250)
+    dense_accuracy = evaluate(load_dense_model(), validation)
+    results = [
+        fine_tune(SparseConfig(scorer=scorer, keep_ratio=keep_ratio, steps=steps, seed=seed), data, output, validation)
+        for scorer in SCORERS
+    ]
+    rows = _measure(dense_accuracy, results, output, console, pairs)
+    images = _examples(validation)
+    learned = results[0].config
+    picture = output / "kept_tokens.png"
+    kept_tokens_picture(
+        sparse_model(learned, output / f"{learned.name}.safetensors"), images, picture,
+        f"Tokens kept by the learned scorer, ρ = {keep_ratio:g}",
+    )  # fmt: skip
+    report = {
+        "keep_ratio": keep_ratio,
+        "steps": steps,
+        "seed": seed,
+        "rows": [asdict(row) for row in rows],
+        "runs": [asdict(result) for result in results],
+        "versions": {"tokenprune": tokenprune.__version__, "torch": torch.__version__, "timm": timm.__version__},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+    write_whole(output / "results.json", lambda partial: partial.write_text(json.dumps(report, indent=2) + "\n"))
+    console.print(table(rows, keep_ratio))
+    console.print(f"Results, checkpoints and the picture of kept tokens are in [bold]{output}[/].")
+    return rows
+
+
+def _measure(
+    dense_accuracy: float, results: list[SparseResult], output: Path, console: Console, pairs: int
+) -> list[Row]:
+    rows: list[Row] = []
+    with console.status("measuring speed"):
+        for result in results:
+            model = sparse_model(result.config, output / f"{result.config.name}.safetensors")
+            counted = tokenprune.flops(model, INPUT_SIZE)
+            timed = tokenprune.throughput(model, INPUT_SIZE, batch_size=64, pairs=pairs)
+            if not rows:
+                speed = timed.dense_images_per_second
+                rows.append(
+                    Row(name="dense", accuracy=dense_accuracy, gmacs=counted.dense_gmacs, gmac_ratio=1.0,
+                        dense_images_per_second=speed, images_per_second=speed, speedup=1.0)
+                )  # fmt: skip
+            rows.append(
+                Row(name=LABELS[result.config.scorer], accuracy=result.accuracy, gmacs=counted.sparse_gmacs,
+                    gmac_ratio=counted.ratio, dense_images_per_second=timed.dense_images_per_second,
+                    images_per_second=timed.sparse_images_per_second, speedup=timed.speedup)
+            )  # fmt: skip
+    return rows
+
+
+def _examples(validation: torch.utils.data.DataLoader) -> torch.Tensor:
+    """Six validation images, spread over the classes."""
+    dataset = validation.dataset
+    chosen = [index * len(dataset) // 6 + 7 for index in range(6)]
+    return torch.stack([dataset[index][0] for index in chosen])
+
+
+def table(rows: list[Row], keep_ratio: float) -> Table:
+    """The rows as a rich table."""
+    made = Table(title=f"Handwritten digits among clutter, ρ = {keep_ratio:g}")
+    for name in ("model", "accuracy", "GMACs", "images/s dense", "images/s", "speed-up", "speed-up ÷ GMAC ratio"):
+        made.add_column(name, justify="left" if name == "model" else "right")
+    for row in rows:
+        made.add_row(
+            row.name,
+            f"{row.accuracy:.1%}",
+            f"{row.gmacs:.4f}",
+            f"{row.dense_images_per_second:.0f}",
+            f"{row.images_per_second:.0f}",
+            f"{row.speedup:.2f}",
+            f"{row.speedup / row.gmac_ratio:.2f}",
+        )
+    return made

@@ -1,0 +1,53 @@
+"""The picture of kept tokens: test images and what each stage leaves of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from recipes.engine import write_whole
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@torch.no_grad()
+def kept_tokens_picture(model: nn.Module, images: Tensor, output: Path, title: str) -> None:
+    """Draw a row an image: the image, then what is left of it after each stage.
+
+    Args:
+        model: A sparsified model.
+        images: (B, 3, H, W), normalised to −1 … 1.
+        output: The PNG file to write.
+        title: What stands above.
+    """
+    model.eval()
+    model(images)
+    trace = model.tokenprune.trace
+    rows, columns = trace.grid
+    pixels = (images.mean(dim=1) * 0.5 + 0.5).clamp(0, 1).numpy()  # (B, H, W)
+    patch = pixels.shape[1] // rows
+    num_columns = 1 + len(trace.keep)
+    figure, axes = plt.subplots(len(images), num_columns, figsize=(1.6 * num_columns, 1.6 * len(images) + 0.7))
+    for row, picture in enumerate(pixels):
+        for column, axis in enumerate(axes[row]):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+            shown = np.repeat(picture[:, :, None], 3, axis=2)
+            if column > 0:
+                keep = trace.keep[column - 1][row].reshape(rows, columns).numpy()
+                keep = np.kron(keep, np.ones((patch, patch)))[:, :, None]
+                shown = keep * shown + (1 - keep) * (0.25 * shown + 0.75 * np.array([0.80, 0.84, 0.90]))
+            axis.imshow(shown, vmin=0, vmax=1, interpolation="nearest")
+            if row == 0:
+                ratio = model.tokenprune.keep_ratio[column - 1] if column else None
+                axis.set_title("image" if ratio is None else f"stage {column}: {ratio:.0%}", fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    write_whole(output, lambda partial: figure.savefig(partial, dpi=110, format="png"))
+    plt.close(figure)
