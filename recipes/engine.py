@@ -54,7 +54,7 @@ def image_folder_loader(
     crop_scale: float = 1.0,
     num_workers: int = 1,
     seed: int = 0,
-) -> DataLoader:
+) -> DataLoader[Any]:
     """Timm's loader over ``root/split``, an ordinary image folder with one sub-folder a class.
 
     Args:
@@ -67,7 +67,7 @@ def image_folder_loader(
         seed: Seed of the order of training images.
     """
     training = split == "train"
-    loader = create_loader(
+    loader: DataLoader[Any] = create_loader(
         create_dataset("", root=str(root), split=split),
         input_size=(3, image_size, image_size),
         batch_size=batch_size,
@@ -87,12 +87,13 @@ def image_folder_loader(
     )
     loader.generator = torch.Generator().manual_seed(seed)
     if training:
-        loader.sampler.generator = loader.generator
+        sampler: Any = loader.sampler
+        sampler.generator = loader.generator
     return loader
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader) -> float:
+def evaluate(model: nn.Module, loader: DataLoader[Any]) -> float:
     """Top-1 accuracy of ``model`` in eval mode over all of ``loader``, as a fraction."""
     was_training = model.training
     model.eval()
@@ -147,7 +148,7 @@ class _Counter:
 def train(
     model: nn.Module,
     loss_function: LossFunction,
-    loader: DataLoader,
+    loader: DataLoader[Any],
     parameter_groups: list[dict[str, Any]],
     schedule: Schedule,
     *,
@@ -227,6 +228,6 @@ def train(
     shutil.rmtree(state_folder, ignore_errors=True)
 
 
-def _repeat(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+def _repeat(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         yield from loader

@@ -1,0 +1,1 @@
+"""Tests of tokenprune, on real models of real libraries."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -119,7 +120,7 @@ def test_report_as_object_table_and_json() -> None:
         and report.stage_blocks == (2, 4)
         and report.sparse_blocks[0] == report.dense_blocks[0]
     )
-    console = Console(record=True, width=100, file=open("/dev/null", "w"))
+    console = Console(record=True, width=100, file=io.StringIO())
     console.print(report.table())
     text = console.export_text()
     assert "stage 1, keeps 36.0%" in text and "block 5" in text and "everything else" in text

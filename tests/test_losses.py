@@ -130,7 +130,7 @@ def test_misuse_is_refused() -> None:
         DynamicViTLoss(copy.deepcopy(model))
     with pytest.raises(ValueError, match="kl_weight=-1 is negative"):
         DynamicViTLoss(teacher, kl_weight=-1)
-    with pytest.raises(tokenprune.StateError, match="is not sparsified; call tokenprune.sparsify"):
+    with pytest.raises(tokenprune.StateError, match=r"is not sparsified; call tokenprune\.sparsify"):
         loss(teacher, images, teacher(images), targets)
     with pytest.raises(tokenprune.StateError, match="no pruned forward pass"):
         loss(model, images, torch.zeros(3, 7), targets)

@@ -123,7 +123,7 @@ def test_scorers_by_name_or_by_hand() -> None:
     with pytest.raises(TypeError, match="a callable that takes a ScorerContext"):
         scorer_builder(Random())  # type: ignore[arg-type]
     case = BY_NAME["timm class token"]
-    with pytest.raises(TypeError, match="built a Linear; expected a tokenprune.Scorer"):
+    with pytest.raises(TypeError, match=r"built a Linear; expected a tokenprune\.Scorer"):
         tokenprune.sparsify(case.model(), scorer=lambda context: torch.nn.Linear(1, 1))
     seen: list[ScorerContext] = []
 

@@ -92,9 +92,14 @@ class Case:
 
 
 def _timm(cls: type[nn.Module] = VisionTransformer, **options: Any) -> Callable[[], nn.Module]:
-    sizes = dict(
-        img_size=IMAGE_SIZE, patch_size=PATCH_SIZE, embed_dim=EMBED_DIM, depth=DEPTH, num_heads=2, num_classes=7
-    )
+    sizes = {
+        "img_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "embed_dim": EMBED_DIM,
+        "depth": DEPTH,
+        "num_heads": 2,
+        "num_classes": 7,
+    }
     return lambda: cls(**{**sizes, **options})
 
 
@@ -102,17 +107,18 @@ def _transformers(name: str, config_name: str, **options: Any) -> Callable[[], n
     def build() -> nn.Module:
         import transformers
 
-        sizes = dict(
-            hidden_size=EMBED_DIM,
-            intermediate_size=64,
-            num_hidden_layers=DEPTH,
-            num_attention_heads=2,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
+        sizes = {
+            "hidden_size": EMBED_DIM,
+            "intermediate_size": 64,
+            "num_hidden_layers": DEPTH,
+            "num_attention_heads": 2,
+            "image_size": IMAGE_SIZE,
+            "patch_size": PATCH_SIZE,
             **options,
-        )
+        }
         if config_name in ("CLIPConfig", "SiglipConfig"):
-            text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+            text = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 8)
+            text |= dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 1)
             config = getattr(transformers, config_name)(vision_config=sizes, text_config=text, num_labels=7)
         else:
             labels = {"num_labels": 7} if "Classification" in name else {}
@@ -176,8 +182,8 @@ TRANSFORMERS = [
 ]
 TORCHVISION = [
     Case("torchvision",
-         lambda: TorchvisionVisionTransformer(image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, num_layers=DEPTH, num_heads=2,
-                                              hidden_dim=EMBED_DIM, mlp_dim=64, num_classes=7), 1),
+         lambda: TorchvisionVisionTransformer(image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, num_layers=DEPTH,
+                                              num_heads=2, hidden_dim=EMBED_DIM, mlp_dim=64, num_classes=7), 1),
 ]  # fmt: skip
 ALL = TIMM + TRANSFORMERS + TORCHVISION
 BY_NAME = {case.name: case for case in ALL}

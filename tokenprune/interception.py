@@ -51,6 +51,14 @@ _multi_head_attention_forward = _without_override_check(F.multi_head_attention_f
 class _Interception(TorchFunctionMode):
     """What interception of blocks and of the tail have in common: the way to the attention call."""
 
+    def enter(self) -> None:
+        """Switch it on, outside of a ``with``: by one hook, for another to switch off."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(self) -> None:
+        """Switch it off again."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -167,8 +175,8 @@ class TailInterception(_Interception):
         if keep is None:
             assert self.keep is not None
             raise InterceptionError(
-                f"attention after the last block runs over {num_keys} keys, neither the {self.keep.shape[1]} tokens nor "
-                "the patch tokens among them; which of them are pruned cannot be told."
+                f"attention after the last block runs over {num_keys} keys, neither the {self.keep.shape[1]} tokens "
+                "nor the patch tokens among them; which of them are pruned cannot be told."
             )
         # A pool's query is not one of the tokens. Where it is, rows of pruned tokens are not used.
         return keep, False

@@ -63,7 +63,8 @@ class DynamicViTLoss(nn.Module):
                 raise ValueError(f"{name}_weight={weight} is negative; 0 leaves the part out.")
         if any(isinstance(module, Sparsifier) for module in teacher.modules()):
             raise StateError(
-                "the teacher is sparsified; pass the dense model: teacher = copy.deepcopy(model) before sparsify(model)."
+                "the teacher is sparsified; pass the dense model: teacher = copy.deepcopy(model) before "
+                "tokenprune.sparsify(model)."
             )
         self.teacher = teacher.eval()
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
@@ -167,8 +168,8 @@ def _tokens_module(model: nn.Module, sparsifier: Sparsifier) -> str:
     """The name, within the model, of the module whose output is the final tokens."""
     backbone = sparsifier.backbone
     wanted = backbone.blocks[-1] if backbone.final_norm is None else backbone.final_norm
-    names = [name for name, module in unwrap(model).named_modules() if module is wanted]
-    return names[0]
+    name: str = next(name for name, module in unwrap(model).named_modules() if module is wanted)
+    return name
 
 
 @contextmanager
@@ -208,8 +209,8 @@ def _token_distillation(student: Tensor, teacher: Tensor | None, keep: Tensor, n
     if teacher is None or student.shape != teacher.shape:
         got = None if teacher is None else tuple(teacher.shape)
         raise ValueError(
-            f"final tokens of student {tuple(student.shape)} and teacher {got} differ in shape; pass distill_weight=0 for "
-            "a teacher of another architecture, and do not drop patches in training while distilling tokens."
+            f"final tokens of student {tuple(student.shape)} and teacher {got} differ in shape; pass distill_weight=0 "
+            "for a teacher of another architecture, and do not drop patches in training while distilling tokens."
         )
     error = (student - teacher)[:, num_prefix_tokens:].float().square().mean(dim=-1)  # (B, N)
     kept = keep.detach()

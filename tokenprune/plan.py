@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -160,9 +161,9 @@ def _check_keep_ratios(ratios: Sequence[Any], num_stages: int) -> None:
             "give one number, or one cumulative ratio a stage."
         )
     for ratio in ratios:
-        if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
+        if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < float(ratio) <= 1:
             raise PlanError(f"keep ratio {ratio!r} is outside (0, 1]; it is the fraction of patch tokens to keep.")
-    if any(later > earlier for earlier, later in zip(ratios, ratios[1:], strict=False)):
+    if any(later > earlier for earlier, later in pairwise(ratios)):
         raise PlanError(
             f"keep ratios {tuple(ratios)} rise from stage to stage; they are fractions of the original tokens, "
             "and a pruned token never comes back."

@@ -212,8 +212,8 @@ class Sparsifier(nn.Module):
         num_patches = tokens.shape[1] - self.backbone.num_prefix_tokens
         if num_patches < 1:
             raise StateError(
-                f"{type(block).__name__} got {tokens.shape[1]} tokens, and {self.backbone.num_prefix_tokens} are prefix "
-                "tokens; there is no patch token to prune."
+                f"{type(block).__name__} got {tokens.shape[1]} tokens, and {self.backbone.num_prefix_tokens} are "
+                "prefix tokens; there is no patch token to prune."
             )
         by_mode: Literal["mask", "gather"] = "mask" if self.training else "gather"
         self.trace = Trace(
@@ -312,13 +312,13 @@ class Sparsifier(nn.Module):
         if keys is not None:
             self._check_grad(attention)
             self._block_interception.keep, self._block_interception.hits = keys, 0
-            self._block_interception.__enter__()
+            self._block_interception.enter()
 
     def _after_attention(self, stage: int, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         interception = self._block_interception
         if interception.keep is None:
             return
-        interception.__exit__(None, None, None)
+        interception.leave()
         interception.keep = None
         if interception.hits == 0 and output is not None:  # None: an exception is passing through
             raise InterceptionError(
@@ -356,7 +356,7 @@ class Sparsifier(nn.Module):
         if self._in_model:
             self._tail_interception.keep = keys
             self._tail_interception.num_prefix_tokens = self.backbone.num_prefix_tokens
-            self._tail_interception.__enter__()
+            self._tail_interception.enter()
         else:
             warnings.warn(
                 "a method of a sparsified model was called in mask execution without calling the model itself: its "
@@ -375,7 +375,7 @@ class Sparsifier(nn.Module):
         """Leave what is still entered: the tail's as a rule, a block's after an interrupted pass."""
         for interception in (self._block_interception, self._tail_interception):
             if interception.keep is not None:
-                interception.__exit__(None, None, None)
+                interception.leave()
                 interception.keep = None
 
     def _check_grad(self, module: nn.Module) -> None:

@@ -65,7 +65,8 @@ class VerificationReport:
 
     def __str__(self) -> str:
         lines = [
-            f"identity {self.identity:.1e}, mask = gather {self.mask_equals_gather:.1e}, tolerance {self.tolerance:.0e}",
+            f"identity {self.identity:.1e}, mask = gather {self.mask_equals_gather:.1e}; "
+            f"tolerance {self.tolerance:.0e}",
             f"effect of pruning {self.effect:.1e}, over {self.compared} outputs",
             "largest gradient of each scorer: " + ", ".join(f"{gradient:.1e}" for gradient in self.gradients),
         ]

@@ -50,8 +50,8 @@ def describe(model: nn.Module) -> Backbone:
         )
     if tower is not model and not name.endswith(_HEADS):
         raise UnsupportedModelError(
-            f"what {name} does with its vision tokens may take all of them; sparsify its {type(tower).__name__} alone if "
-            "it does not."
+            f"what {name} does with its vision tokens may take all of them; sparsify its {type(tower).__name__} alone "
+            "if it does not."
         )
     if not tower._supports_sdpa:
         raise UnsupportedModelError(f"{type(tower).__name__} has no SDPA attention in this version of transformers.")
@@ -96,7 +96,8 @@ def _blocks(tower: nn.Module, depth: int) -> tuple[nn.Module, ...]:
     ]
     if len(lists) != 1:
         raise UnsupportedModelError(
-            f"{type(tower).__name__} has {len(lists)} lists of {depth} equal modules; which holds the blocks cannot be told."
+            f"{type(tower).__name__} has {len(lists)} lists of {depth} equal modules; which holds the "
+            "blocks cannot be told."
         )
     return tuple(lists[0])
 

@@ -6,11 +6,13 @@ import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import DataLoader
 
 import tokenprune
 from recipes.digits.data import IMAGE_SIZE, make_digits
@@ -118,9 +120,9 @@ def _measure(
     return rows
 
 
-def _examples(validation: torch.utils.data.DataLoader) -> torch.Tensor:
+def _examples(validation: DataLoader[Any]) -> torch.Tensor:
     """Six validation images, spread over the classes."""
-    dataset = validation.dataset
+    dataset: Any = validation.dataset
     chosen = [index * len(dataset) // 6 + 7 for index in range(6)]
     return torch.stack([dataset[index][0] for index in chosen])
 

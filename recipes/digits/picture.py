@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recipes.digits.sparse import attached
 from recipes.engine import write_whole
 
 matplotlib.use("Agg")
@@ -27,7 +28,9 @@ def kept_tokens_picture(model: nn.Module, images: Tensor, output: Path, title: s
     """
     model.eval()
     model(images)
-    trace = model.tokenprune.trace
+    sparsifier = attached(model)
+    trace = sparsifier.trace
+    assert trace is not None and trace.grid is not None
     rows, columns = trace.grid
     pixels = (images.mean(dim=1) * 0.5 + 0.5).clamp(0, 1).numpy()  # (B, H, W)
     patch = pixels.shape[1] // rows
@@ -45,7 +48,7 @@ def kept_tokens_picture(model: nn.Module, images: Tensor, output: Path, title: s
                 shown = keep * shown + (1 - keep) * (0.25 * shown + 0.75 * np.array([0.80, 0.84, 0.90]))
             axis.imshow(shown, vmin=0, vmax=1, interpolation="nearest")
             if row == 0:
-                ratio = model.tokenprune.keep_ratio[column - 1] if column else None
+                ratio = sparsifier.keep_ratio[column - 1] if column else None
                 axis.set_title("image" if ratio is None else f"stage {column}: {ratio:.0%}", fontsize=10)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()

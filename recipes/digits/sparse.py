@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -66,13 +67,18 @@ class SparseResult:
 def sparse_model(config: SparseConfig, weights: Path | None = None) -> nn.Module:
     """The dense model sparsified as ``config`` says, with fine-tuned weights where given."""
     torch.manual_seed(config.seed)
-    model = tokenprune.sparsify(load_dense_model(), keep_ratio=config.keep_ratio, scorer=config.scorer)
+    model: nn.Module = tokenprune.sparsify(load_dense_model(), keep_ratio=config.keep_ratio, scorer=config.scorer)
     if weights is not None:
         model.load_state_dict(load_file(weights))
     return model
 
 
-def fine_tune(config: SparseConfig, data: Path, output: Path, validation: DataLoader) -> SparseResult:
+def attached(model: nn.Module) -> tokenprune.Sparsifier:
+    """``model.tokenprune``, with its type."""
+    return cast(tokenprune.Sparsifier, model.tokenprune)
+
+
+def fine_tune(config: SparseConfig, data: Path, output: Path, validation: DataLoader[Any]) -> SparseResult:
     """Make one run, or read it if it has been made.
 
     Args:
@@ -109,9 +115,9 @@ def fine_tune(config: SparseConfig, data: Path, output: Path, validation: DataLo
     return result
 
 
-def parameter_groups(model: nn.Module, scorer_learning_rate: float) -> list[dict]:
+def parameter_groups(model: nn.Module, scorer_learning_rate: float) -> list[dict[str, Any]]:
     """The scorers' parameters at their rate, and the backbone's at the backbone's."""
-    scorers = set(model.tokenprune.parameters())
+    scorers = set(attached(model).parameters())
     groups = []
     for group in param_groups_weight_decay(model, weight_decay=0.05):
         for chosen, rate in ((True, scorer_learning_rate), (False, BACKBONE_LEARNING_RATE)):
@@ -126,6 +132,8 @@ def _objective(sparse: nn.Module) -> LossFunction:
     loss = tokenprune.DynamicViTLoss(load_dense_model())
 
     def parts(model: nn.Module, inputs: Tensor, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
-        return {**loss(model, inputs, outputs, targets), "kept": sparse.tokenprune.trace.keep[-1].mean()}
+        trace = attached(sparse).trace
+        assert trace is not None
+        return {**loss(model, inputs, outputs, targets), "kept": trace.keep[-1].mean()}
 
     return parts
