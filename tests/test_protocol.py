@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import tokenprune
 from tests.tolerances import IDENTITY, MASK_EQUALS_GATHER
-from tests.zoo import KEEP_RATIO, STAGES, Case, every_model
+from tests.zoo import KEEP_RATIO, STAGES, Case, every_model, hook_counts
 from tokenprune import Candidates, Plan, Scorer, ScorerContext
 
 
@@ -32,12 +32,6 @@ def ranked(context: ScorerContext) -> Ranked:
 def expected_positions(case: Case, batch: int, kept: int) -> Tensor:
     start = 5 * torch.arange(batch)[:, None]
     return ((start + torch.arange(kept)) % case.num_patches).sort(dim=1).values
-
-
-def hook_counts(model: nn.Module) -> list[int]:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
-             "_forward_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
-    return [len(getattr(module, name)) for module in model.modules() for name in names]
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:

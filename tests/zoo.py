@@ -29,6 +29,13 @@ NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 STAGES, KEEP_RATIO = (2, 4), 0.6
 
 
+def hook_counts(model: nn.Module) -> list[int]:
+    """How many hooks of each kind every module of a model has."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+             "_forward_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
+    return [len(getattr(module, name)) for module in model.modules() for name in names]
+
+
 @dataclass(frozen=True)
 class Case:
     """A model class in one of its forms.
@@ -37,9 +44,8 @@ class Case:
         name: What the tests call it.
         build: Makes the model.
         num_prefix_tokens: Class, distillation and register tokens.
-        attention: Name of a block's attention module, to tell by its input how many tokens ran.
         image_size: Height and width of the images it is given.
-        dense_tokens: Whether an output has one entry a token, so that its length shrinks.
+        forward_arguments: What else its forward is given.
     """
 
     name: str

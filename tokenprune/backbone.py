@@ -75,6 +75,13 @@ class Backbone:
             UnsupportedModelError: A module is not part of the model, or a number makes no sense.
         """
         name = type(model).__name__
+        if len(self.blocks) == 0:
+            raise UnsupportedModelError(f"the Backbone of this {name} names no blocks, in front of which to prune.")
+        if self.attentions is not None and len(self.attentions) != len(self.blocks):
+            raise UnsupportedModelError(
+                f"Backbone.attentions has {len(self.attentions)} entries for {len(self.blocks)} blocks; give one a block, "
+                "or None to have them found."
+            )
         parts = set(model.modules())
         named = [
             *self.blocks,

@@ -209,6 +209,11 @@ class Sparsifier(nn.Module):
         if not self._enabled:
             return
         tokens = _tokens(block, args, kwargs)
+        if tokens.shape[2] != self.backbone.embed_dim:
+            raise StateError(
+                f"{type(block).__name__} got tokens of width {tokens.shape[2]}, and the Backbone says "
+                f"embed_dim={self.backbone.embed_dim}."
+            )
         num_patches = tokens.shape[1] - self.backbone.num_prefix_tokens
         if num_patches < 1:
             raise StateError(

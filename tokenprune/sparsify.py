@@ -63,6 +63,8 @@ def sparsify(
         raise ValueError(f"pruned={pruned!r}: choose 'drop'.")
     build_scorer = scorer_builder(scorer)
     backbone = describe(model) if backbone is None else backbone
+    if not isinstance(backbone, Backbone):
+        raise TypeError(f"backbone={type(backbone).__name__}: expected a tokenprune.Backbone that describes the model.")
     backbone.check(model)
     plan = Plan.build(depth=len(backbone.blocks), stages=stages, keep_ratio=keep_ratio)
     scorers = [

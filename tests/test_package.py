@@ -1,0 +1,82 @@
+"""The package as a whole: what importing it loads, which way its arrows point, what its names are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import pytest
+
+import tokenprune
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_importing_loads_no_backbone_library_and_nothing_heavy() -> None:
+    script = """
+import sys
+import torch
+before = set(sys.modules)
+import tokenprune
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+"""
+    loaded = set(run_python("-c", script).split())
+    unwanted = {"timm", "transformers", "torchvision", "fvcore", "matplotlib", "accelerate", "rich", "sklearn"}
+    assert "tokenprune" in loaded and not loaded & unwanted
+
+
+def test_importing_is_silent() -> None:
+    assert run_python("-W", "error", "-c", "import tokenprune") == ""
+
+
+@pytest.mark.parametrize("adapter", ["timm", "transformers", "torchvision"])
+def test_an_adapter_loads_its_library_only_when_a_model_comes(adapter: str) -> None:
+    script = f"import tokenprune_{adapter} as adapter, sys; print(adapter.SUPPORTED, '{adapter}' in sys.modules)"
+    assert run_python("-c", script).strip().endswith("False")
+
+
+def test_only_the_library_of_the_model_is_loaded() -> None:
+    script = """
+import sys, torch, tokenprune
+from torchvision.models import VisionTransformer
+tokenprune.sparsify(VisionTransformer(16, 8, 4, 2, 32, 64))
+print([name for name in ("timm", "transformers") if name in sys.modules])
+"""
+    assert run_python("-c", script).strip() == "[]"
+
+
+def test_the_arrows_of_the_design() -> None:
+    assert "0 broken" in run_python("-c", "import sys; from importlinter.cli import lint_imports; lint_imports()")
+
+
+def test_our_adapters_come_through_the_entry_points() -> None:
+    entries = {entry.name: entry.value for entry in entry_points(group="tokenprune.adapters")}
+    ours = {name: f"tokenprune_{name}" for name in ("timm", "transformers", "torchvision")}
+    assert ours.items() <= entries.items()
+    assert version("tokenprune") == tokenprune.__version__
+
+
+def test_the_public_names_are_these() -> None:
+    """A name is added or taken away on purpose, with an issue, or not at all."""
+    assert tokenprune.__all__ == [
+        "Backbone", "Candidates", "CountingError", "DynamicViTLoss", "FlopReport", "InterceptionError", "Plan",
+        "PlanError", "Scorer", "ScorerContext", "Setting", "Sparsifier", "StateError", "ThroughputReport",
+        "TokenpruneError", "Trace", "UnsupportedModelError", "VerificationReport", "dense", "flops", "functional",
+        "register_scorer", "sparsify", "throughput", "unsparsify", "verify",
+    ]  # fmt: skip
+    for name in tokenprune.__all__:
+        assert getattr(tokenprune, name).__doc__, name
+
+
+def test_every_public_name_stands_in_the_reference() -> None:
+    page = (ROOT / "docs" / "reference.md").read_text()
+    missing = [name for name in tokenprune.__all__ if f"::: tokenprune.{name}\n" not in page]
+    assert not missing
