@@ -35,8 +35,7 @@ class Schedule:
         steps: Optimisation steps.
         warmup_steps: Steps of linear warm-up from a hundredth of each learning rate.
         min_learning_rate: Where the cosine ends.
-        weight_decay: AdamW's weight decay; biases, norms and whatever the model's
-            ``no_weight_decay`` names are exempt.
+        weight_decay: AdamW's weight decay of parameter groups that do not set their own.
     """
 
     steps: int
@@ -174,8 +173,12 @@ def train(
 
     Raises:
         Interrupted: Ctrl-C was pressed; the state lies in ``state_folder``.
+        ValueError: The loader has not one batch.
         FloatingPointError: The loss is not finite.
     """
+    if len(loader) == 0:
+        images: Any = loader.dataset
+        raise ValueError(f"{len(images)} images do not fill a batch of {loader.batch_size}; take a smaller batch.")
     accelerator = Accelerator()
     torch.manual_seed(seed)
     optimizer = create_optimizer_v2(parameter_groups, opt="adamw", lr=0.0, weight_decay=schedule.weight_decay)

@@ -79,8 +79,8 @@ class Backbone:
             raise UnsupportedModelError(f"the Backbone of this {name} names no blocks, in front of which to prune.")
         if self.attentions is not None and len(self.attentions) != len(self.blocks):
             raise UnsupportedModelError(
-                f"Backbone.attentions has {len(self.attentions)} entries for {len(self.blocks)} blocks; give one a block, "
-                "or None to have them found."
+                f"Backbone.attentions has {len(self.attentions)} entries for {len(self.blocks)} blocks; give one a "
+                "block, or None to have them found."
             )
         parts = set(model.modules())
         named = [

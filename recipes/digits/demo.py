@@ -15,7 +15,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 import tokenprune
-from recipes.digits.data import IMAGE_SIZE, make_digits
+from recipes.digits.data import IMAGE_SIZE, DigitsConfig, make_digits
 from recipes.digits.model import load_dense_model
 from recipes.digits.picture import kept_tokens_picture
 from recipes.digits.sparse import SparseConfig, SparseResult, fine_tune, sparse_model
@@ -50,7 +50,15 @@ class Row:
 
 
 def run_demo(
-    *, data: Path, output: Path, keep_ratio: float, steps: int, seed: int, console: Console, pairs: int = 15
+    *,
+    data: Path,
+    output: Path,
+    keep_ratio: float,
+    steps: int,
+    seed: int,
+    console: Console,
+    pairs: int = 15,
+    digits: DigitsConfig | None = None,
 ) -> list[Row]:
     """Make the images, the three runs, the table, the picture and ``results.json``.
 
@@ -62,12 +70,13 @@ def run_demo(
         seed: Seed of the runs.
         console: Where the table is printed.
         pairs: Timed pairs of batches a row.
+        digits: What the image folder holds; ``None`` means the full set.
 
     Raises:
         Interrupted: Ctrl-C was pressed; the same call goes on where it stopped.
     """
     output.mkdir(parents=True, exist_ok=True)
-    make_digits(data)
+    make_digits(data, digits)
     validation = image_folder_loader(data, "validation", image_size=IMAGE_SIZE, batch_size=250)
     dense_accuracy = evaluate(load_dense_model(), validation)
     results = [
@@ -123,7 +132,7 @@ def _measure(
 def _examples(validation: DataLoader[Any]) -> torch.Tensor:
     """Six validation images, spread over the classes."""
     dataset: Any = validation.dataset
-    chosen = [index * len(dataset) // 6 + 7 for index in range(6)]
+    chosen = [(2 * index + 1) * len(dataset) // 12 for index in range(6)]
     return torch.stack([dataset[index][0] for index in chosen])
 
 

@@ -116,10 +116,14 @@ def fine_tune(config: SparseConfig, data: Path, output: Path, validation: DataLo
 
 
 def parameter_groups(model: nn.Module, scorer_learning_rate: float) -> list[dict[str, Any]]:
-    """The scorers' parameters at their rate, and the backbone's at the backbone's."""
+    """The scorers' parameters at their rate, and the backbone's at the backbone's.
+
+    Biases, norms, and what the model exempts itself, are not decayed.
+    """
     scorers = set(attached(model).parameters())
     groups = []
-    for group in param_groups_weight_decay(model, weight_decay=0.05):
+    exempt = cast(Any, model).no_weight_decay()
+    for group in param_groups_weight_decay(model, weight_decay=0.05, no_weight_decay_list=exempt):
         for chosen, rate in ((True, scorer_learning_rate), (False, BACKBONE_LEARNING_RATE)):
             parameters = [parameter for parameter in group["params"] if (parameter in scorers) == chosen]
             if parameters:
