@@ -1,0 +1,72 @@
+"""What does masked attention cost beside the plain one? ``python -m benchmarks.attention``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from benchmarks.measuring import Device, DType, Name, Pairs, environment, measure_pairs, report
+from tokenprune.functional import masked_attention
+
+
+def main(
+    batch_size: Annotated[list[int] | None, typer.Option(help="Give it several times.")] = None,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 6,
+    tokens: Annotated[int, typer.Option(help="Sequence length, prefix tokens included.")] = 197,
+    dim: Annotated[int, typer.Option(help="Channels of a head.")] = 64,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    pairs: Pairs = 101,
+    name: Name = "attention-cpu",
+) -> None:
+    """Time forward and backward of masked and of plain attention in turn, half of the keys dropped."""
+    rows, data = [], []
+    for batch in batch_size or [16, 1]:
+        torch.manual_seed(0)
+        shape = (batch, heads, tokens, dim)
+        query, key, value, gradient = (torch.randn(shape, device=device, dtype=getattr(torch, dtype)) for _ in range(4))
+        keep = (torch.rand(batch, tokens, device=device) < 0.5).float()
+        for tensor in (query, key, value, keep):
+            tensor.requires_grad_()
+
+        ratio = measure_pairs(
+            partial(backward, masked_attention, (query, key, value, keep), gradient),
+            partial(backward, F.scaled_dot_product_attention, (query, key, value), gradient),
+            pairs=pairs,
+            device=device,
+            repeat=1 if batch > 4 else 5,
+        )
+        lower, upper = ratio.quartiles
+        rows.append(
+            [
+                f"{batch}",
+                f"{1000 * statistics.median(ratio.second_seconds):.2f}",
+                f"{1000 * statistics.median(ratio.first_seconds):.2f}",
+                f"**{ratio.median:.2f}** ({lower:.2f} … {upper:.2f})",
+            ]
+        )
+        data.append({"batch_size": batch, "masked_over_plain": ratio})
+    report(
+        name,
+        f"Forward and backward, {heads} heads of {dim}, {tokens} tokens, medians of {pairs} pairs",
+        environment(device, dtype),
+        ("batch", "plain, ms", "masked, ms", "masked ÷ plain (quartiles)"),
+        rows,
+        data,
+    )
+
+
+def backward(attention: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradient: Tensor) -> None:
+    """One forward and one backward pass."""
+    torch.autograd.grad(attention(*inputs), inputs, gradient)
+
+
+if __name__ == "__main__":
+    typer.run(main)

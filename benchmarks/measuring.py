@@ -1,0 +1,143 @@
+"""Timing in pairs, and a results file that says on what and with what it was taken."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+RESULTS = Path(__file__).parent / "results"
+
+Device = Annotated[str, typer.Option(help="The device to measure on, such as cpu or cuda.")]
+DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16: dtype of weights, or of autocast in training.")]
+Pairs = Annotated[int, typer.Option(min=4, help="Measured pairs.")]
+Name = Annotated[str, typer.Option(help="The results file's name, beside benchmarks/results/.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """Two things timed in turn.
+
+    Attributes:
+        first_seconds: Of each run of the first.
+        second_seconds: Of the run of the second that came right after or before it.
+    """
+
+    first_seconds: tuple[float, ...]
+    second_seconds: tuple[float, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        """First ÷ second of each pair."""
+        return [first / second for first, second in zip(self.first_seconds, self.second_seconds, strict=True)]
+
+    @property
+    def median(self) -> float:
+        """Median of the pairs' ratios."""
+        return statistics.median(self.ratios)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Lower and upper quartile of the pairs' ratios."""
+        lower, _, upper = statistics.quantiles(self.ratios, n=4)
+        return lower, upper
+
+
+def measure_pairs(
+    first: Callable[[], Any], second: Callable[[], Any], *, pairs: int, device: str, warmup: int = 3, repeat: int = 1
+) -> Ratio:
+    """Time ``first`` and ``second`` in turn, the order changing from pair to pair.
+
+    Args:
+        first: What is divided.
+        second: What it is divided by.
+        pairs: How often.
+        device: Where they run, to wait for it.
+        warmup: Pairs before, which do not count.
+        repeat: Calls that make one run, for what is short.
+    """
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for pair in range(-warmup, pairs):
+        order = ((0, first), (1, second)) if pair % 2 == 0 else ((1, second), (0, first))
+        for index, function in order:
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(repeat):
+                function()
+            synchronize(device)
+            if pair >= 0:
+                seconds[index].append((time.perf_counter() - start) / repeat)
+    return Ratio(first_seconds=tuple(seconds[0]), second_seconds=tuple(seconds[1]))
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if not device.startswith("cpu"):
+        torch.accelerator.synchronize(device)
+
+
+def environment(device: str, dtype: str) -> dict[str, Any]:
+    """Hardware, versions, threads and dtype."""
+    if device.startswith("cuda"):
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{_processor()}, {torch.get_num_threads()} threads"
+    packages = ("tokenprune", "torch", "timm", "transformers")
+    return {
+        "hardware": hardware,
+        "device": device,
+        "dtype": dtype,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def report(
+    name: str, title: str, where: dict[str, Any], columns: Sequence[str], rows: Sequence[Sequence[str]], data: Any
+) -> None:
+    """Write ``results/<name>.json`` and, for the docs, ``results/<name>.md``; print the latter.
+
+    Args:
+        name: Of the files.
+        title: Of the table.
+        where: What `environment` said.
+        columns: Heads of the table.
+        rows: Cells of the table.
+        data: All that was measured, of dataclasses, lists and numbers.
+    """
+    versions = ", ".join(f"{key} {where[key]}" for key in ("torch", "timm", "transformers", "python"))
+    lines = [
+        f"{title}: {where['hardware']}, {where['dtype']}; {versions}.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+    RESULTS.mkdir(exist_ok=True)
+    text = "\n".join(lines)
+    (RESULTS / f"{name}.md").write_text(text)
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps({"environment": where, "data": data}, indent=2, default=asdict) + "\n"
+    )
+    Console().print(Markdown(text))
