@@ -124,7 +124,7 @@ def _transformers(name: str, config_name: str, **options: Any) -> Callable[[], n
         }
         if config_name in ("CLIPConfig", "SiglipConfig"):
             text = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 8)
-            text |= dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 1)
+            text |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "bos_token_id", "eos_token_id"), 1)
             config = getattr(transformers, config_name)(vision_config=sizes, text_config=text, num_labels=7)
         else:
             labels = {"num_labels": 7} if "Classification" in name else {}

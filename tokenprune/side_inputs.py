@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from einops import repeat
 from torch import Tensor
 
 
@@ -39,11 +40,11 @@ def gather_mask(mask: Tensor, kept: Tensor) -> Tensor:
         (B, H or 1, K or 1, K).
     """
     mask = mask[(None,) * (4 - mask.dim())].expand(kept.shape[0], -1, -1, -1)
-    num_heads, num_rows = mask.shape[1], mask.shape[2]
+    _, num_heads, num_rows, num_columns = mask.shape
     if num_rows > 1:
-        mask = mask.gather(2, kept[:, None, :, None].expand(-1, num_heads, -1, mask.shape[3]))
+        mask = mask.gather(2, repeat(kept, "b k -> b h k l", h=num_heads, l=num_columns))  # (B, H, K, L)
         num_rows = kept.shape[1]
-    return mask.gather(3, kept[:, None, None, :].expand(-1, num_heads, num_rows, -1))
+    return mask.gather(3, repeat(kept, "b k -> b h r k", h=num_heads, r=num_rows))  # (B, H, K or 1, K)
 
 
 def _is_mask(value: Any, num_tokens: int) -> bool:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -295,7 +296,7 @@ class Sparsifier(nn.Module):
         candidates = self._candidates(tokens, None, before, trace)
         chosen = self._stage(stage).gather(candidates, num_keep)  # (B, num_keep)
         trace.indices.append(chosen if before is None else before.gather(1, chosen))
-        kept = candidates.patches.gather(1, chosen.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+        kept = candidates.patches.gather(1, repeat(chosen, "b n -> b n c", c=tokens.shape[2]))
         return torch.cat([candidates.prefix, kept], dim=1)  # (B, P + num_keep, C)
 
     def _stage(self, index: int) -> Stage:

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from einops import repeat
 from torch import Tensor, nn
 
 from recipes.digits.sparse import attached
@@ -41,10 +42,10 @@ def kept_tokens_picture(model: nn.Module, images: Tensor, output: Path, title: s
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
-            shown = np.repeat(picture[:, :, None], 3, axis=2)
+            shown = repeat(picture, "h w -> h w 3")
             if column > 0:
-                keep = trace.keep[column - 1][row].reshape(rows, columns).numpy()
-                keep = np.kron(keep, np.ones((patch, patch)))[:, :, None]
+                keep = trace.keep[column - 1][row].numpy()
+                keep = repeat(keep, "(r c) -> (r y) (c x) 1", r=rows, c=columns, y=patch, x=patch)
                 shown = keep * shown + (1 - keep) * (0.25 * shown + 0.75 * np.array([0.80, 0.84, 0.90]))
             axis.imshow(shown, vmin=0, vmax=1, interpolation="nearest")
             if row == 0:
