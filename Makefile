@@ -22,7 +22,7 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/mypy -p recipes -p benchmarks
 	$(BIN)/lint-imports
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 docs: $(READY)
 	$(BIN)/mkdocs serve

@@ -33,7 +33,7 @@ class Schedule:
 
     Attributes:
         steps: Optimisation steps.
-        warmup_steps: Steps of linear warm-up from a hundredth of each learning rate.
+        warmup_steps: Steps of linear warm-up from ``min_learning_rate``, among ``steps``.
         min_learning_rate: Where the cosine ends.
         weight_decay: AdamW's weight decay of parameter groups that do not set their own.
     """
@@ -185,7 +185,7 @@ def train(
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",
-        num_epochs=schedule.steps,
+        num_epochs=schedule.steps - schedule.warmup_steps,
         warmup_epochs=schedule.warmup_steps,
         warmup_lr=schedule.min_learning_rate,
         min_lr=schedule.min_learning_rate,
