@@ -6,7 +6,7 @@ Shapes: B images, H heads, L queries, K keys, D channels of a query or key, E of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -138,9 +138,8 @@ def _bias(keep: Tensor, attn_mask: Tensor | None, query: Tensor, own_key: bool) 
     """What is added to the scores, (B, 1 or H, 1 or L, K): the mask, and log keep off the diagonal."""
     log_keep = keep.detach().to(query.dtype).log()[:, None, None, :]  # (B, 1, 1, K)
     if own_key:
-        num_keys = keep.shape[-1]
-        diagonal = torch.eye(num_keys, dtype=torch.bool, device=keep.device)
-        log_keep = log_keep.expand(-1, 1, num_keys, num_keys).masked_fill(diagonal, 0.0)
+        log_keep = log_keep.expand(-1, 1, keep.shape[-1], -1).clone(memory_format=torch.contiguous_format)
+        log_keep.diagonal(dim1=2, dim2=3).zero_()
     return log_keep if attn_mask is None else log_keep + attn_mask.detach()
 
 
@@ -197,23 +196,25 @@ class _MaskedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, keep, attn_mask, output, log_sum_exp = ctx.saved_tensors
-        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        grad_keep = torch.zeros_like(keep)
-        grad_mask = torch.zeros_like(attn_mask) if ctx.needs_input_grad[4] else None
-        dtype = _compute_dtype(query)
-
+        operands = (grad, query, key, value, output, log_sum_exp)
         with torch.autocast(query.device.type, enabled=False):
-            for images, heads in _blocks(query, key):
-                operands = [
-                    tensor[images, heads].to(dtype) for tensor in (grad, query, key, value, output, log_sum_exp)
-                ]
+            blocks = tuple(_blocks(query, key))
+            if len(blocks) == 1:  # without the cost of cutting and copying, which counts where all is small
+                *grads, grad_keep, slopes = _backward_block(operands, keep, attn_mask, ctx.own_key, ctx.scale)
+                grad_mask = slopes.sum_to_size(attn_mask.shape).to(attn_mask.dtype) if ctx.needs_input_grad[4] else None
+                return *grads, grad_keep, grad_mask, None, None
+
+            grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+            grad_keep = torch.zeros_like(keep)
+            grad_mask = torch.zeros_like(attn_mask) if ctx.needs_input_grad[4] else None
+            for images, heads in blocks:
                 bias = None if attn_mask is None else _mask_block(attn_mask, images, heads)
                 *block, block_keep, slopes = _backward_block(
-                    operands, keep[images].to(dtype), bias, ctx.own_key, ctx.scale
+                    [tensor[images, heads] for tensor in operands], keep[images], bias, ctx.own_key, ctx.scale
                 )
                 for whole, part in zip(grads, block, strict=True):
-                    whole[images, heads] = part.to(whole.dtype)
-                grad_keep[images] += block_keep.to(keep.dtype)
+                    whole[images, heads] = part
+                grad_keep[images] += block_keep
                 if grad_mask is not None:
                     target = _mask_block(grad_mask, images, heads)
                     target += slopes.sum_to_size(target.shape).to(target.dtype)
@@ -259,7 +260,7 @@ def _mask_block(mask: Tensor, images: slice, heads: slice) -> Tensor:
 
 
 def _backward_block(
-    operands: list[Tensor], keep: Tensor, bias: Tensor | None, own_key: bool, scale: float
+    operands: Sequence[Tensor], keep: Tensor, bias: Tensor | None, own_key: bool, scale: float
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key, value (b, h, …) and keep (b, K), and those of the scores (b, h, L, K).
 
@@ -267,32 +268,36 @@ def _backward_block(
     ∂a_ij = G_ij t_ij, ∂keep_j = Σ_{i≠j} t_ij. G is a factor of columns but for the diagonal, so it
     multiplies what the products take or give, never a matrix of scores.
     """
-    grad, query, key, value, output, log_sum_exp = operands
+    dtype, keep_dtype, compute = operands[1].dtype, keep.dtype, _compute_dtype(operands[1])
+    grad, query, key, value, output, log_sum_exp = (tensor.to(compute) for tensor in operands)
     shape = query.shape[:2]
-    keep_column = keep[:, None, :, None].expand(*shape, -1, 1).flatten(0, 1)  # (b·h, K, 1)
-    offset = -log_sum_exp.unsqueeze(-1) if bias is None else bias - log_sum_exp.unsqueeze(-1)
-    offset = offset.flatten(0, 1)  # (b·h, L, 1 or K)
+    keep_column = keep.to(compute)[:, None, :, None].expand(*shape, -1, 1).flatten(0, 1)  # (b·h, K, 1)
     delta = (grad * output).sum(dim=-1, keepdim=True).flatten(0, 1)  # (b·h, L, 1)
-    grad, query, key, value = (tensor.flatten(0, 1) for tensor in (grad, query, key, value))
+    grad, query, key, value, log_sum_exp = (tensor.flatten(0, 1) for tensor in (grad, query, key, value, log_sum_exp))
 
-    weights = torch.baddbmm(offset, query, key.transpose(1, 2), alpha=scale).clamp_(max=MAX_EXPONENT).exp_()
-    slopes = torch.baddbmm(-delta, grad, value.transpose(1, 2)).mul_(weights)
+    weights = torch.baddbmm(log_sum_exp.unsqueeze(-1), query, key.transpose(1, 2), beta=-1, alpha=scale)
+    if bias is not None:
+        weights += bias.expand(*shape, *weights.shape[1:]).flatten(0, 1)
+    weights = weights.clamp_(max=MAX_EXPONENT).exp_()
+    slopes = torch.baddbmm(delta, grad, value.transpose(1, 2), beta=-1).mul_(weights)
+    scaled_column = keep_column * scale
     grad_value = torch.bmm(weights.transpose(1, 2), grad).mul_(keep_column)
-    grad_key = torch.bmm(slopes.transpose(1, 2), query).mul_(keep_column * scale)
-    grad_query = torch.bmm(slopes, key * (keep_column * scale))
+    grad_key = torch.bmm(slopes.transpose(1, 2), query).mul_(scaled_column)
+    grad_query = torch.bmm(slopes, key * scaled_column)
     grad_keep = slopes.sum(dim=1)  # (b·h, K)
     if own_key:
         own_weight, own_slope = (matrix.diagonal(dim1=1, dim2=2).unsqueeze(-1) for matrix in (weights, slopes))
-        grad_keep = grad_keep - own_slope.squeeze(-1)
+        grad_keep -= own_slope.squeeze(-1)
         dropped = 1 - keep_column
         grad_value.addcmul_(own_weight * dropped, grad)
-        grad_key.addcmul_(own_slope * dropped * scale, query)
-        grad_query.addcmul_(own_slope * dropped * scale, key)
+        own_share = own_slope * dropped
+        grad_key.addcmul_(own_share, query, value=scale)
+        grad_query.addcmul_(own_share, key, value=scale)
     if bias is not None:
         factor = keep_column.transpose(1, 2).expand_as(slopes)
         if own_key:
             factor = factor.clone()
             factor.diagonal(dim1=1, dim2=2).fill_(1.0)
         slopes = slopes * factor
-    results = (part.unflatten(0, shape) for part in (grad_query, grad_key, grad_value))
-    return *results, grad_keep.unflatten(0, shape).sum(dim=1), slopes.unflatten(0, shape)
+    results = (part.unflatten(0, shape).to(dtype) for part in (grad_query, grad_key, grad_value))
+    return *results, grad_keep.unflatten(0, shape).sum(dim=1).to(keep_dtype), slopes.unflatten(0, shape)

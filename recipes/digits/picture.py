@@ -16,10 +16,12 @@ from recipes.engine import write_whole
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+PRUNED = np.array([0.80, 0.84, 0.90])  # what pruned patches are veiled with
+
 
 @torch.no_grad()
 def kept_tokens_picture(model: nn.Module, images: Tensor, output: Path, title: str) -> None:
-    """Draw a row an image: the image, then what is left of it after each stage.
+    """Draw a column an image: the image on top, then what is left of it after each stage.
 
     Args:
         model: A sparsified model.
@@ -35,22 +37,23 @@ def kept_tokens_picture(model: nn.Module, images: Tensor, output: Path, title: s
     rows, columns = trace.grid
     pixels = (images.mean(dim=1) * 0.5 + 0.5).clamp(0, 1).numpy()  # (B, H, W)
     patch = pixels.shape[1] // rows
-    num_columns = 1 + len(trace.keep)
-    figure, axes = plt.subplots(len(images), num_columns, figsize=(1.6 * num_columns, 1.6 * len(images) + 0.7))
-    for row, picture in enumerate(pixels):
-        for column, axis in enumerate(axes[row]):
+    labels = ["image", *(f"stage {stage}: {ratio:.0%}" for stage, ratio in enumerate(sparsifier.keep_ratio))]
+    size = (1.5 * len(images) + 0.4, 1.5 * len(labels) + 0.6)
+    figure, axes = plt.subplots(len(labels), len(images), figsize=size, squeeze=False)
+    for column, picture in enumerate(pixels):
+        for row, label in enumerate(labels):
+            axis = axes[row][column]
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
             shown = repeat(picture, "h w -> h w 3")
-            if column > 0:
-                keep = trace.keep[column - 1][row].numpy()
+            if row > 0:
+                keep = trace.keep[row - 1][column].numpy()
                 keep = repeat(keep, "(r c) -> (r y) (c x) 1", r=rows, c=columns, y=patch, x=patch)
-                shown = keep * shown + (1 - keep) * (0.25 * shown + 0.75 * np.array([0.80, 0.84, 0.90]))
+                shown = keep * shown + (1 - keep) * (0.25 * shown + 0.75 * PRUNED)
             axis.imshow(shown, vmin=0, vmax=1, interpolation="nearest")
-            if row == 0:
-                ratio = sparsifier.keep_ratio[column - 1] if column else None
-                axis.set_title("image" if ratio is None else f"stage {column}: {ratio:.0%}", fontsize=10)
+            if column == 0:
+                axis.set_ylabel(label, fontsize=10)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     write_whole(output, lambda partial: figure.savefig(partial, dpi=110, format="png"))
