@@ -5,14 +5,34 @@ from __future__ import annotations
 import copy
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import timm
 import torch
 import typer
+from torch import Tensor, nn
 
 import tokenprune
-from benchmarks.measuring import Device, DType, Name, Pairs, environment, measure_pairs, report
+from benchmarks.measuring import Device, DType, Name, Pairs, Ratio, environment, measure_pairs, report
+
+
+class First(tokenprune.Scorer):
+    """Keeps the first tokens, and costs next to nothing."""
+
+    def forward(self, candidates: tokenprune.Candidates) -> Tensor:
+        batch, number, _ = candidates.patches.shape
+        return -torch.arange(number, device=candidates.patches.device).expand(batch, -1).float()
+
+
+def shortened(model: nn.Module, plan: tokenprune.Plan, num_patches: int) -> nn.Module:
+    """The model with its sequence cut off at the plan's stages, and nothing else: the speed-up there is to have."""
+    made: Any = copy.deepcopy(model)
+    for index, kept in zip(plan.stages, plan.num_keep(num_patches), strict=True):
+        length = made.num_prefix_tokens + kept
+        made.blocks[index].register_forward_pre_hook(
+            lambda block, args, length=length: (args[0][:, :length].contiguous(), *args[1:])
+        )
+    return cast(nn.Module, made)
 
 
 def main(
@@ -24,15 +44,22 @@ def main(
     pairs: Pairs = 21,
     name: Name = "inference-cpu",
 ) -> None:
-    """Time dense and sparse inference in turn, and a model with hooks that prune nothing against one without."""
-    untouched = timm.create_model(model).eval().to(device, getattr(torch, dtype))
-    sparse = tokenprune.sparsify(copy.deepcopy(untouched))
-    input_size = tuple(untouched.pretrained_cfg["input_size"])
-    rows, data = [], []
+    """Time dense and sparse inference in turn; then a free scorer, cut sequences, and hooks that prune nothing."""
+    dense = timm.create_model(model).eval().to(device, getattr(torch, dtype))
+    sparse = tokenprune.sparsify(copy.deepcopy(dense))
+    free = tokenprune.sparsify(copy.deepcopy(dense), scorer=lambda context: First())
+    input_size, num_patches = tuple(dense.pretrained_cfg["input_size"]), dense.patch_embed.num_patches
+    rows, parts, data = [], [], []
     for batch in batch_size or [16, 1]:
         repeats = pairs if batch > 4 else 4 * pairs  # short ones scatter more
+        images = torch.rand(batch, *input_size, device=device, dtype=getattr(torch, dtype))
+
+        def speedup(other: nn.Module, repeats: int = repeats, images: Tensor = images) -> Ratio:
+            with torch.no_grad():
+                return measure_pairs(partial(dense, images), partial(other, images), pairs=repeats, device=device)
+
         for ratio in keep_ratio or [0.9, 0.7, 0.5]:
-            sparse.tokenprune.keep_ratio = ratio
+            sparse.tokenprune.keep_ratio = free.tokenprune.keep_ratio = ratio
             counted = tokenprune.flops(sparse, input_size)
             timed = tokenprune.throughput(sparse, input_size, batch_size=batch, pairs=repeats)
             lower, upper = timed.spread
@@ -47,26 +74,46 @@ def main(
                     f"**{timed.speedup / counted.ratio:.2f}**",
                 ]
             )
-            data.append({"keep_ratio": ratio, "gmac_ratio": counted.ratio, **asdict(timed)})
+            cut = speedup(shortened(dense, sparse.tokenprune.plan, num_patches))
+            blind = speedup(free)
+            parts.append(
+                [f"{batch}", f"{ratio:g}", f"{counted.ratio:.2f}", *(f"{x:.2f}" for x in (cut.median, blind.median))]
+                + [f"{timed.speedup:.2f}", f"{sum(counted.stages) / counted.sparse:.1%}"]
+            )
+            data.append(
+                {"keep_ratio": ratio, "gmac_ratio": counted.ratio, **asdict(timed), "cut": cut, "free_scorer": blind}
+            )
         sparse.tokenprune.keep_ratio = 1.0
-        images = torch.rand(batch, *input_size, device=device, dtype=getattr(torch, dtype))
-        with torch.no_grad():
-            hooks = measure_pairs(partial(sparse, images), partial(untouched, images), pairs=2 * repeats, device=device)
+        hooks = speedup(sparse)
         lower, upper = hooks.quartiles
         rows.append(
             [
-                f"{batch}", "1, hooks only", "", "", "1.00",
-                f"{1 / hooks.median:.3f} ({1 / upper:.3f} … {1 / lower:.3f})", f"**{1 / hooks.median:.3f}**",
+                f"{batch}",
+                "1",
+                "",
+                "",
+                "1.00",
+                f"{hooks.median:.3f} ({lower:.3f} … {upper:.3f})",
+                f"**{hooks.median:.3f}**",
             ]
-        )  # fmt: skip
+        )
         data.append({"keep_ratio": 1.0, "batch_size": batch, "hooks": hooks})
+    where = environment(device, dtype)
     report(
         name,
         f"{model}, dense → sparse, medians of {pairs} pairs ({4 * pairs} at batch sizes up to 4)",
-        environment(device, dtype),
+        where,
         ("batch", "ρ", "GMACs", "images/s", "GMAC ratio", "speed-up (quartiles)", "speed-up ÷ GMAC ratio"),
         rows,
         data,
+    )
+    report(
+        f"{name}-parts",
+        "Speed-ups over the same dense model, in the same run",
+        where,
+        ("batch", "ρ", "GMAC ratio", "sequence cut off, no more", "with a free scorer", "as it is", "scorers' GMACs"),
+        parts,
+        [],
     )
 
 

@@ -123,7 +123,7 @@ def report(
         where: What `environment` said.
         columns: Heads of the table.
         rows: Cells of the table.
-        data: All that was measured, of dataclasses, lists and numbers.
+        data: All that was measured, of dataclasses, lists and numbers; nothing = no JSON file.
     """
     versions = ", ".join(f"{key} {where[key]}" for key in ("torch", "timm", "transformers", "python"))
     lines = [
@@ -137,7 +137,7 @@ def report(
     RESULTS.mkdir(exist_ok=True)
     text = "\n".join(lines)
     (RESULTS / f"{name}.md").write_text(text)
-    (RESULTS / f"{name}.json").write_text(
-        json.dumps({"environment": where, "data": data}, indent=2, default=asdict) + "\n"
-    )
+    if data:
+        text_of_all = json.dumps({"environment": where, "data": data}, indent=2, default=asdict)
+        (RESULTS / f"{name}.json").write_text(text_of_all + "\n")
     Console().print(Markdown(text))

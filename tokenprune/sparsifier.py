@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from einops import repeat
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -265,10 +264,8 @@ class Sparsifier(nn.Module):
             return None
         if not any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values())):
             return None
-        num_prefix, indices = trace.num_prefix_tokens, trace.indices[-1]
-        prefix = torch.arange(num_prefix, device=indices.device).expand(indices.shape[0], -1)
-        kept = torch.cat([prefix, indices + num_prefix], dim=1)  # (B, P + n)
-        return shorten(args, kwargs, kept, num_prefix + trace.num_patches)
+        num_prefix = trace.num_prefix_tokens
+        return shorten(args, kwargs, _with_prefix(trace.indices[-1], num_prefix), num_prefix + trace.num_patches)
 
     def _mask(self, stage: int, trace: Trace, tokens: Tensor) -> None:
         decisions = self._current_decisions()
@@ -296,8 +293,7 @@ class Sparsifier(nn.Module):
         candidates = self._candidates(tokens, None, before, trace)
         chosen = self._stage(stage).gather(candidates, num_keep)  # (B, num_keep)
         trace.indices.append(chosen if before is None else before.gather(1, chosen))
-        kept = candidates.patches.gather(1, repeat(chosen, "b n -> b n c", c=tokens.shape[2]))
-        return torch.cat([candidates.prefix, kept], dim=1)  # (B, P + num_keep, C)
+        return _select(tokens, _with_prefix(chosen, num_prefix))
 
     def _stage(self, index: int) -> Stage:
         return cast(Stage, self.stages[index])
@@ -405,6 +401,21 @@ class GridMethod:
                 "Call it inside tokenprune.dense(model)."
             )
         return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+
+
+def _with_prefix(patches: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Positions of patch tokens (B, n) as positions in the sequence, behind those of the prefix: (B, P + n)."""
+    prefix = torch.arange(num_prefix_tokens, device=patches.device).expand(patches.shape[0], -1)
+    return torch.cat([prefix, patches + num_prefix_tokens], dim=1)
+
+
+def _select(tokens: Tensor, positions: Tensor) -> Tensor:
+    """The tokens (B, K, C) at each image's own positions (B, K), of tokens (B, L, C)."""
+    batch, length, _ = tokens.shape
+    # Whole rows of one long sequence are copied several times as fast as torch.gather picks numbers.
+    rows = positions + length * torch.arange(batch, device=positions.device).unsqueeze(1)
+    selected: Tensor = tokens.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    return selected
 
 
 def _restore(sparsifier: weakref.ref[Sparsifier], decisions: _Decisions, grad: Tensor) -> None:
