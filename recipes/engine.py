@@ -124,11 +124,21 @@ def _interrupt_flag() -> Iterator[list[bool]]:
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Have ``write`` make a file or folder beside ``path`` and rename it: there is never half of it."""
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write(partial)
+    _remove(partial)
+    try:
+        write(partial)
+        if path.is_dir():
+            shutil.rmtree(path)
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    partial.replace(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class _Counter:

@@ -50,7 +50,7 @@ def test_commands_on_the_pages_exist() -> None:
                  for name in ("demo", "dense", "study")}  # fmt: skip
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         for line in "".join(blocks(page, "bash")).splitlines():
-            command = line.partition("#")[0].split()
+            command = line.partition("#")[0].replace(".venv/bin/", "").split()
             if command[:1] == ["make"]:
                 assert command[1] in targets, line
             if command[:3] == ["python", "-m", "recipes.digits"]:

@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from recipes.digits import __main__ as command_line
 from recipes.digits import data as digits_data
 from recipes.digits.__main__ import app
 from recipes.digits.data import IMAGE_SIZE, DigitsConfig, make_digits
 from recipes.digits.demo import Row, run_demo
-from recipes.digits.model import WEIGHTS, load_dense_model
-from recipes.digits.sparse import SparseConfig, parameter_groups, sparse_model
+from recipes.digits.model import WEIGHTS, build_model, load_dense_model, save_dense_model
+from recipes.digits.sparse import SparseConfig, fine_tune, parameter_groups, sparse_model
 from recipes.engine import Interrupted, Schedule, image_folder_loader, train, write_whole
 
 SMALL = DigitsConfig(num_train=140, num_validation=24)
@@ -80,7 +81,7 @@ def test_write_whole_leaves_no_half_written_file(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_whole(target, fails)
-    assert target.read_text() == "old"
+    assert target.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["file"]
     write_whole(target, lambda partial: partial.write_text("new"))
     assert target.read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -133,7 +134,7 @@ def test_too_few_images_for_a_batch_are_refused(folder: Path, tmp_path: Path) ->
 
 
 def test_learning_rates_of_scorers_and_backbone() -> None:
-    model = sparse_model(SparseConfig(scorer="predictor", keep_ratio=0.7, steps=1))
+    model = sparse_model(SparseConfig(scorer="predictor", keep_ratio=0.7, steps=1), build_model())
     groups = parameter_groups(model, 0.5)
     grouped = {parameter: group for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
@@ -170,6 +171,31 @@ def test_the_demo_end_to_end(folder: Path, tmp_path: Path) -> None:
     stamp = (tmp_path / "predictor-0.7-seed0.json").stat().st_mtime_ns
     demo()
     assert (tmp_path / "predictor-0.7-seed0.json").stat().st_mtime_ns == stamp
+
+
+def test_a_run_made_from_another_dense_model_is_made_anew(folder: Path, tmp_path: Path) -> None:
+    config = SparseConfig(scorer="random", keep_ratio=0.7, steps=1)
+    validation = image_folder_loader(folder, "validation", image_size=IMAGE_SIZE, batch_size=24, num_workers=0)
+    shipped = fine_tune(config, folder, tmp_path, validation)
+    assert fine_tune(config, folder, tmp_path, validation) == shipped
+    other = tmp_path / "other.safetensors"
+    save_dense_model(build_model(), other)
+    assert fine_tune(config, folder, tmp_path, validation, other).dense_sha256 != shipped.dense_sha256
+
+
+def test_the_command_line_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, said in (
+        (Interrupted("stopped after step 7 of 9"), "stopped after step 7 of 9"),
+        (KeyboardInterrupt(), ""),
+    ):
+
+        def stop(error: BaseException = error, **options: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(command_line, "run_demo", stop)
+        result = CliRunner().invoke(app, ["demo"])
+        assert result.exit_code == 130
+        assert said in result.output and "Run the same command again to go on" in result.output
 
 
 def test_the_command_line_checks_its_options() -> None:

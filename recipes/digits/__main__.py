@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,7 @@ from rich.console import Console
 
 from recipes.digits.demo import run_demo
 from recipes.digits.dense import train_dense
+from recipes.digits.model import WEIGHTS
 from recipes.digits.study import run_study
 from recipes.engine import Interrupted
 
@@ -21,6 +24,17 @@ Output = Annotated[Path, typer.Option(help="Where results and checkpoints go.")]
 Steps = Annotated[int, typer.Option(min=10, help="Fine-tuning steps of each scorer.")]
 
 
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Ctrl-C is no error: it ends the command, and the next call goes on."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as interrupted:
+        console.print(f"\n[yellow]Interrupted.[/] {interrupted}".rstrip())
+        console.print("Nothing is half-written. Run the same command again to go on from there.")
+        raise typer.Exit(130) from None
+
+
 @app.command()
 def demo(
     data: Data = Path("runs/digits-images"),
@@ -29,22 +43,36 @@ def demo(
     steps: Steps = 100,
     seed: int = 0,
     from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Train the dense model first (about 40 min).")
+        bool, typer.Option("--from-scratch", help="Train the dense model first (about 45 min), once.")
     ] = False,
 ) -> None:
     """Sparsify the trained dense model with three scorers, fine-tune, and compare."""
-    if from_scratch:
-        train_dense(data, output)
-    run_demo(data=data, output=output, keep_ratio=keep_ratio, steps=steps, seed=seed, console=console)
+    with _resumable():
+        weights = WEIGHTS
+        if from_scratch:
+            output = output / "from-scratch"
+            weights = output / "dense.safetensors"
+            if not weights.exists():
+                train_dense(data, output, weights=weights)
+        run_demo(
+            data=data,
+            output=output,
+            keep_ratio=keep_ratio,
+            steps=steps,
+            seed=seed,
+            console=console,
+            dense_weights=weights,
+        )
 
 
 @app.command()
 def dense(
     data: Data = Path("runs/digits-images"), output: Output = Path("runs/digits"), steps: Steps = 4000, seed: int = 0
 ) -> None:
-    """Train the dense model from scratch and write the weights that the demo starts from."""
-    accuracy = train_dense(data, output, steps=steps, seed=seed)
-    console.print(f"dense accuracy {accuracy:.2%}")
+    """Train the dense model from scratch and write the weights that the project ships."""
+    with _resumable():
+        accuracy = train_dense(data, output, steps=steps, seed=seed)
+        console.print(f"dense accuracy {accuracy:.2%}")
 
 
 @app.command()
@@ -57,17 +85,9 @@ def study(
 ) -> None:
     """Compare the scorers over several seeds and keep ratios."""
     ratios = keep_ratio or [0.7, 0.5]
-    run_study(data=data, output=output, keep_ratios=ratios, seeds=range(seeds), steps=steps, console=console)
-
-
-def main() -> None:
-    """Run the command line; an interrupted run says how to go on."""
-    try:
-        app()
-    except Interrupted as interrupted:
-        console.print(f"\n[yellow]Interrupted:[/] {interrupted}. Run the same command again to go on from there.")
-        raise SystemExit(130) from None
+    with _resumable():
+        run_study(data=data, output=output, keep_ratios=ratios, seeds=range(seeds), steps=steps, console=console)
 
 
 if __name__ == "__main__":
-    main()
+    app()

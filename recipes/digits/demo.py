@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 import tokenprune
 from recipes.digits.data import IMAGE_SIZE, DigitsConfig, make_digits
-from recipes.digits.model import load_dense_model
+from recipes.digits.model import WEIGHTS, load_dense_model
 from recipes.digits.picture import kept_tokens_picture
-from recipes.digits.sparse import SparseConfig, SparseResult, fine_tune, sparse_model
+from recipes.digits.sparse import SparseConfig, SparseResult, fine_tune, fine_tuned_model
 from recipes.engine import evaluate, image_folder_loader, write_whole
 
 INPUT_SIZE = (3, IMAGE_SIZE, IMAGE_SIZE)
@@ -59,6 +59,7 @@ def run_demo(
     console: Console,
     pairs: int = 15,
     digits: DigitsConfig | None = None,
+    dense_weights: Path = WEIGHTS,
 ) -> list[Row]:
     """Make the images, the three runs, the table, the picture and ``results.json``.
 
@@ -71,6 +72,7 @@ def run_demo(
         console: Where the table is printed.
         pairs: Timed pairs of batches a row.
         digits: What the image folder holds; ``None`` means the full set.
+        dense_weights: The trained dense model.
 
     Raises:
         Interrupted: Ctrl-C was pressed; the same call goes on where it stopped.
@@ -78,19 +80,21 @@ def run_demo(
     output.mkdir(parents=True, exist_ok=True)
     make_digits(data, digits)
     validation = image_folder_loader(data, "validation", image_size=IMAGE_SIZE, batch_size=250)
-    dense_accuracy = evaluate(load_dense_model(), validation)
+    dense_accuracy = evaluate(load_dense_model(dense_weights), validation)
     results = [
-        fine_tune(SparseConfig(scorer=scorer, keep_ratio=keep_ratio, steps=steps, seed=seed), data, output, validation)
+        fine_tune(
+            SparseConfig(scorer=scorer, keep_ratio=keep_ratio, steps=steps, seed=seed),
+            data,
+            output,
+            validation,
+            dense_weights,
+        )
         for scorer in SCORERS
     ]
     rows = _measure(dense_accuracy, results, output, console, pairs)
     images = _examples(validation)
-    learned = results[0].config
-    picture = output / "kept_tokens.png"
-    kept_tokens_picture(
-        sparse_model(learned, output / f"{learned.name}.safetensors"), images, picture,
-        f"Tokens kept by the learned scorer, ρ = {keep_ratio:g}",
-    )  # fmt: skip
+    title = f"Tokens kept by the learned scorer, ρ = {keep_ratio:g}"
+    kept_tokens_picture(fine_tuned_model(results[0].config, output), images, output / "kept_tokens.png", title)
     report = {
         "keep_ratio": keep_ratio,
         "steps": steps,
@@ -112,7 +116,7 @@ def _measure(
     rows: list[Row] = []
     with console.status("measuring speed"):
         for result in results:
-            model = sparse_model(result.config, output / f"{result.config.name}.safetensors")
+            model = fine_tuned_model(result.config, output)
             counted = tokenprune.flops(model, INPUT_SIZE)
             timed = tokenprune.throughput(model, INPUT_SIZE, batch_size=64, pairs=pairs)
             if not rows:

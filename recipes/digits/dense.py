@@ -28,6 +28,7 @@ def train_dense(data: Path, output: Path, *, weights: Path = WEIGHTS, steps: int
     Returns:
         Validation accuracy as a fraction.
     """
+    output.mkdir(parents=True, exist_ok=True)
     make_digits(data)
     torch.manual_seed(seed)
     model = build_model()

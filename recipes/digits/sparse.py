@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import tokenprune
 from recipes.digits.data import IMAGE_SIZE
-from recipes.digits.model import load_dense_model
+from recipes.digits.model import WEIGHTS, build_model, load_dense_model
 from recipes.engine import LossFunction, Schedule, evaluate, image_folder_loader, train, write_whole
 
 # A step of Adam moves a weight by about the learning rate. The static scorer has one weight a
@@ -55,21 +56,27 @@ class SparseResult:
 
     Attributes:
         config: The run.
+        dense_sha256: Digest of the dense model's weights file that it started from.
         accuracy: Validation accuracy of the pruned model, as a fraction.
         kept: Share of the patch tokens kept after the last stage, by step, as sampled in training.
     """
 
     config: SparseConfig
+    dense_sha256: str
     accuracy: float
     kept: list[float]
 
 
-def sparse_model(config: SparseConfig, weights: Path | None = None) -> nn.Module:
-    """The dense model sparsified as ``config`` says, with fine-tuned weights where given."""
+def sparse_model(config: SparseConfig, dense: nn.Module) -> nn.Module:
+    """``dense`` itself, sparsified as ``config`` says."""
     torch.manual_seed(config.seed)
-    model: nn.Module = tokenprune.sparsify(load_dense_model(), keep_ratio=config.keep_ratio, scorer=config.scorer)
-    if weights is not None:
-        model.load_state_dict(load_file(weights))
+    return tokenprune.sparsify(dense, keep_ratio=config.keep_ratio, scorer=config.scorer)
+
+
+def fine_tuned_model(config: SparseConfig, output: Path) -> nn.Module:
+    """The model that `fine_tune` left in ``output``."""
+    model = sparse_model(config, build_model())
+    model.load_state_dict(load_file(output / f"{config.name}.safetensors"))
     return model
 
 
@@ -78,7 +85,9 @@ def attached(model: nn.Module) -> tokenprune.Sparsifier:
     return cast(tokenprune.Sparsifier, model.tokenprune)
 
 
-def fine_tune(config: SparseConfig, data: Path, output: Path, validation: DataLoader[Any]) -> SparseResult:
+def fine_tune(
+    config: SparseConfig, data: Path, output: Path, validation: DataLoader[Any], dense_weights: Path = WEIGHTS
+) -> SparseResult:
     """Make one run, or read it if it has been made.
 
     Args:
@@ -86,21 +95,23 @@ def fine_tune(config: SparseConfig, data: Path, output: Path, validation: DataLo
         data: The digits image folder.
         output: Where ``<name>.safetensors`` and ``<name>.json`` are written.
         validation: The images to evaluate on.
+        dense_weights: The dense model to start from, and to be taught by.
 
     Raises:
         Interrupted: Ctrl-C was pressed; the same call goes on where it stopped.
     """
     weights, report = output / f"{config.name}.safetensors", output / f"{config.name}.json"
+    digest = hashlib.sha256(dense_weights.read_bytes()).hexdigest()
     if report.exists() and weights.exists():
         stored = json.loads(report.read_text())
-        if stored["config"] == asdict(config):
-            return SparseResult(config=config, accuracy=stored["accuracy"], kept=stored["kept"])
+        if (stored["config"], stored.get("dense_sha256")) == (asdict(config), digest):
+            return SparseResult(**{**stored, "config": config})
 
-    model = sparse_model(config)
+    model = sparse_model(config, load_dense_model(dense_weights))
     kept: list[float] = []
     train(
         model,
-        _objective(model),
+        _objective(model, load_dense_model(dense_weights)),
         image_folder_loader(data, "train", image_size=IMAGE_SIZE, batch_size=config.batch_size, seed=config.seed),
         parameter_groups(model, SCORER_LEARNING_RATES[config.scorer]),
         Schedule(steps=config.steps, warmup_steps=config.steps // 10),
@@ -109,7 +120,7 @@ def fine_tune(config: SparseConfig, data: Path, output: Path, validation: DataLo
         seed=config.seed,
         on_step=lambda step, logged: kept.append(round(logged["kept"], 4)),
     )
-    result = SparseResult(config=config, accuracy=evaluate(model, validation), kept=kept)
+    result = SparseResult(config=config, dense_sha256=digest, accuracy=evaluate(model, validation), kept=kept)
     write_whole(weights, lambda partial: save_file(model.state_dict(), partial))
     write_whole(report, lambda partial: partial.write_text(json.dumps(asdict(result), indent=2) + "\n"))
     return result
@@ -131,9 +142,9 @@ def parameter_groups(model: nn.Module, scorer_learning_rate: float) -> list[dict
     return groups
 
 
-def _objective(sparse: nn.Module) -> LossFunction:
+def _objective(sparse: nn.Module, teacher: nn.Module) -> LossFunction:
     """The full loss, and the share of tokens kept after the last stage, for the log."""
-    loss = tokenprune.DynamicViTLoss(load_dense_model())
+    loss = tokenprune.DynamicViTLoss(teacher)
 
     def parts(model: nn.Module, inputs: Tensor, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         trace = attached(sparse).trace

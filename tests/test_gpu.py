@@ -1,0 +1,81 @@
+"""On a GPU: other kernels, and the same promises. ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+
+import tokenprune
+from tests.test_functional import formula, tensors
+from tests.test_protocol import assert_close
+from tests.tolerances import FORMULA, MASK_EQUALS_GATHER
+from tests.zoo import Case, every_model, some_models
+from tokenprune.functional import masked_attention
+
+DEVICE = os.environ.get("TOKENPRUNE_TEST_DEVICE", "cuda")  # "cpu" tries the tests themselves
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+def test_masked_attention_is_the_formula() -> None:
+    inputs = [tensor.detach().to(DEVICE).requires_grad_() for tensor in tensors()]
+    on_cpu = [tensor.detach().cpu().requires_grad_() for tensor in inputs]
+    actual, expected = masked_attention(*inputs), formula(*on_cpu)
+    grad = torch.randn_like(expected)
+    pairs = [(actual.detach(), expected.detach())]
+    pairs += zip(
+        torch.autograd.grad(actual, inputs, grad.to(DEVICE)), torch.autograd.grad(expected, on_cpu, grad), strict=True
+    )
+    for one, other in pairs:
+        assert (one.cpu() - other).abs().max() <= FORMULA
+
+
+@every_model
+@pytest.mark.parametrize("dtype", MASK_EQUALS_GATHER, ids=str)
+@torch.no_grad()
+def test_mask_equals_gather(case: Case, dtype: torch.dtype) -> None:
+    model, images = case.sparsified(dtype).to(DEVICE), case.images(dtype=dtype).to(DEVICE)
+    gathered = case.run(model, images)
+    model.tokenprune.execution = "mask"
+    assert_close(case.run(model, images), gathered, MASK_EQUALS_GATHER[dtype])
+
+
+@some_models
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_training_step_in_half_precision(case: Case, dtype: torch.dtype) -> None:
+    model, images = case.sparsified().train().to(DEVICE), case.images().to(DEVICE)
+    with torch.autocast(DEVICE, dtype):
+        loss = sum(output.float().square().mean() for output in case.run(model, images).values())
+    loss.backward()
+    for name, parameter in model.tokenprune.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+
+
+@some_models
+def test_what_is_measured_and_proven(case: Case) -> None:
+    model, images = case.sparsified().to(DEVICE), case.images().to(DEVICE)
+    named = {"pixel_values": images} if case.name.startswith("transformers") else images
+    assert tokenprune.verify(model, named).passed
+    assert tokenprune.throughput(model, (3, *case.image_size), batch_size=2, pairs=2).speedup > 0
+    on_cpu = copy.deepcopy(model).cpu()
+    assert tokenprune.flops(model, (3, 48, 48)).sparse == tokenprune.flops(on_cpu, (3, 48, 48)).sparse
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@some_models
+def test_compiled(case: Case, training: bool) -> None:
+    model, images = case.sparsified().train(training).to(DEVICE), case.images().to(DEVICE)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    if training:
+        sum(output.square().mean() for output in case.run(compiled, images).values()).backward()
+        for name, parameter in model.tokenprune.named_parameters():
+            assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+    else:
+        with torch.no_grad():
+            assert_close(case.run(compiled, images), case.run(model, images), MASK_EQUALS_GATHER[torch.float32])
