@@ -187,9 +187,27 @@ def test_backbones_that_do_not_fit() -> None:
         (replace(right, embed_dim=0), "embed_dim=0"),
         (replace(right, attentions=[(right.blocks[0].attn,)]), "attentions"),
         (replace(right, blocks=()), "no blocks"),
+        (
+            replace(right, settings=[tokenprune.Setting(owner=model, name="fast", value=True)]),
+            "names 'fast', which Vis",
+        ),
+        (replace(right, grid_methods=["fly"]), "names 'fly', which is no method of VisionTransformer"),
     ):
         refused(model, UnsupportedModelError, match, backbone=wrong)
     refused(model, ValueError, "embed_dim=30", backbone=replace(right, embed_dim=30))
+
+
+def test_a_failure_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PLAIN.model()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no more hooks")
+
+    monkeypatch.setattr(model.blocks[5].attn, "register_forward_hook", fails)
+    refused(model, RuntimeError, "no more hooks")
+    assert "tokenprune" not in model._modules and not any(block.attn.fused_attn for block in model.blocks)
 
 
 def test_written_out_attention_is_switched_and_switched_back() -> None:

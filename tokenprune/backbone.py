@@ -99,6 +99,14 @@ class Backbone:
             raise UnsupportedModelError(
                 f"{name} runs the same block more than once; tokens can only be pruned once in front of a block."
             )
+        for setting in self.settings:
+            if not hasattr(setting.owner, setting.name):
+                raise UnsupportedModelError(
+                    f"a Setting of the Backbone names {setting.name!r}, which {type(setting.owner).__name__} has not."
+                )
+        for method in self.grid_methods:
+            if not callable(getattr(type(model), method, None)):
+                raise UnsupportedModelError(f"Backbone.grid_methods names {method!r}, which is no method of {name}.")
         if self.num_prefix_tokens < 0 or self.embed_dim < 1:
             raise UnsupportedModelError(
                 f"Backbone(num_prefix_tokens={self.num_prefix_tokens}, embed_dim={self.embed_dim}): "
