@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from recipes.digits.__main__ import app
 from tests import supported_models
+from tokenprune.scorers import base
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,6 +39,7 @@ def test_every_block_of_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(timm, "create_model", untrained)
     monkeypatch.setattr(transformers.AutoModelForImageClassification, "from_pretrained", staticmethod(from_config))
+    monkeypatch.setattr(base, "_BUILDERS", dict(base._BUILDERS))  # a page may register a scorer
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for number, block in enumerate(blocks(page, "python")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -145,6 +146,8 @@ def test_compile_in_eval(case: Case) -> None:
 @some_models
 def test_compile_in_training(case: Case) -> None:
     model, images = case.sparsified().train(), case.images()
+    if torch.__version__ < "2.15" and any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        pytest.skip("earlier compilers cannot trace nn.MultiheadAttention inside a function mode")
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     actual = gradients(case, compiled, images)
@@ -188,8 +191,6 @@ def test_export(case: Case) -> None:
 
 
 def _dynamic_batch(model: nn.Module, case: Case) -> dict[str, object]:
-    import inspect
-
     name = next(iter(inspect.signature(model.forward).parameters))
     return {name: {0: torch.export.Dim("batch", min=2, max=64)}}
 
@@ -227,6 +228,8 @@ def test_attention_masks_of_the_caller_are_respected(name: str, kind: str) -> No
         mask.fill_diagonal_(True)
         options = {"attn_mask": mask if kind == "boolean" else torch.randn(3, 1, length, length)}
     else:
+        if "attention_mask" not in inspect.signature(model.vit.forward).parameters:
+            pytest.skip("this version of transformers takes no attention mask in vision models")
         mask = torch.rand(3, length) > 0.3
         mask[:, 0] = True
         options = {"attention_mask": mask if kind == "boolean" else mask.long()}

@@ -299,5 +299,6 @@ def _backward_block(
             factor = factor.clone()
             factor.diagonal(dim1=1, dim2=2).fill_(1.0)
         slopes = slopes * factor
-    results = (part.unflatten(0, shape).to(dtype) for part in (grad_query, grad_key, grad_value))
-    return *results, grad_keep.unflatten(0, shape).sum(dim=1).to(keep_dtype), slopes.unflatten(0, shape)
+    results = (part.view(*shape, *part.shape[1:]).to(dtype) for part in (grad_query, grad_key, grad_value))
+    grad_keep, slopes = grad_keep.view(*shape, -1).sum(dim=1), slopes.view(*shape, *slopes.shape[1:])
+    return *results, grad_keep.to(keep_dtype), slopes

@@ -414,8 +414,7 @@ def _select(tokens: Tensor, positions: Tensor) -> Tensor:
     batch, length, _ = tokens.shape
     # Whole rows of one long sequence are copied several times as fast as torch.gather picks numbers.
     rows = positions + length * torch.arange(batch, device=positions.device).unsqueeze(1)
-    selected: Tensor = tokens.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
-    return selected
+    return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1)
 
 
 def _restore(sparsifier: weakref.ref[Sparsifier], decisions: _Decisions, grad: Tensor) -> None:

@@ -32,7 +32,9 @@ _FINAL_NORMS: dict[str, str | None] = {
     "siglip_vision_model": "post_layernorm",
 }
 _PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
-_HEADS = ("ForImageClassification", "ForImageClassificationWithTeacher", "WithProjection")
+# Classes that hold a tower and take nothing but pooled outputs from it. (Vision models proper were such in versions
+# before 5.10.)
+_HEADS = ("ForImageClassification", "ForImageClassificationWithTeacher", "WithProjection", "VisionModel")
 
 
 def describe(model: nn.Module) -> Backbone:
@@ -75,7 +77,6 @@ def describe(model: nn.Module) -> Backbone:
 def _vision_tower(model: nn.Module) -> PreTrainedModel | None:
     """The model, or the part of it, that turns images into tokens and runs the blocks over them."""
     from transformers import PreTrainedModel
-    from transformers.backbone_utils import BackboneMixin
 
     for module in model.modules():
         if (
@@ -83,7 +84,9 @@ def _vision_tower(model: nn.Module) -> PreTrainedModel | None:
             and module.config.model_type in _FINAL_NORMS
             and hasattr(module, "embeddings")
         ):
-            return None if isinstance(module, BackboneMixin) else module
+            # By name, since the class has moved from one version to the next.
+            feature_extractor = any(base.__name__ == "BackboneMixin" for base in type(module).__mro__)
+            return None if feature_extractor else module
     return None
 
 
