@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+import statistics
 from functools import partial
 from typing import Annotated, Any, cast
 
@@ -13,7 +13,7 @@ import typer
 from torch import Tensor, nn
 
 import tokenprune
-from benchmarks.measuring import Device, DType, Name, Pairs, Ratio, environment, measure_pairs, report
+from benchmarks.measuring import Device, DType, Name, Pairs, Ratio, environment, measure_pairs, measure_rounds, report
 
 
 class First(tokenprune.Scorer):
@@ -54,37 +54,35 @@ def main(
         repeats = pairs if batch > 4 else 4 * pairs  # short ones scatter more
         images = torch.rand(batch, *input_size, device=device, dtype=getattr(torch, dtype))
 
-        def speedup(other: nn.Module, repeats: int = repeats, images: Tensor = images) -> Ratio:
-            with torch.no_grad():
-                return measure_pairs(partial(dense, images), partial(other, images), pairs=repeats, device=device)
-
         for ratio in keep_ratio or [0.9, 0.7, 0.5]:
             sparse.tokenprune.keep_ratio = free.tokenprune.keep_ratio = ratio
             counted = tokenprune.flops(sparse, input_size)
-            timed = tokenprune.throughput(sparse, input_size, batch_size=batch, pairs=repeats)
-            lower, upper = timed.spread
+            models = (dense, sparse, shortened(dense, sparse.tokenprune.plan, num_patches), free)
+            with torch.no_grad():
+                times = measure_rounds([partial(each, images) for each in models], rounds=repeats, device=device)
+            as_it_is, cut, blind = (Ratio(first_seconds=times[0], second_seconds=other) for other in times[1:])
+            lower, upper = as_it_is.quartiles
+            speeds = [batch / statistics.median(seconds) for seconds in times[:2]]
             rows.append(
                 [
                     f"{batch}",
                     f"{ratio:g}",
                     f"{counted.dense_gmacs:.2f} → {counted.sparse_gmacs:.2f}",
-                    f"{timed.dense_images_per_second:.1f} → {timed.sparse_images_per_second:.1f}",
+                    f"{speeds[0]:.1f} → {speeds[1]:.1f}",
                     f"{counted.ratio:.2f}",
-                    f"{timed.speedup:.2f} ({lower:.2f} … {upper:.2f})",
-                    f"**{timed.speedup / counted.ratio:.2f}**",
+                    f"{as_it_is.median:.2f} ({lower:.2f} … {upper:.2f})",
+                    f"**{as_it_is.median / counted.ratio:.2f}**",
                 ]
             )
-            cut = speedup(shortened(dense, sparse.tokenprune.plan, num_patches))
-            blind = speedup(free)
             parts.append(
-                [f"{batch}", f"{ratio:g}", f"{counted.ratio:.2f}", *(f"{x:.2f}" for x in (cut.median, blind.median))]
-                + [f"{timed.speedup:.2f}", f"{sum(counted.stages) / counted.sparse:.1%}"]
+                [f"{batch}", f"{ratio:g}", *(f"{x:.2f}" for x in (counted.ratio, cut.median, blind.median))]
+                + [f"{as_it_is.median:.2f}", f"{sum(counted.stages) / counted.sparse:.1%}"]
             )
-            data.append(
-                {"keep_ratio": ratio, "gmac_ratio": counted.ratio, **asdict(timed), "cut": cut, "free_scorer": blind}
-            )
+            measured = {"as_it_is": as_it_is, "cut_off": cut, "free_scorer": blind}
+            data.append({"batch_size": batch, "keep_ratio": ratio, "gmac_ratio": counted.ratio, **measured})
         sparse.tokenprune.keep_ratio = 1.0
-        hooks = speedup(sparse)
+        with torch.no_grad():
+            hooks = measure_pairs(partial(dense, images), partial(sparse, images), pairs=2 * repeats, device=device)
         lower, upper = hooks.quartiles
         rows.append(
             [
@@ -101,7 +99,7 @@ def main(
     where = environment(device, dtype)
     report(
         name,
-        f"{model}, dense → sparse, medians of {pairs} pairs ({4 * pairs} at batch sizes up to 4)",
+        f"{model}, dense → sparse, medians of {pairs} rounds ({4 * pairs} at batch sizes up to 4)",
         where,
         ("batch", "ρ", "GMACs", "images/s", "GMAC ratio", "speed-up (quartiles)", "speed-up ÷ GMAC ratio"),
         rows,
@@ -109,7 +107,7 @@ def main(
     )
     report(
         f"{name}-parts",
-        "Speed-ups over the same dense model, in the same run",
+        "Speed-ups over the same dense model, in the same rounds",
         where,
         ("batch", "ρ", "GMAC ratio", "sequence cut off, no more", "with a free scorer", "as it is", "scorers' GMACs"),
         parts,

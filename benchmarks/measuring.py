@@ -31,7 +31,7 @@ class Ratio:
 
     Attributes:
         first_seconds: Of each run of the first.
-        second_seconds: Of the run of the second that came right after or before it.
+        second_seconds: Of the run of the second in the same round.
     """
 
     first_seconds: tuple[float, ...]
@@ -54,31 +54,38 @@ class Ratio:
         return lower, upper
 
 
-def measure_pairs(
-    first: Callable[[], Any], second: Callable[[], Any], *, pairs: int, device: str, warmup: int = 3, repeat: int = 1
-) -> Ratio:
-    """Time ``first`` and ``second`` in turn, the order changing from pair to pair.
+def measure_rounds(
+    functions: Sequence[Callable[[], Any]], *, rounds: int, device: str, warmup: int = 3, repeat: int = 1
+) -> list[tuple[float, ...]]:
+    """Time functions in turn, each round beginning with another one; seconds of each function, by round.
 
     Args:
-        first: What is divided.
-        second: What it is divided by.
-        pairs: How often.
+        functions: What is timed.
+        rounds: How often.
         device: Where they run, to wait for it.
-        warmup: Pairs before, which do not count.
-        repeat: Calls that make one run, for what is short.
+        warmup: Rounds before, which do not count.
+        repeat: Calls that are timed together, for what is short.
     """
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for pair in range(-warmup, pairs):
-        order = ((0, first), (1, second)) if pair % 2 == 0 else ((1, second), (0, first))
-        for index, function in order:
+    seconds: list[list[float]] = [[] for _ in functions]
+    for number in range(-warmup, rounds):
+        for offset in range(len(functions)):
+            index = (number + offset) % len(functions)
             synchronize(device)
             start = time.perf_counter()
             for _ in range(repeat):
-                function()
+                functions[index]()
             synchronize(device)
-            if pair >= 0:
+            if number >= 0:
                 seconds[index].append((time.perf_counter() - start) / repeat)
-    return Ratio(first_seconds=tuple(seconds[0]), second_seconds=tuple(seconds[1]))
+    return [tuple(times) for times in seconds]
+
+
+def measure_pairs(
+    first: Callable[[], Any], second: Callable[[], Any], *, pairs: int, device: str, repeat: int = 1
+) -> Ratio:
+    """Time ``first``, what is divided, and ``second``, what it is divided by, in turn."""
+    times = measure_rounds([first, second], rounds=pairs, device=device, repeat=repeat)
+    return Ratio(first_seconds=times[0], second_seconds=times[1])
 
 
 def synchronize(device: str) -> None:

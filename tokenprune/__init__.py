@@ -15,9 +15,9 @@ from tokenprune.losses import DynamicViTLoss
 from tokenprune.plan import Plan
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
 from tokenprune.sparsifier import Sparsifier
-from tokenprune.sparsify import dense, sparsify, unsparsify
 from tokenprune.timing import ThroughputReport, throughput
 from tokenprune.trace import Trace
+from tokenprune.verbs import dense, sparsify, unsparsify
 from tokenprune.verification import VerificationReport, verify
 
 __version__ = "0.1.0"

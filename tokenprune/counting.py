@@ -21,7 +21,7 @@ from torch import nn
 from tokenprune.errors import CountingError
 from tokenprune.probing import eval_mode, example_images
 from tokenprune.sparsifier import Sparsifier
-from tokenprune.sparsify import dense, sparsifier_of, unwrap
+from tokenprune.verbs import dense, sparsifier_of, unwrap
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import StateError
 from tokenprune.sparsifier import Sparsifier
-from tokenprune.sparsify import sparsifier_of, unwrap
+from tokenprune.verbs import sparsifier_of, unwrap
 
 
 class DynamicViTLoss(nn.Module):

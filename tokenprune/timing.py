@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.probing import eval_mode, example_images
-from tokenprune.sparsify import dense, sparsifier_of, unwrap
+from tokenprune.verbs import dense, sparsifier_of, unwrap
 
 
 @dataclass(frozen=True, kw_only=True)

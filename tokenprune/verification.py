@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenprune.probing import eval_mode
 from tokenprune.scorers import Candidates, Scorer
 from tokenprune.sparsifier import Sparsifier
-from tokenprune.sparsify import dense, sparsifier_of
+from tokenprune.verbs import dense, sparsifier_of
 
 
 @dataclass(frozen=True, kw_only=True)
