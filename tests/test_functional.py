@@ -186,6 +186,16 @@ def test_dropout_averages_to_the_formula() -> None:
     torch.testing.assert_close(mean, formula(*inputs), rtol=0, atol=0.15)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_a_row_that_may_see_nothing_gives_zero(dropout_p: float) -> None:
+    inputs = tensors()
+    mask = torch.ones(7, 7, dtype=torch.bool)
+    mask[-2:] = False
+    output = masked_attention(*inputs, dropout_p=dropout_p, attn_mask=mask)
+    assert (output[:, :, -2:] == 0).all() and output.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.sum(), inputs))
+
+
 def test_no_matrix_of_scores_is_kept_for_the_backward_pass() -> None:
     inputs = tensors(keys=50, queries=50)
     saved: list[int] = []

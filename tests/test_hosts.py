@@ -218,7 +218,7 @@ def test_keep_ratio_and_execution_at_run_time(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["timm class token", "timm parallel things blocks", "transformers ViT classifier"])
-@pytest.mark.parametrize("kind", ["boolean", "additive"])
+@pytest.mark.parametrize("kind", ["boolean", "additive", "three dimensions"])
 def test_attention_masks_of_the_caller_are_respected(name: str, kind: str) -> None:
     case = BY_NAME[name]
     model, images = case.sparsified(), case.images()
@@ -226,7 +226,8 @@ def test_attention_masks_of_the_caller_are_respected(name: str, kind: str) -> No
     if name.startswith("timm"):
         mask = torch.rand(length, length) > 0.3
         mask.fill_diagonal_(True)
-        options = {"attn_mask": mask if kind == "boolean" else torch.randn(3, 1, length, length)}
+        additive = torch.randn(3, 1, length, length)
+        options = {"attn_mask": {"boolean": mask, "additive": additive, "three dimensions": additive[0]}[kind]}
     else:
         if "attention_mask" not in inspect.signature(model.vit.forward).parameters:
             pytest.skip("this version of transformers takes no attention mask in vision models")
@@ -285,6 +286,22 @@ def test_an_interrupted_pass_leaves_no_mode_behind_after_the_next() -> None:
     handle.remove()
     model(images)
     assert torch._C._len_torch_function_stack() == 0
+
+    handle = model.blocks[3].attn.qkv.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(images)
+    tokenprune.unsparsify(model)
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_the_size_of_an_image_is_not_remembered() -> None:
+    case = BY_NAME["timm non-square, dynamic size"]
+    model = case.sparsified()
+    with torch.no_grad():
+        model(case.images())
+        assert model.tokenprune.trace.grid == (4, 8)
+        model.forward_features(case.images().transpose(2, 3))
+    assert model.tokenprune.trace.grid != (4, 8)
 
 
 def test_copies_prune_on_their_own() -> None:

@@ -125,6 +125,18 @@ def test_it_finds_the_sparsifier_in_a_compiled_model() -> None:
     assert all(p.grad.abs().max() > 0 for p in model.tokenprune.parameters())
 
 
+@pytest.mark.parametrize("keep_ratio", [1.0, (0.5, 0.5)], ids=str)
+def test_a_stage_that_keeps_all_needs_no_gradient(keep_ratio: Any) -> None:
+    model, teacher = student_and_teacher()
+    model.tokenprune.keep_ratio = keep_ratio
+    images = TIMM.images()
+    parts = DynamicViTLoss(teacher)(model, images, model(images), torch.tensor([1, 5, 2]))
+    parts["loss"].backward()
+    assert parts["loss"].isfinite()
+    if keep_ratio != 1.0:
+        assert tokenprune.verify(model, images).passed
+
+
 def test_misuse_is_refused() -> None:
     model, teacher = student_and_teacher()
     images, targets = TIMM.images(), torch.tensor([1, 5, 2])

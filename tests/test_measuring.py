@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ class Research(nn.Module):
         x = self.embed(x).flatten(2).transpose(1, 2)
         for block in self.blocks:
             x = block(x)
-        return x.mean(dim=1) if self.tail == "mean" else x.sum(dim=1)
+        return {"mean": x.mean(dim=1), "maximum": x.max(dim=1).values, "sum": x.sum(dim=1)}[self.tail]
 
 
 def research(**options: object) -> nn.Module:
@@ -102,6 +103,40 @@ def research(**options: object) -> nn.Module:
 def test_a_model_of_ones_own_with_a_backbone_of_three_lines() -> None:
     report = tokenprune.verify(research(), torch.randn(2, 3, 48, 48))
     assert report.passed, str(report)
+
+
+def test_a_tail_that_takes_the_maximum_with_its_indices() -> None:
+    assert tokenprune.verify(research(tail="maximum"), torch.randn(2, 3, 48, 48)).passed
+
+
+def test_an_output_that_is_not_a_number_is_found_out() -> None:
+    model = research()
+    model.register_forward_hook(
+        lambda model, args, output: (output, output * (math.nan if model.tokenprune.execution == "mask" else 1))
+    )
+    assert not tokenprune.verify(model, torch.randn(2, 3, 48, 48)).passed
+
+
+def test_attention_modules_that_are_not_called_are_an_error() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention.forward(x)  # past the hooks
+
+    model = Research()
+    model.blocks = nn.ModuleList([Hidden() for _ in range(4)])
+    backbone = tokenprune.Backbone(
+        blocks=model.blocks,
+        num_prefix_tokens=0,
+        embed_dim=16,
+        attentions=[(block.attention,) for block in model.blocks],
+    )
+    tokenprune.sparsify(model, (1, 2), 0.5, backbone=backbone).train()
+    with pytest.raises(tokenprune.InterceptionError, match="Hidden never called the attention modules"):
+        model(torch.randn(2, 3, 48, 48))
 
 
 def test_a_tail_that_sums_pruned_tokens_is_found_out() -> None:

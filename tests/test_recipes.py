@@ -71,6 +71,17 @@ def test_a_folder_is_reused_and_a_stale_one_made_anew(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
 
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    photo = tmp_path / "mine" / "cats" / "photo.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.write_text("precious")
+    with pytest.raises(FileExistsError, match="holds something else"):
+        make_digits(tmp_path / "mine", SMALL)
+    result = CliRunner().invoke(app, ["demo", "--data", str(tmp_path / "mine"), "--output", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "--data" in result.output
+    assert photo.read_text() == "precious"
+
+
 def test_write_whole_leaves_no_half_written_file(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("old")

@@ -238,6 +238,18 @@ def test_other_attention_of_transformers_is_switched_and_switched_back(implement
     assert model.config._attn_implementation == implementation
 
 
+def test_a_config_shared_with_another_model_is_not_changed() -> None:
+    import transformers
+
+    config = small(transformers.ViTConfig, attn_implementation="eager")
+    first, second = transformers.ViTModel(config).eval(), transformers.ViTModel(config).eval()
+    tokenprune.sparsify(first, (2, 4), 0.6)
+    assert second.config is config and config._attn_implementation == "eager"
+    assert tokenprune.verify(first, {"pixel_values": PLAIN.images()}).passed
+    tokenprune.unsparsify(first)
+    assert all(module.config is config for module in first.modules() if hasattr(module, "config"))
+
+
 def test_attention_weights_in_training_are_refused() -> None:
     case = BY_NAME["transformers ViT classifier"]
     model, images = case.sparsified().train(), case.images()

@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from tokenprune.errors import CountingError
-from tokenprune.probing import eval_mode, example_images
-from tokenprune.sparsifier import Sparsifier
+from tokenprune.probing import eval_mode, example_images, gathering
 from tokenprune.verbs import dense, sparsifier_of, unwrap
 
 if TYPE_CHECKING:
@@ -304,7 +303,7 @@ def flops(
     stage_names = [names[stage] for stage in sparsifier.stages]
     image = example_images(inner, input_size)
 
-    with eval_mode(inner), _gathering(sparsifier), _called_with(inner, forward_kwargs or {}):
+    with eval_mode(inner), gathering(sparsifier), _called_with(inner, forward_kwargs or {}):
         with dense(inner):
             dense_counts = count(inner, image)
         sparse_counts = count(inner, image)
@@ -398,15 +397,6 @@ def _called_with(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _gathering(sparsifier: Sparsifier) -> Iterator[None]:
-    before, sparsifier.execution = sparsifier.execution, "gather"
-    try:
-        yield
-    finally:
-        sparsifier.execution = before
 
 
 @contextmanager

@@ -168,8 +168,11 @@ def _written_out(
             diagonal = torch.eye(keep.shape[-1], dtype=torch.bool, device=keep.device)
             visible = torch.where(diagonal, 1.0, visible)
         top = scores.detach().masked_fill(visible == 0, -math.inf).amax(dim=-1, keepdim=True)
+        top = top.masked_fill(top == -math.inf, 0)  # a row that may see nothing gives 0, as with SDPA
         weights = (scores - top).clamp(max=MAX_EXPONENT).exp() * visible
-        weights = F.dropout(weights / weights.sum(dim=-1, keepdim=True), dropout_p)
+        total = weights.sum(dim=-1, keepdim=True)
+        total = total.masked_fill(total == 0, 1)
+        weights = F.dropout(weights / total, dropout_p)
         return (weights @ value.to(dtype)).to(value.dtype)
 
 

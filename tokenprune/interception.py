@@ -144,10 +144,27 @@ class TailInterception(_Interception):
             result = self.reduce(reduction, *args, **kwargs)
             if result is not None:
                 return result
+        if func in _MAXIMA_WITH_INDICES:
+            args = self.without_pruned(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def without_pruned(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The arguments of a maximum over tokens with pruned tokens at −∞, or any others as they are."""
+        keep = self.keep_of_reduction(*args, **kwargs) if args else None
+        return args if keep is None else (args[0].masked_fill(keep.unsqueeze(-1) == 0, -math.inf), *args[1:])
 
     def reduce(self, reduction: Callable[[Tensor, Tensor], Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
         """The kept-only reduction, or ``None`` where the call does not reduce tokens."""
+        keep = self.keep_of_reduction(*args, **kwargs)
+        if keep is None:
+            return None
+        tokens = args[0] if args else kwargs["input"]
+        keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
+        result = reduction(tokens, keep.unsqueeze(-1))  # (B, 1, C)
+        return result if keepdim else result.squeeze(1)
+
+    def keep_of_reduction(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The decisions on the tokens that a call reduces over, or ``None`` where it does not."""
         tokens = args[0] if args else kwargs.get("input")
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
         if isinstance(dim, (tuple, list)) and len(dim) == 1:
@@ -155,11 +172,7 @@ class TailInterception(_Interception):
         if not isinstance(tokens, Tensor) or tokens.dim() != 3 or dim not in (1, -2):
             return None
         keep = self.lookup(tokens.shape[1])
-        if keep is None or tokens.shape[0] != keep.shape[0]:
-            return None
-        keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
-        result = reduction(tokens, keep.unsqueeze(-1))  # (B, 1, C)
-        return result if keepdim else result.squeeze(1)
+        return None if keep is None or tokens.shape[0] != keep.shape[0] else keep
 
     def lookup(self, length: int) -> Tensor | None:
         """The decisions for a sequence of all tokens or of the patch tokens; ``None`` for another."""
@@ -198,3 +211,4 @@ _REDUCTIONS: dict[Callable[..., Any], Callable[[Tensor, Tensor], Tensor]] = {
     torch.amax: _maximum,
     Tensor.amax: _maximum,
 }
+_MAXIMA_WITH_INDICES = (torch.max, Tensor.max)

@@ -139,7 +139,12 @@ def _decisions(sparsifier: Sparsifier) -> tuple[Tensor, ...]:
             f"the loss needs decisions made in mask execution; there was {ran}. Call model.train() and "
             "model(inputs), outside of tokenprune.dense, before the loss."
         )
-    learns = any(parameter.requires_grad for parameter in sparsifier.stages.parameters())
+    learns = any(
+        parameter.requires_grad
+        for stage, probability in zip(sparsifier.stages, sparsifier.plan.keep_probabilities, strict=True)
+        if probability < 1  # one that keeps all it gets does not ask its scorer
+        for parameter in stage.parameters()
+    )
     if torch.is_grad_enabled() and learns and not any(keep.requires_grad for keep in trace.keep):
         raise StateError(
             "the decisions of the last forward pass carry no gradient; it ran under no_grad, or inside re-entrant "

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from tokenprune.sparsifier import Sparsifier
+
 
 def example_images(model: nn.Module, input_size: Sequence[int], batch_size: int = 1) -> Tensor:
     """Random images (batch, *input_size) of the model's dtype on its device."""
@@ -25,3 +27,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+@contextmanager
+def gathering(sparsifier: Sparsifier) -> Iterator[None]:
+    """Have pruned tokens removed, whatever the execution is set to."""
+    before, sparsifier.execution = sparsifier.execution, "gather"
+    try:
+        yield
+    finally:
+        sparsifier.execution = before

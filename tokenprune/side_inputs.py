@@ -17,8 +17,8 @@ def shorten(
     """A block's arguments with every attention mask over all tokens cut down to those left.
 
     Args:
-        args: Positional arguments; tokens, wherever they are, are three-dimensional and stay.
-        kwargs: Keyword arguments.
+        args: Positional arguments; the first one is the tokens, and stays.
+        kwargs: Keyword arguments; without positional ones, the first tensor is the tokens.
         kept: (B, K) int64, positions of the tokens that are left among all.
         num_tokens: L.
     """
@@ -26,7 +26,10 @@ def shorten(
     def cut(value: Any) -> Any:
         return gather_mask(value, kept) if _is_mask(value, num_tokens) else value
 
-    return tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}
+    if args:
+        return (args[0], *(cut(value) for value in args[1:])), {name: cut(value) for name, value in kwargs.items()}
+    tokens = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+    return args, {name: value if name == tokens else cut(value) for name, value in kwargs.items()}
 
 
 def gather_mask(mask: Tensor, kept: Tensor) -> Tensor:
@@ -50,7 +53,7 @@ def gather_mask(mask: Tensor, kept: Tensor) -> Tensor:
 def _is_mask(value: Any, num_tokens: int) -> bool:
     return (
         isinstance(value, Tensor)
-        and value.dim() in (2, 4)
+        and value.dim() in (2, 3, 4)
         and value.shape[-1] == num_tokens
-        and value.shape[-2] in (1, num_tokens)
+        and value.shape[-2] in ((num_tokens,) if value.dim() == 3 else (1, num_tokens))
     )

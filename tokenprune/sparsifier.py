@@ -130,6 +130,7 @@ class Sparsifier(nn.Module):
 
     def detach(self, model: nn.Module) -> None:
         """Take everything out of ``model`` again."""
+        self._close_interceptions()
         for handle in self._handles:
             handle.remove()
         for setting in reversed(self._previous_settings):
@@ -162,6 +163,7 @@ class Sparsifier(nn.Module):
 
     def _forget_forward(self) -> None:
         self._in_model = False
+        self._attended = False
         self._image_size: tuple[int, int] | None = None
         self._grad_enabled = False
         self._decisions = _Decisions()
@@ -199,7 +201,7 @@ class Sparsifier(nn.Module):
         )
 
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._in_model = False
+        self._in_model, self._image_size = False, None
         self._close_interceptions()
 
     def _before_first_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -313,6 +315,7 @@ class Sparsifier(nn.Module):
         keys = self._keys(stage)
         if keys is not None:
             self._check_grad(attention)
+            self._attended = True
             self._block_interception.keep, self._block_interception.hits = keys, 0
             self._block_interception.enter()
 
@@ -338,6 +341,12 @@ class Sparsifier(nn.Module):
     def _after_block(self, stage: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._keys(stage) is None or torch.compiler.is_compiling():
             return
+        if not self._attended:
+            raise InterceptionError(
+                f"{type(block).__name__} never called the attention modules it was described with, so pruned tokens "
+                "could not be masked; name in Backbone.attentions the modules that it calls (not their forward)."
+            )
+        self._attended = False
         tokens = output[0] if isinstance(output, tuple) else output
         if tokens.requires_grad:
             # This gradient is the first thing known of the block in the backward pass, so a block

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenprune.probing import eval_mode, example_images
+from tokenprune.probing import eval_mode, example_images, gathering
 from tokenprune.verbs import dense, sparsifier_of, unwrap
 
 
@@ -97,15 +97,17 @@ def throughput(
 
     Raises:
         StateError: The model is not sparsified.
-        ValueError: There are fewer than two pairs, too few for a spread.
+        ValueError: There are fewer than two pairs, too few for a spread, or ``warmup`` is negative.
     """
     if pairs < 2:
         raise ValueError(f"pairs={pairs}: at least 2 are needed to tell the spread.")
+    if warmup < 0:
+        raise ValueError(f"warmup={warmup}: a number of pairs from 0.")
     sparsifier = sparsifier_of(model)
     images = example_images(unwrap(model), input_size, batch_size)
     dense_seconds: list[float] = []
     sparse_seconds: list[float] = []
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), gathering(sparsifier), torch.no_grad():
         for pair in range(-warmup, pairs):
             with dense(model):
                 before = _seconds(model, images)

@@ -29,7 +29,8 @@ class VerificationReport:
         mask_equals_gather: Between the two executions, for the same decisions.
         effect: Between the pruned and the unpruned model; 0 means pruning changes nothing.
         gradients: For each stage the largest gradient of its scorer's parameters after a training
-            step; NaN if one is not finite or missing, and no entry for scorers without parameters.
+            step; NaN if one is not finite or missing, and no entry for scorers without parameters and
+            stages that keep all.
         compared: Number of output tensors that were compared.
         tolerance: Up to which difference the two invariants hold.
     """
@@ -170,7 +171,9 @@ def _gradients(model: nn.Module, sparsifier: Sparsifier, inputs: Any) -> tuple[f
         for module, mode in training.items():
             module.training = mode
     found = []
-    for stage in sparsifier.stages:
+    for stage, probability in zip(sparsifier.stages, sparsifier.plan.keep_probabilities, strict=True):
+        if probability == 1:
+            continue
         parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
         if parameters:
             found.append(_magnitude([parameter.grad for parameter in parameters]))
@@ -209,4 +212,4 @@ def _difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], na
         for name in names
         if actual[name].shape == expected[name].shape
     ]
-    return max(differences, default=math.nan)
+    return math.nan if any(map(math.isnan, differences)) else max(differences, default=math.nan)

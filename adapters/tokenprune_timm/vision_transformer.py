@@ -38,5 +38,5 @@ def describe(model: nn.Module) -> Backbone:
             for module in model.modules()
             if getattr(module, "fused_attn", True) is False
         ),
-        grid_methods=("forward_intermediates", "get_intermediate_layers"),
+        grid_methods=("forward_intermediates", "get_intermediate_layers", "prune_intermediate_layers"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -59,9 +60,13 @@ def describe(model: nn.Module) -> Backbone:
         raise UnsupportedModelError(f"{type(tower).__name__} has no SDPA attention in this version of transformers.")
     config: Any = tower.config
     norm = _FINAL_NORMS[config.model_type]
-    settings = []
+    settings: list[Setting] = []
     if config._attn_implementation != "sdpa":
-        settings.append(Setting(owner=config, name="_attn_implementation", value="sdpa"))
+        # A config may be shared with other models, so this one gets a copy.
+        changed = copy.copy(config)
+        changed._attn_implementation = "sdpa"
+        holders = [module for module in model.modules() if getattr(module, "config", None) is config]
+        settings = [Setting(owner=module, name="config", value=changed) for module in holders]
     patch_size, image_size = _pair(config.patch_size), _pair(config.image_size)
     return Backbone(
         blocks=_blocks(tower, config.num_hidden_layers),

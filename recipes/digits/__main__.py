@@ -33,6 +33,8 @@ def _resumable() -> Iterator[None]:
         console.print(f"\n[yellow]Interrupted.[/] {interrupted}".rstrip())
         console.print("Nothing is half-written. Run the same command again to go on from there.")
         raise typer.Exit(130) from None
+    except FileExistsError as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from None
 
 
 @app.command()

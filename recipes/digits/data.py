@@ -92,12 +92,17 @@ def make_digits(root: Path, config: DigitsConfig | None = None) -> Path:
 
     Returns:
         ``root``.
+
+    Raises:
+        FileExistsError: The folder holds something that was not made here; it is left as it is.
     """
     config = config or DigitsConfig()
     description = json.dumps(asdict(config), indent=2) + "\n"
     marker = root / "digits.json"
     if marker.exists() and marker.read_text() == description:
         return root
+    if root.exists() and not marker.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise FileExistsError(f"{root} holds something else; name a folder that is empty or does not exist yet.")
     write_whole(root, lambda partial: _write(partial, config, description))
     return root
 

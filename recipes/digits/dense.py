@@ -40,7 +40,7 @@ def train_dense(data: Path, output: Path, *, weights: Path = WEIGHTS, steps: int
         lambda model, inputs, outputs, targets: {"loss": criterion(outputs, targets)},
         loader,
         groups,
-        Schedule(steps=steps, warmup_steps=200),
+        Schedule(steps=steps, warmup_steps=min(200, steps // 10)),
         state_folder=output / "dense.state",
         description="dense model",
         seed=seed,

@@ -57,12 +57,15 @@ class SparseResult:
     Attributes:
         config: The run.
         dense_sha256: Digest of the dense model's weights file that it started from.
+        run_sha256: Digest of all that decides the run: configuration, dense weights, images.
         accuracy: Validation accuracy of the pruned model, as a fraction.
-        kept: Share of the patch tokens kept after the last stage, by step, as sampled in training.
+        kept: Share of the patch tokens kept after the last stage, by step, as sampled in training
+            since the run was last started.
     """
 
     config: SparseConfig
     dense_sha256: str
+    run_sha256: str
     accuracy: float
     kept: list[float]
 
@@ -102,9 +105,11 @@ def fine_tune(
     """
     weights, report = output / f"{config.name}.safetensors", output / f"{config.name}.json"
     digest = hashlib.sha256(dense_weights.read_bytes()).hexdigest()
+    images = (data / "digits.json").read_text()
+    run = hashlib.sha256(f"{asdict(config)} {digest} {images}".encode()).hexdigest()
     if report.exists() and weights.exists():
         stored = json.loads(report.read_text())
-        if (stored["config"], stored.get("dense_sha256")) == (asdict(config), digest):
+        if stored.get("run_sha256") == run:
             return SparseResult(**{**stored, "config": config})
 
     model = sparse_model(config, load_dense_model(dense_weights))
@@ -115,12 +120,14 @@ def fine_tune(
         image_folder_loader(data, "train", image_size=IMAGE_SIZE, batch_size=config.batch_size, seed=config.seed),
         parameter_groups(model, SCORER_LEARNING_RATES[config.scorer]),
         Schedule(steps=config.steps, warmup_steps=config.steps // 10),
-        state_folder=output / f"{config.name}.state",
+        state_folder=output / f"{config.name}-{run[:8]}.state",
         description=f"{config.scorer}, ρ {config.keep_ratio:g}",
         seed=config.seed,
         on_step=lambda step, logged: kept.append(round(logged["kept"], 4)),
     )
-    result = SparseResult(config=config, dense_sha256=digest, accuracy=evaluate(model, validation), kept=kept)
+    result = SparseResult(
+        config=config, dense_sha256=digest, run_sha256=run, accuracy=evaluate(model, validation), kept=kept
+    )
     write_whole(weights, lambda partial: save_file(model.state_dict(), partial))
     write_whole(report, lambda partial: partial.write_text(json.dumps(asdict(result), indent=2) + "\n"))
     return result
