@@ -64,14 +64,17 @@ def test_exponential_moving_average(case: Case) -> None:
 @some_models
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(case: Case, dtype: torch.dtype) -> None:
-    model, images = case.sparsified(), case.images()
+    model, images = case.sparsified(scorer="static"), case.images()  # whose scores no rounding moves
     with torch.no_grad():
         expected = case.run(model, images)
-        with torch.autocast("cpu", dtype):
-            for name, output in case.run(model, images).items():
-                # Half precision moves scores, so other tokens may be kept; the scale must stay.
-                assert output.isfinite().all() and (output.float() - expected[name]).abs().max() < 3
-    model.train()
+        for execution in ("gather", "mask"):
+            model.tokenprune.execution = execution
+            with torch.autocast("cpu", dtype):
+                for name, output in case.run(model, images).items():
+                    # Six blocks in bfloat16, with 8 bits of mantissa: 2^-8 an operation, some tens of them.
+                    error = (output.float() - expected[name]).abs().max() / expected[name].abs().max()
+                    assert output.isfinite().all() and error < 0.05, name
+    model = case.sparsified().train()
     with torch.autocast("cpu", dtype):
         loss = loss_of(case, model, images)
     loss.backward()
@@ -292,6 +295,14 @@ def test_an_interrupted_pass_leaves_no_mode_behind_after_the_next() -> None:
         model(images)
     tokenprune.unsparsify(model)
     assert torch._C._len_torch_function_stack() == 0
+
+
+def test_data_parallel_replicas_are_refused() -> None:
+    case = BY_NAME["timm class token"]
+    model = case.sparsified()
+    model._is_replica = True  # as nn.DataParallel marks its copies, whose hooks belong to the original
+    with pytest.raises(tokenprune.StateError, match="DistributedDataParallel"):
+        model(case.images())
 
 
 def test_the_size_of_an_image_is_not_remembered() -> None:

@@ -188,6 +188,10 @@ class Sparsifier(nn.Module):
     # Hooks
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(model, "_is_replica", False):
+            raise StateError(
+                "nn.DataParallel makes copies whose hooks belong to the original model; use DistributedDataParallel."
+            )
         self._close_interceptions()
         self._in_model = True
         self._grad_enabled = torch.is_grad_enabled()
@@ -351,7 +355,7 @@ class Sparsifier(nn.Module):
         if tokens.requires_grad:
             # This gradient is the first thing known of the block in the backward pass, so a block
             # that is recomputed there finds the decisions of the forward pass it belongs to, even
-            # if another one has run since. The reference is weak: a hook lives as long as the graph.
+            # if another one in training has run since. The reference is weak: a hook lives as long as the graph.
             decisions = self._current_decisions()
             upto = _Decisions(decisions.keep[: stage + 1], decisions.keys[: stage + 1])
             tokens.register_hook(partial(_restore, weakref.ref(self), upto))
