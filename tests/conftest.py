@@ -1,10 +1,13 @@
-"""Settings of every test: one thread, no network, a fixed seed, no warning unseen."""
+"""Settings of every test: one thread, no network, a fixed seed, no warning unseen; and the census of models."""
 
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -15,3 +18,24 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-supported", action="store_true", help="write what the census proved beside the adapters")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Count what the census proved in this run, and write it where asked."""
+    recorded: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for report in terminalreporter.stats.get("passed", []):
+        for name, fields in report.user_properties:
+            recorded[name].append(fields)
+    if not recorded:
+        return
+    from tests.supported_models import counts, write
+
+    terminalreporter.section("census")
+    for line in counts(recorded):
+        terminalreporter.write_line(line)
+    if config.getoption("--write-supported"):
+        write(recorded)

@@ -1,54 +1,117 @@
-"""The docs page of supported models, made from the models that the tests run on.
+"""What the census proved: its counts, the lists beside the adapters, and the page of the docs made from them.
 
-``python -m tests.supported_models`` writes it; a test fails where it is out of date.
+``python -m tests.supported_models`` writes the page; a test fails where it is out of date.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from tests.zoo import TIMM, TORCHVISION, TRANSFORMERS, Case
+import tokenprune
+from tokenprune import SupportedModel
 
-PAGE = Path(__file__).parent.parent / "docs" / "supported-models.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "supported-models.md"
+LIBRARIES = ("timm", "transformers", "torchvision")
+
+Recorded = Mapping[str, list[dict[str, Any]]]
 
 HEAD = """# Supported models
 
-Each line is a model class, with the forms of it that pass the whole protocol of proof on every change: identity with
-nothing pruned, mask equals gather in single and double precision, exact undo, copies, state dicts, a finite gradient to
-every predictor, counted multiply-adds. Subclasses and other sizes of these work as well, and so do other input sizes
-and non-square grids wherever the model itself takes them.
+{counts}
 
-A model that is not here, and whose blocks take and return `(B, L, C)` tokens, can be
-[described in three lines](write-an-adapter.md).
+Each was built by its library at a small size, with random weights, and passed on every output: with nothing pruned
+it is the dense model (to 1e-5), masking equals gathering (to 2e-4, relative), undoing is exact, and a training step
+gives every predictor a finite gradient. *Compile* and *export* say that `torch.compile(fullgraph=True)` or
+`torch.export` took the pruned model, and are tried on one model of each kind. Other sizes of these models work as well,
+and so do other input sizes and non-square grids wherever the model itself takes them. `tokenprune.supported()` gives
+this list in code.
+
+What is not here may work too: `sparsify` finds blocks by their structure, says so where it cannot, and
+[`verify`](write-an-adapter.md) proves the rest on your own model and inputs.
 """
 
 TAIL = """
-## Not supported
+## What is refused, and why
 
-- Models without a flat list of blocks over tokens: Swin, ConvNeXt, ResNet, and others that pool as they go.
-- timm's `VisionTransformerRelPos`, `Eva`, `Beit` and other classes of their own.
-- transformers' `…Backbone` and `…ForMaskedImageModeling` classes and contrastive models as a whole: what they do with
-  their tokens takes all of them. The vision model inside a contrastive one can be sparsified alone.
+- **Hierarchies** (Swin, PVT, Hiera, ConvNeXt, MaxViT, PiT, LeViT and others): they pool tokens as they go.
+- **Windows and grids** (SAM, ViTDet and others): their blocks need the full grid.
+- **Attention that is not over all tokens** (XCiT, CoaT, TimeSformer, VideoPrism): dropping one has no single meaning.
+- **Packed sequences** (the vision towers of Qwen-VL, GLM-4V, Kimi, MiniCPM and others): all images of a batch are one
+  sequence, with lengths of its own.
+- **Models of several parts whose other parts need every token** (LLaVA-NeXT, Idefics, Janus, OWL-ViT and others): their
+  towers can be sparsified alone.
 
 Each is refused with an error that says so, and is left as it was.
 """
 
 
+def counts(recorded: Recorded) -> Iterator[str]:
+    """How many models of each library were proved, and how many refused, in one run."""
+    for library in LIBRARIES:
+        supported, refused = recorded.get(f"supported {library}", []), recorded.get(f"refused {library}", [])
+        families = Counter(model["family"] for model in supported)
+        if supported or refused:
+            yield f"{library} {version(library)}: {len(supported)} models proved, {len(refused)} refused"
+        if supported:
+            yield "  " + ", ".join(f"{family} {number}" for family, number in sorted(families.items()))
+
+
+def write(recorded: Recorded) -> None:
+    """Write the lists beside the adapters, and the page."""
+    for library in LIBRARIES:
+        models: dict[tuple[str, str], dict[str, Any]] = {}
+        for model in recorded.get(f"supported {library}", []):
+            known = models.setdefault((model["family"], model["name"]), model)
+            known["side_inputs"] = sorted({*known["side_inputs"], *model["side_inputs"]})
+        for model in recorded.get(f"passes {library}", []):
+            passes = models[model["family"], model["name"]]["passes"]
+            passes += [one for one in model["passes"] if one not in passes]
+        if models:
+            data = {
+                "version": 1,
+                "library_version": version(library),
+                "models": [models[key] for key in sorted(models)],
+            }
+            path = ROOT / "adapters" / f"tokenprune_{library}" / "supported.json"
+            path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
+
+
 def page() -> str:
-    """The page as it should be."""
-    sections = [
-        f"\n## {library}\n\n| class | tested forms |\n|---|---|\n{_rows(cases)}"
-        for library, cases in (("timm", TIMM), ("transformers", TRANSFORMERS), ("torchvision", TORCHVISION))
-    ]
-    return HEAD + "".join(sections) + TAIL
+    """The page as it should be, from the lists beside the adapters."""
+    sections = []
+    numbers = []
+    for library in LIBRARIES:
+        path = ROOT / "adapters" / f"tokenprune_{library}" / "supported.json"
+        models = tokenprune.supported(library)
+        numbers.append(f"- **{library}** {json.loads(path.read_text())['library_version']}: {len(models)} models")
+        sections.append(f"\n## {library}\n\n{_table(models)}")
+    return HEAD.format(counts="\n".join(numbers)) + "".join(sections) + TAIL
 
 
-def _rows(cases: list[Case]) -> str:
-    forms: dict[str, list[str]] = {}
-    for case in cases:
-        forms.setdefault(type(case.build()).__name__, []).append(case.name.partition(" ")[2] or "plain")
-    return "".join(f"| `{name}` | {'; '.join(names)} |\n" for name, names in forms.items())
+def _table(models: tuple[SupportedModel, ...]) -> str:
+    def kind(model: SupportedModel) -> tuple[Any, ...]:
+        return model.family, model.model_class, model.pooling, model.position_encoding, model.side_inputs
+
+    rows = ["| family | class | models | pooling | positions | side inputs | compile | export |", "|" + "---|" * 8]
+    for key, group in groupby(sorted(models, key=lambda model: (*map(str, kind(model)), model.name)), kind):
+        alike = list(group)
+        family, cls, pooling, positions, side_inputs = key
+        names = [model.name for model in alike]
+        listed = "" if names == [cls] else ", ".join(f"`{name}`" for name in names)
+        passes = {one for model in alike for one in model.passes}
+        ticks = ["yes" if how in passes else "" for how in ("compile", "export")]
+        cells = [family, f"`{cls}`", listed, pooling, positions, ", ".join(side_inputs), *ticks]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")

@@ -75,7 +75,7 @@ def test_every_model_is_counted_as_torch_counts_it(case: Case) -> None:
     model = case.sparsified()
     report = tokenprune.flops(model, (3, *case.image_size), forward_kwargs=case.forward_arguments)
     for pruned, counted in ((True, report.sparse), (False, report.dense)):
-        model.tokenprune._enabled = pruned
+        model.tokenprune.enabled = pruned
         torch.backends.mha.set_fastpath_enabled(False)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(case.images(1), **case.forward_arguments)

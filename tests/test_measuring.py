@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_every_model_passes_verification(case: Case) -> None:
 class Block(nn.Module):
     """A research block that is not anybody's."""
 
-    def __init__(self, norm: bool = True, written_out: bool = False, pool: bool = False) -> None:
+    def __init__(self, written_out: str = "", pool: bool = False) -> None:
         super().__init__()
         self.norm, self.qkv = nn.LayerNorm(16), nn.Linear(16, 48)
         self.written_out, self.pool = written_out, pool
@@ -72,7 +73,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(self.norm(x)).unsqueeze(1).chunk(3, dim=-1)
         if self.written_out:
-            attended = (query @ key.transpose(-1, -2) / 4).softmax(dim=-1) @ value
+            scores = query @ key.transpose(-1, -2) / 4
+            attended = (scores.softmax(dim=-1) if self.written_out == "softmax" else scores.sigmoid()) @ value
         else:
             attended = torch.nn.functional.scaled_dot_product_attention(query, key, value)
         if self.pool:
@@ -81,7 +83,7 @@ class Block(nn.Module):
 
 
 class Research(nn.Module):
-    def __init__(self, tail: str = "mean", **options: bool) -> None:
+    def __init__(self, tail: str = "mean", **options: Any) -> None:
         super().__init__()
         self.embed = nn.Conv2d(3, 16, 8, 8)
         self.blocks = nn.ModuleList([Block(**options) for _ in range(4)])
@@ -149,9 +151,23 @@ def test_a_block_that_mixes_tokens_outside_attention_is_found_out() -> None:
     assert not report.passed and report.failures[0].startswith("for the same decisions")
 
 
+def test_attention_that_is_written_out_is_masked_in_its_softmax() -> None:
+    report = tokenprune.verify(research(written_out="softmax"), torch.randn(2, 3, 48, 48))
+    assert report.passed, str(report)
+
+
 def test_attention_that_cannot_be_intercepted_is_an_error() -> None:
-    with pytest.raises(tokenprune.InterceptionError, match="the attention of Block did not pass through"):
-        tokenprune.verify(research(written_out=True), torch.randn(2, 3, 48, 48))
+    with pytest.raises(tokenprune.InterceptionError, match="the attention of Block passed neither through"):
+        tokenprune.verify(research(written_out="sigmoid"), torch.randn(2, 3, 48, 48))
+
+
+def test_an_output_of_which_the_tokens_left_do_not_explain_the_shape_is_found_out() -> None:
+    model = research()
+    model.register_forward_hook(lambda model, args, output: (output, output[: 1 if model.tokenprune.trace else 2]))
+    report = tokenprune.verify(model, torch.randn(2, 3, 48, 48))
+    assert report.failures == (
+        "output[1]: the shape differs pruned and unpruned in a way that the tokens left do not explain",
+    )
 
 
 def test_a_frozen_scorer_is_found_out() -> None:

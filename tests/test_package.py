@@ -39,7 +39,7 @@ def test_importing_is_silent() -> None:
 
 @pytest.mark.parametrize("adapter", ["timm", "transformers", "torchvision"])
 def test_an_adapter_loads_its_library_only_when_a_model_comes(adapter: str) -> None:
-    script = f"import tokenprune_{adapter} as adapter, sys; print(adapter.SUPPORTED, '{adapter}' in sys.modules)"
+    script = f"import tokenprune_{adapter} as adapter, sys; print(adapter.describe, '{adapter}' in sys.modules)"
     assert run_python("-c", script).strip().endswith("False")
 
 
@@ -68,9 +68,10 @@ def test_the_public_names_are_these() -> None:
     """A name is added or taken away on purpose, with an issue, or not at all."""
     assert tokenprune.__all__ == [
         "Backbone", "Candidates", "CountingError", "DynamicViTLoss", "FlopReport", "InterceptionError", "Plan",
-        "PlanError", "Scorer", "ScorerContext", "Setting", "Sparsifier", "StateError", "ThroughputReport",
-        "TokenpruneError", "Trace", "UnsupportedModelError", "VerificationReport", "dense", "flops", "functional",
-        "register_scorer", "sparsify", "throughput", "unsparsify", "verify",
+        "PlanError", "Scorer", "ScorerContext", "Setting", "Sparsifier", "StateError", "SupportedModel",
+        "ThroughputReport", "TokenTable", "TokenpruneError", "Trace", "UnsupportedModelError", "VerificationReport",
+        "dense", "flops", "functional", "register_scorer", "sparsify", "supported", "throughput", "unsparsify",
+        "verify",
     ]  # fmt: skip
     for name in tokenprune.__all__:
         assert getattr(tokenprune, name).__doc__, name

@@ -96,7 +96,7 @@ def test_a_model_that_no_adapter_knows() -> None:
 
     message = refused(Unheard(), UnsupportedModelError, "no adapter knows")
     assert "Unheard" in message  # names the class,
-    for supported in ("VisionTransformerDistilled", "Dinov2WithRegistersModel", "torchvision: VisionTransformer"):
+    for supported in ("vision_transformer_relpos", "dinov2_with_registers", "torchvision: vision_transformer"):
         assert supported in message  # lists what is supported,
     assert "backbone=tokenprune.Backbone(" in message  # and says what to do.
 
@@ -104,12 +104,15 @@ def test_a_model_that_no_adapter_knows() -> None:
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (lambda: timm.create_model("resnet18"), "timm's ResNet is not supported"),
-        (lambda: timm.create_model("vit_relpos_small_patch16_224"), "timm's VisionTransformerRelPos is not supported"),
+        (lambda: timm.create_model("resnet18"), "ResNet has no list of blocks with attention"),
+        (
+            lambda: timm.create_model("vit_tiny_patch16_224", features_only=True),
+            "FeatureGetterNet puts out feature maps",
+        ),
         (lambda: torchvision.models.resnet18(), "torchvision's ResNet has no flat list of blocks"),
         (lambda: torchvision.models.swin_t(), "torchvision's SwinTransformer has no flat list"),
     ],
-    ids=["timm ResNet", "timm relative positions", "torchvision ResNet", "torchvision Swin"],
+    ids=["timm ResNet", "timm feature maps", "torchvision ResNet", "torchvision Swin"],
 )
 def test_models_of_known_libraries_that_are_not_supported(build: Callable[[], nn.Module], match: str) -> None:
     refused(build(), UnsupportedModelError, match)
@@ -135,22 +138,18 @@ def transformers_models() -> dict[str, tuple[Callable[[], nn.Module], str]]:
             lambda: hub.BertModel(
                 hub.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
             ),
-            "transformers' BertModel is not supported",
+            "BertModel has no one part that looks at images",
         ),
-        "backbone": (
-            lambda: hub.Dinov2Backbone(small(hub.Dinov2Config)),
-            "transformers' Dinov2Backbone is not supported",
+        "part of a model": (lambda: hub.ViTModel(small(hub.ViTConfig)).layers[0], "is a part of a model"),
+        "detection by text": (
+            lambda: hub.OwlViTModel(clip_config("OwlViTConfig")),
+            "sparsify its OwlViTVisionTransformer alone",
         ),
-        "masked image modelling": (
-            lambda: hub.ViTForMaskedImageModeling(small(hub.ViTConfig, encoder_stride=8)),
-            "ViTForMaskedImageModeling does with its vision tokens",
-        ),
-        "contrastive model": (lambda: hub.CLIPModel(clip_config("CLIPConfig")), "sparsify its CLIPVision"),
     }
 
 
-@pytest.mark.parametrize("name", ["text model", "backbone", "masked image modelling", "contrastive model"])
-def test_transformers_models_whose_tokens_are_all_needed(name: str) -> None:
+@pytest.mark.parametrize("name", ["text model", "part of a model", "detection by text"])
+def test_transformers_models_that_are_not_supported(name: str) -> None:
     build, match = transformers_models()[name]
     refused(build(), UnsupportedModelError, match)
 
@@ -250,15 +249,18 @@ def test_a_config_shared_with_another_model_is_not_changed() -> None:
     assert all(module.config is config for module in first.modules() if hasattr(module, "config"))
 
 
-def test_attention_weights_in_training_are_refused() -> None:
+def test_attention_weights_in_training_are_those_of_masked_attention() -> None:
     case = BY_NAME["transformers ViT classifier"]
-    model, images = case.sparsified().train(), case.images()
-    model.config._attn_implementation = "eager"  # as a user might, to see the weights
-    with pytest.raises(tokenprune.InterceptionError, match="did not pass through scaled_dot_product_attention"):
-        model(images)
+    model, images = case.sparsified().eval(), case.images()
+    model.tokenprune.execution = "mask"
     with torch.no_grad():
-        model.eval()
-        model(images)  # gathering needs no interception
+        expected = case.run(model, images)["logits"]
+        model.config._attn_implementation = "eager"  # as a user might, to see the weights
+        output = model(images, output_attentions=True)
+    torch.testing.assert_close(output.logits, expected, rtol=0, atol=1e-5)
+    dropped = model.tokenprune.trace.keep[-1][:, None, None, :] == 0
+    weights = output.attentions[-1][..., 1:] * (1 - torch.eye(case.num_patches + 1)[:, 1:])
+    assert (weights * dropped).abs().max() == 0 and (weights * ~dropped).abs().max() > 0
 
 
 def test_methods_that_need_the_full_grid_are_refused_while_tokens_are_missing() -> None:

@@ -17,3 +17,9 @@ MASK_EQUALS_GATHER = {
 
 FORMULA = 1e-9
 """Double precision against the written-out formula; sums in another order."""
+
+CENSUS_IDENTITY = 1e-5
+"""Over hundreds of models, some of which build tables anew in another order, relative to the largest output."""
+
+CENSUS_MASK_EQUALS_GATHER = 2e-4
+"""As above, in single precision, relative, on outputs that some heads amplify."""

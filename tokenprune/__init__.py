@@ -1,8 +1,9 @@
 """tokenprune makes a Vision Transformer faster by letting it drop the tokens it does not need."""
 
 from tokenprune import functional
-from tokenprune.backbone import Backbone, Setting
+from tokenprune.backbone import Backbone, Setting, TokenTable
 from tokenprune.counting import FlopReport, flops
+from tokenprune.discovery import SupportedModel, supported
 from tokenprune.errors import (
     CountingError,
     InterceptionError,
@@ -36,7 +37,9 @@ __all__ = [
     "Setting",
     "Sparsifier",
     "StateError",
+    "SupportedModel",
     "ThroughputReport",
+    "TokenTable",
     "TokenpruneError",
     "Trace",
     "UnsupportedModelError",
@@ -46,6 +49,7 @@ __all__ = [
     "functional",
     "register_scorer",
     "sparsify",
+    "supported",
     "throughput",
     "unsparsify",
     "verify",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 
@@ -27,12 +27,31 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenTable:
+    """A tensor that an attention module keeps as an attribute, with an entry for each token.
+
+    Attributes:
+        owner: The attention module.
+        name: The attribute.
+        pattern: What the tensor is, and what each image gets of it, such as ``"b n m d -> b n m d"``
+            (see `Backbone.token_inputs`).
+        build: Makes the tensor for a number of tokens.
+    """
+
+    owner: nn.Module
+    name: str
+    pattern: str
+    build: Callable[[int], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Backbone:
     """What a Vision Transformer looks like, without a word on how it is pruned.
 
     Every block takes tokens of shape (B, L, C) as its first argument, prefix tokens first, then
-    the patch tokens in row-major order, and returns tokens of the same shape (alone, or as the
-    first item of a tuple).
+    the patch tokens in row-major order, then suffix tokens, and returns tokens of the same shape
+    (alone, or as the first item of a tuple). The first three attributes describe nearly every
+    model; each of the others says in which way one differs.
 
     Attributes:
         blocks: The transformer blocks in the order they run.
@@ -50,6 +69,31 @@ class Backbone:
         settings: What must be set on the model while it is sparsified.
         grid_methods: Names of methods of the model that reshape tokens into a grid; while tokens
             are being pruned they refuse to run.
+        tower: The part of the model whose forward pass runs the blocks and pools their tokens, where
+            the model is more than that; ``None`` means the model itself.
+        num_suffix_tokens: Tokens behind the patch tokens, such as detection tokens; never pruned.
+        num_late_prefix_tokens: Prefix tokens that join in front between two blocks.
+        num_inner_tokens: Tokens that a block adds behind the sequence while it attends.
+        num_tail_tokens: Tokens that the tail puts in front of the sequence before it attends.
+        token_inputs: For names of the blocks' parameters that have an entry for each token, what the
+            model gives and what each image gets: patterns such as ``"n d -> b 1 n d"``, with ``b``
+            images, ``n`` and ``m`` tokens and anything else as it is, one for each number of
+            dimensions. Others are told from their shapes.
+        shared_token_inputs: Whether attention puts a dimension for the images in front of its token
+            inputs by itself, one for all images.
+        position_input: A parameter of the blocks that takes the row-major positions (B, n) of the
+            patch tokens, for blocks that otherwise number their tokens from 0.
+        biased_attention: Whether attention adds a bias of its own over all tokens to the scores, so
+            that it must be cut down to those left.
+        token_tables: Tensors that attention modules keep, with an entry for each token.
+        weight_mixers: Modules that take finished attention weights (B, L, L, H) and mix them, so
+            that pruned tokens must be masked once more.
+        put_back: Whether pruned tokens are put back after every block, as they were before it,
+            because the model needs all of them between its blocks or behind the last one.
+        leave_pruned: Whether what follows the tower takes any number of tokens, so that in `mask`
+            execution, too, the tower's output has the kept ones alone.
+        grid_tokens: Whether blocks take and return (B, rows, columns, C), without other tokens, and
+            treat rows and columns alike.
     """
 
     blocks: Sequence[nn.Module]
@@ -61,12 +105,26 @@ class Backbone:
     attentions: Sequence[Sequence[nn.Module]] | None = None
     settings: Sequence[Setting] = field(default=())
     grid_methods: Sequence[str] = field(default=())
+    tower: nn.Module | None = None
+    num_suffix_tokens: int = 0
+    num_late_prefix_tokens: int = 0
+    num_inner_tokens: int = 0
+    num_tail_tokens: int = 0
+    token_inputs: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    shared_token_inputs: bool = False
+    position_input: str | None = None
+    biased_attention: bool = False
+    token_tables: Sequence[TokenTable] = field(default=())
+    weight_mixers: Sequence[nn.Module] = field(default=())
+    put_back: bool = False
+    leave_pruned: bool = False
+    grid_tokens: bool = False
 
     def attention_modules(self, index: int) -> tuple[nn.Module, ...]:
         """The modules in which the attention of block ``index`` happens."""
         if self.attentions is not None:
             return tuple(self.attentions[index])
-        return tuple(_outermost_attention(self.blocks[index])) or (self.blocks[index],)
+        return tuple(outermost_attention(self.blocks[index])) or (self.blocks[index],)
 
     def check(self, model: nn.Module) -> None:
         """Refuse a description that does not fit ``model``.
@@ -77,18 +135,13 @@ class Backbone:
         name = type(model).__name__
         if len(self.blocks) == 0:
             raise UnsupportedModelError(f"the Backbone of this {name} names no blocks, in front of which to prune.")
-        if self.attentions is not None and len(self.attentions) != len(self.blocks):
-            raise UnsupportedModelError(
-                f"Backbone.attentions has {len(self.attentions)} entries for {len(self.blocks)} blocks; give one a "
-                "block, or None to have them found."
-            )
         parts = set(model.modules())
         named = [
             *self.blocks,
-            *(module for index in range(len(self.blocks)) for module in self.attention_modules(index)),
+            *(module for modules in self.attentions or () for module in modules),
         ]
-        if self.final_norm is not None:
-            named.append(self.final_norm)
+        named += [module for module in (self.final_norm, self.tower) if module is not None]
+        named += [*self.weight_mixers, *(table.owner for table in self.token_tables)]
         for module in named:
             if module not in parts:
                 raise UnsupportedModelError(
@@ -99,24 +152,33 @@ class Backbone:
             raise UnsupportedModelError(
                 f"{name} runs the same block more than once; tokens can only be pruned once in front of a block."
             )
+        if self.attentions is not None and len(self.attentions) != len(self.blocks):
+            raise UnsupportedModelError(
+                f"Backbone.attentions has {len(self.attentions)} entries for {len(self.blocks)} blocks; give one a "
+                "block, or None to have them found."
+            )
         for setting in self.settings:
             if not hasattr(setting.owner, setting.name):
                 raise UnsupportedModelError(
                     f"a Setting of the Backbone names {setting.name!r}, which {type(setting.owner).__name__} has not."
                 )
         for method in self.grid_methods:
-            if not callable(getattr(type(model), method, None)):
+            if not callable(getattr(type(self.tower or model), method, None)):
                 raise UnsupportedModelError(f"Backbone.grid_methods names {method!r}, which is no method of {name}.")
         if self.num_prefix_tokens < 0 or self.embed_dim < 1:
             raise UnsupportedModelError(
                 f"Backbone(num_prefix_tokens={self.num_prefix_tokens}, embed_dim={self.embed_dim}): "
                 "the first must be at least 0, the second at least 1."
             )
+        for option in ("num_suffix_tokens", "num_late_prefix_tokens", "num_inner_tokens", "num_tail_tokens"):
+            if getattr(self, option) < 0:
+                raise UnsupportedModelError(f"Backbone({option}={getattr(self, option)}): must be at least 0.")
 
 
-def _outermost_attention(module: nn.Module) -> list[nn.Module]:
+def outermost_attention(module: nn.Module) -> list[nn.Module]:
+    """The modules inside a module whose class is named after attention, but none inside another of them."""
     found: list[nn.Module] = []
     for child in module.children():
         name = type(child).__name__.lower()
-        found += [child] if "attention" in name or "attn" in name else _outermost_attention(child)
+        found += [child] if "attention" in name or "attn" in name else outermost_attention(child)
     return found

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from importlib.resources import files
 from typing import Protocol, cast
 
 from torch import nn
@@ -18,10 +22,8 @@ class Adapter(Protocol):
 
     An entry point's name is the root package of the classes it describes, its value the module.
     Importing the module must not import that library; the model that is handed over already has.
+    Beside it a file ``supported.json`` may list the models that its tests have proved.
     """
-
-    SUPPORTED: tuple[str, ...]
-    """Names of the classes it can describe, for messages."""
 
     def describe(self, model: nn.Module) -> Backbone:
         """Describe ``model``.
@@ -46,6 +48,54 @@ def describe(model: nn.Module) -> Backbone:
     raise UnsupportedModelError(_unknown(model, entries))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SupportedModel:
+    """A model on which the protocol of proof has been run.
+
+    Attributes:
+        library: Root package of the library.
+        family: What the library files the model under.
+        name: Its entry point or class.
+        model_class: The class of the model.
+        pooling: What becomes of the tokens after the last block.
+        position_encoding: How positions enter.
+        side_inputs: Names of the blocks' inputs that are cut down with the tokens.
+        passes: What was proved: ``"identity"``, ``"mask = gather"``, ``"undo"``, ``"training step"``, and for
+            one model of each kind ``"compile"`` and ``"export"``.
+    """
+
+    library: str
+    family: str
+    name: str
+    model_class: str
+    pooling: str
+    position_encoding: str
+    side_inputs: tuple[str, ...]
+    passes: tuple[str, ...]
+
+
+def supported(library: str | None = None) -> tuple[SupportedModel, ...]:
+    """The models that the tests of the installed adapters have proved.
+
+    A model that is not among them may work as well: `sparsify` says if it cannot, and `verify`
+    whether it does. No library is loaded.
+
+    Args:
+        library: Root package of a library; ``None`` means all.
+    """
+    return tuple(
+        model for name, entry in sorted(_entries().items()) if library in (None, name) for model in _proved(name, entry)
+    )
+
+
+def _proved(library: str, entry: EntryPoint) -> Iterator[SupportedModel]:
+    file = files(entry.module) / "supported.json"
+    if file.is_file():
+        for fields in json.loads(file.read_text(encoding="utf-8"))["models"]:
+            lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+            yield SupportedModel(library=library, **{**fields, **lists})
+
+
 def _entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
 
@@ -56,10 +106,11 @@ def _load(entry: EntryPoint) -> Adapter:
 
 def _unknown(model: nn.Module, entries: dict[str, EntryPoint]) -> str:
     cls = type(model)
+    families = {name: sorted({one.family for one in _proved(name, entry)}) for name, entry in sorted(entries.items())}
     lines = [
         f"no adapter knows {cls.__module__}.{cls.__qualname__}.",
-        "Supported are, with their subclasses:",
-        *(f"  {name}: {', '.join(_load(entry).SUPPORTED)}" for name, entry in sorted(entries.items())),
+        "Proved are (tokenprune.supported() names the models), and others like them work too:",
+        *(f"  {name}: {', '.join(proved)}" for name, proved in families.items()),
         "For any other model whose blocks take and return (B, L, C) tokens, say where they are:",
         "  tokenprune.sparsify(model, backbone=tokenprune.Backbone(",
         "      blocks=model.blocks, num_prefix_tokens=1, embed_dim=384))",

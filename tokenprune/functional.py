@@ -163,17 +163,46 @@ def _written_out(
         scores = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale  # (B, H, L, K)
         if attn_mask is not None:
             scores = scores + attn_mask
-        visible = keep.to(dtype)[:, None, None, :]
-        if own_key:
-            diagonal = torch.eye(keep.shape[-1], dtype=torch.bool, device=keep.device)
-            visible = torch.where(diagonal, 1.0, visible)
-        top = scores.detach().masked_fill(visible == 0, -math.inf).amax(dim=-1, keepdim=True)
-        top = top.masked_fill(top == -math.inf, 0)  # a row that may see nothing gives 0, as with SDPA
-        weights = (scores - top).clamp(max=MAX_EXPONENT).exp() * visible
-        total = weights.sum(dim=-1, keepdim=True)
-        total = total.masked_fill(total == 0, 1)
-        weights = F.dropout(weights / total, dropout_p)
+        weights = _masked_weights(scores, visible(keep.to(dtype), own_key=own_key)[:, None])
+        weights = F.dropout(weights, dropout_p)
         return (weights @ value.to(dtype)).to(value.dtype)
+
+
+def masked_softmax(scores: Tensor, keep: Tensor, *, own_key: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """The weights of `masked_attention`, where scores are at hand: for attention that is written out.
+
+    Args:
+        scores: (B, H, L, K) or (B·H, L, K), with any bias and mask added.
+        keep: (B, K), see `masked_attention`.
+        own_key: Whether query i always sees key i.
+        dtype: Of the weights; ``None`` means that of `torch.softmax`.
+    """
+    if dtype is None:
+        autocast = torch.is_autocast_enabled(scores.device.type)
+        dtype = torch.promote_types(scores.dtype, torch.float32) if autocast else scores.dtype
+    compute = _compute_dtype(scores)
+    with torch.autocast(scores.device.type, enabled=False):
+        if scores.dim() == 3:
+            keep = keep.repeat_interleave(scores.shape[0] // keep.shape[0], dim=0)
+        seen = visible(keep.to(compute), own_key=own_key)  # (B, 1 or L, K)
+        return _masked_weights(scores.to(compute), seen if scores.dim() == 3 else seen[:, None]).to(dtype)
+
+
+def visible(keep: Tensor, *, own_key: bool) -> Tensor:
+    """How much of each key each query sees, (B, L, K), or (B, 1, K) where all see the same; from ``keep`` (B, K)."""
+    if not own_key:
+        return keep[:, None, :]
+    diagonal = torch.eye(keep.shape[-1], dtype=torch.bool, device=keep.device)
+    return torch.where(diagonal, 1.0, keep[:, None, :])
+
+
+def _masked_weights(scores: Tensor, seen: Tensor) -> Tensor:
+    """exp(score) · seen, normalised over the keys; a row that may see nothing gives 0, as with SDPA."""
+    top = scores.detach().masked_fill(seen == 0, -math.inf).amax(dim=-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0)
+    weights = (scores - top).clamp(max=MAX_EXPONENT).exp() * seen
+    total = weights.sum(dim=-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1)
 
 
 class _MaskedAttention(torch.autograd.Function):

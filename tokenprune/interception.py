@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tokenprune.errors import InterceptionError
-from tokenprune.functional import attend
+from tokenprune.functional import attend, masked_softmax, visible
+from tokenprune.side_inputs import gather_mask
+from tokenprune.tokens import Layout
 
 
 def _without_override_check(function: Callable[..., Any]) -> types.FunctionType:
@@ -48,8 +50,8 @@ def _no_torch_function(tensors: object) -> bool:
 _multi_head_attention_forward = _without_override_check(F.multi_head_attention_forward)
 
 
-class _Interception(TorchFunctionMode):
-    """What interception of blocks and of the tail have in common: the way to the attention call."""
+class Interception(TorchFunctionMode):
+    """What all interceptions have in common: the way to the attention call."""
 
     def enter(self) -> None:
         """Switch it on, outside of a ``with``: by one hook, for another to switch off."""
@@ -66,9 +68,8 @@ class _Interception(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self.attention(*args, **kwargs)
         if func is F.multi_head_attention_forward:
-            # Attention weights are not computed: the path that returns them does not use SDPA.
             with self:
-                return _multi_head_attention_forward(*args, **{**kwargs, "need_weights": False})
+                return _multi_head_attention_forward(*args, **kwargs)
         return self.other(func, args, kwargs)
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -86,57 +87,196 @@ class _Interception(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         """Stands in for `F.scaled_dot_product_attention`, with its signature."""
-        if is_causal or enable_gqa:
-            raise InterceptionError(
-                "causal attention and grouped queries cannot be masked; no ViT is known to use them."
-            )
-        keep, own_key = self.keep_of_keys(key.shape[-2])
-        return attend(query, key, value, keep, own_key=own_key, scale=scale, dropout_p=dropout_p, attn_mask=attn_mask)
-
-    def keep_of_keys(self, num_keys: int) -> tuple[Tensor, bool]:
-        """The (B, K) decisions for ``num_keys`` keys, and whether a query always sees its own key."""
         raise NotImplementedError
 
 
-class BlockInterception(_Interception):
-    """While a block's attention runs: pruned tokens are invisible to all but themselves.
+class _Masking(Interception):
+    """Attention that does not see pruned tokens, by SDPA or with a softmax written out.
 
     Attributes:
-        keep: (B, L) decisions over all tokens, prefix tokens included.
-        hits: Attention calls seen since it was last set to 0.
+        keep: (B, N) decisions on the patch tokens; ``None`` while it is switched off.
+        num_suffix: Tokens behind them.
     """
+
+    own_key: bool
+    """Whether a query always sees its own key."""
 
     def __init__(self) -> None:
         super().__init__()
         self.keep: Tensor | None = None
+        self.num_suffix = 0
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in SOFTMAXES:
+            weights = self.softmax(*args, **kwargs)
+            if weights is not None:
+                return weights
+        return func(*args, **kwargs)
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if is_causal:
+            raise InterceptionError("causal attention cannot be masked; no ViT is known to use it.")
+        if enable_gqa:  # each key and value serves several heads of queries
+            key, value = (_for_each_query_head(tensor, query) for tensor in (key, value))
+        keep = self.keep_of_keys(key.shape[-2])
+        return attend(
+            query, key, value, keep, own_key=self.own_key, scale=scale, dropout_p=dropout_p, attn_mask=attn_mask
+        )
+
+    def softmax(
+        self,
+        input: Tensor,
+        dim: int | None = None,
+        _stacklevel: int = 3,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor | None:
+        """Stands in for a softmax over keys; ``None`` for any other one."""
+        if input.dim() not in (3, 4) or dim not in (-1, input.dim() - 1):
+            return None
+        keep = self.lookup(input.shape[-1])
+        if keep is None or (self.own_key and input.shape[-2] != input.shape[-1]):
+            return None
+        if input.shape[0] % keep.shape[0] or (input.dim() == 4 and input.shape[0] != keep.shape[0]):
+            return None
+        self.seen()
+        return masked_softmax(input, keep, own_key=self.own_key, dtype=dtype)
+
+    def keep_of_keys(self, num_keys: int) -> Tensor:
+        """The (B, K) decisions for ``num_keys`` keys.
+
+        Raises:
+            InterceptionError: Which of so many are pruned cannot be told.
+        """
+        raise NotImplementedError
+
+    def lookup(self, length: int) -> Tensor | None:
+        """The decisions for a sequence of that many tokens, ``None`` if it is not one of the model's sequences."""
+        raise NotImplementedError
+
+    def seen(self) -> None:
+        """Note that an attention was masked."""
+
+    def surrounded(self, num_prefix: int, num_suffix: int) -> Tensor:
+        """The decisions with ones for other tokens in front and behind."""
+        assert self.keep is not None
+        return Layout(num_prefix, self.keep.shape[1], num_suffix).with_others(self.keep)
+
+
+class BlockInterception(_Masking):
+    """While a block's attention runs: pruned tokens are invisible to all but themselves.
+
+    Attributes:
+        num_prefix: Numbers of tokens that may stand in front of the patch tokens.
+        hits: Attention calls seen since it was last set to 0.
+    """
+
+    own_key = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_prefix: tuple[int, ...] = (0,)
         self.hits = 0
 
-    def keep_of_keys(self, num_keys: int) -> tuple[Tensor, bool]:
+    def lookup(self, length: int) -> Tensor | None:
         assert self.keep is not None
-        if num_keys != self.keep.shape[1]:
+        num_prefix = length - self.keep.shape[1] - self.num_suffix
+        return self.surrounded(num_prefix, self.num_suffix) if num_prefix in self.num_prefix else None
+
+    def keep_of_keys(self, num_keys: int) -> Tensor:
+        keep = self.lookup(num_keys)
+        if keep is None:
+            assert self.keep is not None
             raise InterceptionError(
-                f"a masked block attends over {num_keys} keys while it was given {self.keep.shape[1]} tokens; "
+                f"a masked block attends over {num_keys} keys, and {self.keep.shape[1]} patch tokens with "
+                f"{' or '.join(str(number + self.num_suffix) for number in self.num_prefix)} others were expected; "
                 "which of them are pruned cannot be told."
             )
+        self.seen()
+        return keep
+
+    def seen(self) -> None:
         self.hits += 1
-        return self.keep, True
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """Attention weights (B, L, L, H) that were mixed, with those of pruned tokens at 0 again."""
+        keep = self.lookup(weights.shape[2])
+        assert keep is not None
+        return weights * visible(keep.to(weights.dtype), own_key=True).unsqueeze(-1)
 
 
-class TailInterception(_Interception):
+class GatherInterception(Interception):
+    """While a block's attention runs over the tokens that are left: what it has for all tokens is cut down to them.
+
+    A bias over all pairs of tokens is cut; and a table with the tokens left of each image, to which
+    attention adds a first dimension of 1, for all images, gets none: it has one of B already.
+
+    Attributes:
+        positions: (B, K) int64, those left among all tokens; ``None`` while it is switched off.
+        length: L.
+        tables: Such tables, (B, K, …).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions: Tensor | None = None
+        self.length = 0
+        self.tables: tuple[Tensor, ...] = ()
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in _ADDING_DIMENSIONS and any(table is args[0] for table in self.tables):
+            table, *sizes = args
+            if func is Tensor.unsqueeze:
+                return table if sizes == [0] else func(*args)
+            shape = [*sizes[0]] if isinstance(sizes[0], (tuple, list)) else sizes
+            return func(table, [table.shape[0], *shape[1:]] if shape[0] == 1 else shape)
+        return func(*args, **kwargs)
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        assert self.positions is not None
+        if attn_mask is not None and attn_mask.shape[-1] == self.length != key.shape[-2]:
+            attn_mask = gather_mask(attn_mask, self.positions)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+
+class TailInterception(_Masking):
     """From the last block to the end of the forward pass: pooling sees kept tokens only.
 
     Means and maxima over the token dimension and attention pools are covered, over all tokens as
     over patch tokens alone.
 
     Attributes:
-        keep: (B, L) decisions over all tokens, prefix tokens included.
-        num_prefix_tokens: P.
+        num_prefix: P.
+        num_tail: Tokens that the tail may put in front.
     """
+
+    own_key = False  # a pool's query is not one of the tokens; where it is, rows of pruned tokens are not used
 
     def __init__(self) -> None:
         super().__init__()
-        self.keep: Tensor | None = None
-        self.num_prefix_tokens = 0
+        self.num_prefix = 0
+        self.num_tail = 0
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         reduction = _REDUCTIONS.get(func)
@@ -146,7 +286,7 @@ class TailInterception(_Interception):
                 return result
         if func in _MAXIMA_WITH_INDICES:
             args = self.without_pruned(*args, **kwargs)
-        return func(*args, **kwargs)
+        return super().other(func, args, kwargs)
 
     def without_pruned(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The arguments of a maximum over tokens with pruned tokens at −∞, or any others as they are."""
@@ -175,24 +315,33 @@ class TailInterception(_Interception):
         return None if keep is None or tokens.shape[0] != keep.shape[0] else keep
 
     def lookup(self, length: int) -> Tensor | None:
-        """The decisions for a sequence of all tokens or of the patch tokens; ``None`` for another."""
         assert self.keep is not None
-        if length == self.keep.shape[1]:
+        num_others = length - self.keep.shape[1]
+        if num_others == 0:
             return self.keep
-        if length == self.keep.shape[1] - self.num_prefix_tokens:
-            return self.keep[:, self.num_prefix_tokens :]
+        for num_prefix, num_suffix in (
+            (self.num_prefix, self.num_suffix),
+            (self.num_prefix, 0),
+            (self.num_prefix + self.num_tail, self.num_suffix),
+        ):
+            if num_others == num_prefix + num_suffix:
+                return self.surrounded(num_prefix, num_suffix)
         return None
 
-    def keep_of_keys(self, num_keys: int) -> tuple[Tensor, bool]:
+    def keep_of_keys(self, num_keys: int) -> Tensor:
         keep = self.lookup(num_keys)
         if keep is None:
             assert self.keep is not None
             raise InterceptionError(
-                f"attention after the last block runs over {num_keys} keys, neither the {self.keep.shape[1]} tokens "
-                "nor the patch tokens among them; which of them are pruned cannot be told."
+                f"attention after the last block runs over {num_keys} keys, neither the "
+                f"{self.keep.shape[1] + self.num_prefix + self.num_suffix} tokens nor the patch tokens among them; "
+                "which of them are pruned cannot be told."
             )
-        # A pool's query is not one of the tokens. Where it is, rows of pruned tokens are not used.
-        return keep, False
+        return keep
+
+
+def _for_each_query_head(tensor: Tensor, query: Tensor) -> Tensor:
+    return tensor.repeat_interleave(query.shape[-3] // tensor.shape[-3], dim=-3)
 
 
 def _mean(tokens: Tensor, keep: Tensor) -> Tensor:
@@ -212,3 +361,5 @@ _REDUCTIONS: dict[Callable[..., Any], Callable[[Tensor, Tensor], Tensor]] = {
     Tensor.amax: _maximum,
 }
 _MAXIMA_WITH_INDICES = (torch.max, Tensor.max)
+SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
+_ADDING_DIMENSIONS = (Tensor.unsqueeze, Tensor.view, Tensor.reshape)

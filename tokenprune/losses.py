@@ -109,7 +109,7 @@ class DynamicViTLoss(nn.Module):
             if self.distill_weight:
                 assert sparsifier.trace is not None and sparsifier.trace.tokens is not None
                 parts["distill"] = _token_distillation(
-                    sparsifier.trace.tokens, teacher_tokens, keep[-1], sparsifier.backbone.num_prefix_tokens
+                    sparsifier.trace.tokens, teacher_tokens, keep[-1], sparsifier.backbone.num_suffix_tokens
                 )
         if self.ratio_weight:
             parts["ratio"] = _ratio(keep, sparsifier.plan.keep_ratios)
@@ -209,16 +209,17 @@ def _kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def _token_distillation(student: Tensor, teacher: Tensor | None, keep: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Squared error of final patch tokens, mean over kept tokens and channels; tokens (B, P + N, C) each."""
+def _token_distillation(student: Tensor, teacher: Tensor | None, keep: Tensor, num_suffix_tokens: int) -> Tensor:
+    """Squared error of final patch tokens, mean over kept tokens and channels; tokens (B, P + N + Q, C) each."""
     if teacher is None or student.shape != teacher.shape:
         got = None if teacher is None else tuple(teacher.shape)
         raise ValueError(
             f"final tokens of student {tuple(student.shape)} and teacher {got} differ in shape; pass distill_weight=0 "
             "for a teacher of another architecture, and do not drop patches in training while distilling tokens."
         )
-    error = (student - teacher)[:, num_prefix_tokens:].float().square().mean(dim=-1)  # (B, N)
     kept = keep.detach()
+    end = student.shape[1] - num_suffix_tokens
+    error = (student - teacher)[:, end - kept.shape[1] : end].float().square().mean(dim=-1)  # (B, N)
     return (error * kept).sum() / kept.sum().clamp(min=1)
 
 

@@ -1,10 +1,11 @@
 """The Sparsifier: hooks in somebody else's model that prune its tokens while it runs.
 
-Shapes: B images, N patch tokens, n of them left, P prefix tokens, L = P + N, C channels.
+Shapes: B images, P prefix tokens, N patch tokens, n of them left, Q suffix tokens, L = P + N + Q, C channels.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 import weakref
@@ -19,11 +20,14 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.backbone import Backbone, Setting
 from tokenprune.errors import InterceptionError, StateError
-from tokenprune.interception import BlockInterception, TailInterception
+from tokenprune.grid_methods import GridMethod
+from tokenprune.interception import BlockInterception, GatherInterception, TailInterception
+from tokenprune.outputs import without_pruned
 from tokenprune.plan import Plan
 from tokenprune.scorers import Candidates, Scorer
-from tokenprune.side_inputs import shorten
+from tokenprune.side_inputs import SideInputs, gather_tokens
 from tokenprune.stage import Stage
+from tokenprune.tokens import Layout, find_tokens, output_tokens, put_back, replace_tokens, select
 from tokenprune.trace import Trace
 
 Execution = Literal["auto", "mask", "gather"]
@@ -34,11 +38,11 @@ class _Decisions(NamedTuple):
 
     Attributes:
         keep: (B, N) each.
-        keys: (B, L) each: ``keep`` with ones for the prefix tokens; ``None`` while nothing is pruned.
+        masks: The same, or ``None`` while nothing is pruned.
     """
 
     keep: tuple[Tensor, ...] = ()
-    keys: tuple[Tensor | None, ...] = ()
+    masks: tuple[Tensor | None, ...] = ()
 
 
 class Sparsifier(nn.Module):
@@ -51,6 +55,7 @@ class Sparsifier(nn.Module):
         backbone: What the model looks like.
         trace: The record of the last forward pass; ``None`` before the first one and after an
             unpruned one.
+        enabled: Whether the model runs pruned; see `disabled`.
     """
 
     def __init__(self, plan: Plan, backbone: Backbone, scorers: Sequence[Scorer]) -> None:
@@ -60,11 +65,11 @@ class Sparsifier(nn.Module):
         self.backbone = backbone
         self._plan = plan
         self._execution: Execution = "auto"
-        self._enabled = True
+        self.enabled = True
         self._handles: list[RemovableHandle] = []
         self._previous_settings: list[Setting] = []
-        self._block_interception = BlockInterception()
-        self._tail_interception = TailInterception()
+        self._side_inputs = SideInputs(backbone.token_inputs)
+        self._make_interceptions()
         self._forget_forward()
 
     # What users set and read
@@ -105,11 +110,11 @@ class Sparsifier(nn.Module):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """While it lasts, the model runs unpruned."""
-        before, self._enabled = self._enabled, False
+        before, self.enabled = self.enabled, False
         try:
             yield
         finally:
-            self._enabled = before
+            self.enabled = before
 
     # Attaching and detaching
 
@@ -121,7 +126,7 @@ class Sparsifier(nn.Module):
                 setattr(setting.owner, setting.name, setting.value)
                 self._previous_settings.append(previous)
             for name in self.backbone.grid_methods:
-                model.__dict__[name] = GridMethod(self, model, name)
+                self._tower(model).__dict__[name] = GridMethod(self, self._tower(model), name)
             self._handles += self._install_hooks(model)
             model.add_module("tokenprune", self)
         except BaseException:
@@ -136,64 +141,87 @@ class Sparsifier(nn.Module):
         for setting in reversed(self._previous_settings):
             setattr(setting.owner, setting.name, setting.value)
         for name in self.backbone.grid_methods:
-            model.__dict__.pop(name, None)
+            self._tower(model).__dict__.pop(name, None)
         model._modules.pop("tokenprune", None)
         self._handles, self._previous_settings, self.trace = [], [], None
 
+    def _tower(self, model: nn.Module) -> nn.Module:
+        return model if self.backbone.tower is None else self.backbone.tower
+
     def _install_hooks(self, model: nn.Module) -> Iterator[RemovableHandle]:
         blocks, first = self.backbone.blocks, self._plan.stages[0]
-        yield model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-        yield model.register_forward_hook(self._after_model, always_call=True)
+        tower = self._tower(model)
+        yield tower.register_forward_pre_hook(self._before_tower, with_kwargs=True)
+        yield tower.register_forward_hook(self._after_tower, always_call=True)
         yield blocks[0].register_forward_pre_hook(self._before_first_block, with_kwargs=True)
-        for stage, index in enumerate(self._plan.stages):
-            yield blocks[index].register_forward_pre_hook(partial(self._at_stage, stage), with_kwargs=True)
         for index in range(first, len(blocks)):
-            yield blocks[index].register_forward_pre_hook(self._before_pruned_block, with_kwargs=True)
-            stage = sum(start <= index for start in self._plan.stages) - 1
+            names = tuple(inspect.signature(blocks[index].forward).parameters)
+            yield blocks[index].register_forward_pre_hook(partial(self._before_block, index, names), with_kwargs=True)
+            stage = self._stage_before(index)
             for attention in self.backbone.attention_modules(index):
                 yield attention.register_forward_pre_hook(partial(self._before_attention, stage))
                 yield attention.register_forward_hook(partial(self._after_attention, stage), always_call=True)
-            yield blocks[index].register_forward_hook(partial(self._after_block, stage))
+            # In front of hooks that collect hidden states, so that these see what the next block sees.
+            yield blocks[index].register_forward_hook(partial(self._after_block, stage), prepend=True)
+        for mixer in self.backbone.weight_mixers:
+            yield mixer.register_forward_hook(self._after_weight_mixer)
         yield blocks[-1].register_forward_hook(self._after_last_block)
         if self.backbone.final_norm is not None:
             yield self.backbone.final_norm.register_forward_hook(self._after_final_norm)
+
+    def _stage_before(self, index: int) -> int:
+        """The last stage in front of block ``index`` or of one before it."""
+        return sum(start <= index for start in self._plan.stages) - 1
+
+    def _make_interceptions(self) -> None:
+        backbone = self.backbone
+        num_prefix, num_late = backbone.num_prefix_tokens, backbone.num_late_prefix_tokens
+        self._block_interception = BlockInterception()
+        self._block_interception.num_prefix = (num_prefix, num_prefix + num_late) if num_late else (num_prefix,)
+        self._block_interception.num_suffix = backbone.num_suffix_tokens + backbone.num_inner_tokens
+        self._gather_interception = GatherInterception()
+        self._tail_interception = TailInterception()
+        self._tail_interception.num_prefix = num_prefix + num_late
+        self._tail_interception.num_suffix = backbone.num_suffix_tokens
+        self._tail_interception.num_tail = backbone.num_tail_tokens
 
     # State of one forward pass. Decisions are kept by stage: activation checkpointing runs a block
     # again, in the backward pass, and must then find what was in force when it ran first.
 
     def _forget_forward(self) -> None:
-        self._in_model = False
+        self._in_tower = False
         self._attended = False
         self._image_size: tuple[int, int] | None = None
         self._grad_enabled = False
+        self._waiting: Tensor | None = None
+        self._full_tables: list[Tensor] = []
         self._decisions = _Decisions()
         self._recomputed_decisions = _Decisions()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.update(
-            trace=None,
-            _in_model=False,
-            _image_size=None,
-            _decisions=_Decisions(),
-            _recomputed_decisions=_Decisions(),
-            _block_interception=BlockInterception(),
-            _tail_interception=TailInterception(),
-        )
-        return state
+        live = {"trace", "_decisions", "_recomputed_decisions", "_waiting", "_full_tables", "_image_size"}
+        live |= {"_block_interception", "_gather_interception", "_tail_interception", "_side_inputs"}
+        return {name: value for name, value in self.__dict__.items() if name not in live}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.trace = None
+        self._side_inputs = SideInputs(self.backbone.token_inputs)
+        self._make_interceptions()
+        self._forget_forward()
 
     def _current_decisions(self) -> _Decisions:
         return self._recomputed_decisions if _recomputing() else self._decisions
 
     # Hooks
 
-    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_tower(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if getattr(model, "_is_replica", False):
             raise StateError(
                 "nn.DataParallel makes copies whose hooks belong to the original model; use DistributedDataParallel."
             )
         self._close_interceptions()
-        self._in_model = True
+        self._in_tower = True
         self._grad_enabled = torch.is_grad_enabled()
         self._image_size = next(
             (
@@ -204,31 +232,46 @@ class Sparsifier(nn.Module):
             None,
         )
 
-    def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._in_model, self._image_size = False, None
+    def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        self._in_tower, self._image_size = False, None
         self._close_interceptions()
+        trace = self.trace
+        if output is None or not self.backbone.leave_pruned or trace is None or trace.execution != "mask":
+            return None
+        counts = self._plan.num_keep(trace.num_patches)
+        stages = [self._stage_before(index) for index in range(len(self.backbone.blocks))]
+        return without_pruned(output, trace.keep, counts, stages, self.backbone.num_suffix_tokens)
 
     def _before_first_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _recomputing():
             return
         self.trace, self._decisions = None, _Decisions()
-        if not self._enabled:
+        if not self.enabled:
             return
-        tokens = _tokens(block, args, kwargs)
+        tokens = self._find_tokens(block, args, kwargs)
         if tokens.shape[2] != self.backbone.embed_dim:
             raise StateError(
                 f"{type(block).__name__} got tokens of width {tokens.shape[2]}, and the Backbone says "
                 f"embed_dim={self.backbone.embed_dim}."
             )
-        num_patches = tokens.shape[1] - self.backbone.num_prefix_tokens
+        num_others = self.backbone.num_prefix_tokens + self.backbone.num_suffix_tokens
+        num_patches = tokens.shape[1] - num_others
         if num_patches < 1:
             raise StateError(
-                f"{type(block).__name__} got {tokens.shape[1]} tokens, and {self.backbone.num_prefix_tokens} are "
+                f"{type(block).__name__} got {tokens.shape[1]} tokens, and {num_others} are "
                 "prefix tokens; there is no patch token to prune."
             )
         by_mode: Literal["mask", "gather"] = "mask" if self.training else "gather"
+        execution = by_mode if self._execution == "auto" else self._execution
+        if execution == "mask" and self.training and self.backbone.leave_pruned:
+            raise StateError(
+                "in training, images keep different numbers of tokens, and what follows the vision tower takes equally "
+                "many of each: train the tower by itself, or set model.tokenprune.execution = 'gather', in which "
+                "scorers do not learn."
+            )
+        self._side_inputs.forget()
         self.trace = Trace(
-            execution=by_mode if self._execution == "auto" else self._execution,
+            execution=execution,
             num_patches=num_patches,
             num_prefix_tokens=self.backbone.num_prefix_tokens,
             grid=self._grid(num_patches),
@@ -249,66 +292,99 @@ class Sparsifier(nn.Module):
             return backbone.grid_size
         return None
 
-    def _at_stage(
-        self, stage: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        trace = self.trace
-        if not self._enabled or trace is None:
-            return None
-        tokens = _tokens(block, args, kwargs)  # (B, L or P + n, C)
-        if trace.execution == "mask":
-            self._check_grad(block)
-            self._mask(stage, trace, tokens)
-            return None
-        return _with_tokens(args, kwargs, self._gather(stage, trace, tokens))
+    def _find_tokens(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return find_tokens(block, args, kwargs, as_grid=self.backbone.grid_tokens)
 
-    def _before_pruned_block(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _layout(self, tokens: Tensor, num_patches: int) -> Layout:
+        """The layout of a sequence with so many patch tokens: all other tokens stand in front, but for the suffix."""
+        num_suffix = self.backbone.num_suffix_tokens
+        return Layout(tokens.shape[1] - num_patches - num_suffix, num_patches, num_suffix)
+
+    def _before_block(
+        self, index: int, names: tuple[str, ...], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         trace = self.trace
-        if not self._enabled or trace is None or trace.execution != "gather":
+        if not self.enabled or trace is None:
             return None
-        if not any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values())):
+        stage = self._stage_before(index)
+        starts = self._plan.stages[stage] == index
+        if trace.execution == "mask":
+            if starts or self.backbone.put_back:
+                tokens = self._find_tokens(block, args, kwargs)  # (B, L, C)
+                if starts:
+                    self._check_grad(block)
+                    self._mask(stage, trace, tokens)
+                self._waiting = tokens if self.backbone.put_back else None
             return None
-        num_prefix = trace.num_prefix_tokens
-        return shorten(args, kwargs, _with_prefix(trace.indices[-1], num_prefix), num_prefix + trace.num_patches)
+        if starts:
+            self._side_inputs.forget()
+        if starts or self.backbone.put_back:
+            tokens = self._gather(stage, trace, self._find_tokens(block, args, kwargs), decide=starts)
+            args, kwargs = replace_tokens(args, kwargs, tokens, as_grid=self.backbone.grid_tokens)
+        return self._shorten_side_inputs(trace, trace.indices[stage], names, args, kwargs)
+
+    def _shorten_side_inputs(
+        self, trace: Trace, indices: Tensor, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        backbone = self.backbone
+        if len(args) + len(kwargs) > 1 and indices.shape[1] < trace.num_patches:
+            layout = Layout(backbone.num_prefix_tokens, trace.num_patches, backbone.num_suffix_tokens)
+            args, kwargs = self._side_inputs.shorten(args, kwargs, names, indices, layout)
+        if backbone.position_input is not None:
+            place = names.index(backbone.position_input)
+            if place < len(args):
+                args = (*args[:place], indices, *args[place + 1 :])
+            else:
+                kwargs = {**kwargs, backbone.position_input: indices}
+        return args, kwargs
 
     def _mask(self, stage: int, trace: Trace, tokens: Tensor) -> None:
         decisions = self._current_decisions()
         before = decisions.keep[stage - 1] if stage > 0 else None
         if self._plan.keep_probabilities[stage] == 1.0:
             keep = tokens.new_ones(tokens.shape[0], trace.num_patches) if before is None else before
-            keys = decisions.keys[stage - 1] if stage > 0 else None
+            mask = decisions.masks[stage - 1] if stage > 0 else None
         else:
-            candidates = self._candidates(tokens, before, None, trace)
-            keep = self._stage(stage).mask(candidates, self._plan.num_keep(trace.num_patches)[stage])
-            keys = torch.cat([keep.new_ones(keep.shape[0], trace.num_prefix_tokens), keep], dim=1)
+            candidates = self._candidates(tokens, self._layout(tokens, trace.num_patches), before, None, trace)
+            mask = keep = self._stage(stage).mask(candidates, self._plan.num_keep(trace.num_patches)[stage])
         if not _recomputing():
-            self._decisions = _Decisions((*decisions.keep, keep), (*decisions.keys, keys))
+            self._decisions = _Decisions((*decisions.keep, keep), (*decisions.masks, mask))
             trace._keep.append(keep)
 
-    def _gather(self, stage: int, trace: Trace, tokens: Tensor) -> Tensor:
-        num_prefix = trace.num_prefix_tokens
+    def _gather(self, stage: int, trace: Trace, tokens: Tensor, *, decide: bool) -> Tensor:
+        """The tokens that go on; with ``put_back`` those that do not wait in ``tokens``, which has all of them."""
+        before = (trace.indices[stage - 1] if stage > 0 else None) if decide else trace.indices[stage]
+        if self.backbone.put_back:
+            full = self._layout(tokens, trace.num_patches)
+            self._waiting = tokens
+            if before is not None:
+                tokens = select(tokens, full.positions(before))
+        num_left = trace.num_patches if before is None else before.shape[1]
+        if not decide:
+            return tokens
         num_keep = self._plan.num_keep(trace.num_patches)[stage]
-        before = trace.indices[stage - 1] if stage > 0 else None
-        num_left = tokens.shape[1] - num_prefix
         if num_keep >= num_left:
             everything = torch.arange(num_left, device=tokens.device).expand(tokens.shape[0], -1)
-            trace.indices.append(everything if before is None else before)
+            self._record_indices(stage, trace, everything if before is None else before)
             return tokens
-        candidates = self._candidates(tokens, None, before, trace)
-        chosen = self._stage(stage).gather(candidates, num_keep)  # (B, num_keep)
-        trace.indices.append(chosen if before is None else before.gather(1, chosen))
-        return _select(tokens, _with_prefix(chosen, num_prefix))
+        layout = self._layout(tokens, num_left)
+        chosen = self._stage(stage).gather(self._candidates(tokens, layout, None, before, trace), num_keep)
+        self._record_indices(stage, trace, chosen if before is None else before.gather(1, chosen))
+        return select(tokens, layout.positions(chosen))
+
+    def _record_indices(self, stage: int, trace: Trace, indices: Tensor) -> None:
+        if stage == len(trace.indices):  # activation checkpointing comes here once more
+            trace.indices.append(indices)
 
     def _stage(self, index: int) -> Stage:
         return cast(Stage, self.stages[index])
 
-    def _candidates(self, tokens: Tensor, keep: Tensor | None, indices: Tensor | None, trace: Trace) -> Candidates:
-        num_prefix = trace.num_prefix_tokens
+    def _candidates(
+        self, tokens: Tensor, layout: Layout, keep: Tensor | None, indices: Tensor | None, trace: Trace
+    ) -> Candidates:
         return Candidates(
-            patches=tokens[:, num_prefix:],
-            prefix=tokens[:, :num_prefix],
+            patches=layout.patches(tokens),
+            prefix=tokens[:, : layout.num_prefix],
             keep=keep,
             indices=indices,
             num_patches=trace.num_patches,
@@ -316,14 +392,46 @@ class Sparsifier(nn.Module):
         )
 
     def _before_attention(self, stage: int, attention: nn.Module, args: tuple[Any, ...]) -> None:
-        keys = self._keys(stage)
-        if keys is not None:
+        mask = self._mask_of(stage)
+        if mask is not None:
             self._check_grad(attention)
             self._attended = True
-            self._block_interception.keep, self._block_interception.hits = keys, 0
+            self._block_interception.keep, self._block_interception.hits = mask, 0
             self._block_interception.enter()
+        elif self._gathers():
+            backbone = self.backbone
+            if backbone.biased_attention or backbone.token_tables or backbone.shared_token_inputs:
+                self._shorten_attention(stage, attention)
+
+    def _shorten_attention(self, stage: int, attention: nn.Module) -> None:
+        trace, backbone = self.trace, self.backbone
+        assert trace is not None
+        layout = Layout(backbone.num_prefix_tokens, trace.num_patches, backbone.num_suffix_tokens)
+        positions = layout.positions(trace.indices[stage])
+        if backbone.biased_attention or backbone.shared_token_inputs:
+            self._gather_interception.positions = positions
+            self._gather_interception.tables = self._side_inputs.tables() if backbone.shared_token_inputs else ()
+            self._gather_interception.length = layout.length
+            self._gather_interception.enter()
+        for table in backbone.token_tables:
+            if table.owner is attention:
+                full = getattr(attention, table.name)
+                if full is None or full.shape[table.pattern.split().index("n")] != layout.length:
+                    full = table.build(layout.length)
+                self._full_tables.append(full)
+                setattr(attention, table.name, gather_tokens(full, table.pattern, positions))
+
+    def _restore_attention(self, attention: nn.Module) -> None:
+        if self._gather_interception.positions is not None:
+            self._gather_interception.leave()
+            self._gather_interception.positions = None
+        if self._full_tables:
+            for table in self.backbone.token_tables:
+                if table.owner is attention:
+                    setattr(attention, table.name, self._full_tables.pop(0))
 
     def _after_attention(self, stage: int, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._restore_attention(attention)
         interception = self._block_interception
         if interception.keep is None:
             return
@@ -331,46 +439,71 @@ class Sparsifier(nn.Module):
         interception.keep = None
         if interception.hits == 0 and output is not None:  # None: an exception is passing through
             raise InterceptionError(
-                f"the attention of {type(attention).__name__} did not pass through scaled_dot_product_attention, so "
-                "pruned tokens could not be masked; use its fused (SDPA) attention, and do not ask for attention "
-                "weights in training."
+                f"the attention of {type(attention).__name__} passed neither through scaled_dot_product_attention nor "
+                "through a softmax over all tokens, so pruned tokens could not be masked; use its fused (SDPA) "
+                "attention."
             )
 
-    def _keys(self, stage: int) -> Tensor | None:
-        if not self._enabled or self.trace is None or self.trace.execution != "mask":
-            return None
-        keys = self._current_decisions().keys
-        return keys[stage] if stage < len(keys) else None
+    def _after_weight_mixer(self, mixer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return None if self._block_interception.keep is None else self._block_interception.mix(output)
 
-    def _after_block(self, stage: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._keys(stage) is None or torch.compiler.is_compiling():
-            return
+    def _gathers(self) -> bool:
+        return self.enabled and self.trace is not None and self.trace.execution == "gather"
+
+    def _mask_of(self, stage: int) -> Tensor | None:
+        """The decisions (B, N) in force after a stage in `mask` execution; ``None`` while nothing is pruned."""
+        if not self.enabled or self.trace is None or self.trace.execution != "mask":
+            return None
+        masks = self._current_decisions().masks
+        return masks[stage] if stage < len(masks) else None
+
+    def _after_block(self, stage: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        mask = self._mask_of(stage)
+        if mask is not None and not torch.compiler.is_compiling():
+            self._check_attended(block)
+            tokens = output_tokens(output)
+            if tokens.requires_grad:
+                # This gradient is the first thing known of the block in the backward pass, so a block
+                # that is recomputed there finds the decisions of the forward pass it belongs to, even
+                # if another one in training has run since. The reference is weak: a hook lives as long as the graph.
+                decisions = self._current_decisions()
+                upto = _Decisions(decisions.keep[: stage + 1], decisions.masks[: stage + 1])
+                tokens.register_hook(partial(_restore, weakref.ref(self), upto))
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return None
+        tokens = self._put_back(stage, output_tokens(output), waiting, mask)
+        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+
+    def _put_back(self, stage: int, tokens: Tensor, waiting: Tensor, mask: Tensor | None) -> Tensor:
+        """All tokens after a block: those that it was given, the others as they were before it."""
+        assert self.trace is not None
+        layout = self._layout(waiting, self.trace.num_patches)
+        if self.trace.execution == "gather":
+            return put_back(tokens, layout.positions(self.trace.indices[stage]), waiting)
+        if mask is None:
+            return tokens
+        keep = layout.with_others(mask).unsqueeze(-1).to(tokens.dtype)  # (B, L, 1)
+        return tokens * keep + waiting * (1 - keep)
+
+    def _check_attended(self, block: nn.Module) -> None:
         if not self._attended:
             raise InterceptionError(
                 f"{type(block).__name__} never called the attention modules it was described with, so pruned tokens "
                 "could not be masked; name in Backbone.attentions the modules that it calls (not their forward)."
             )
         self._attended = False
-        tokens = output[0] if isinstance(output, tuple) else output
-        if tokens.requires_grad:
-            # This gradient is the first thing known of the block in the backward pass, so a block
-            # that is recomputed there finds the decisions of the forward pass it belongs to, even
-            # if another one in training has run since. The reference is weak: a hook lives as long as the graph.
-            decisions = self._current_decisions()
-            upto = _Decisions(decisions.keep[: stage + 1], decisions.keys[: stage + 1])
-            tokens.register_hook(partial(_restore, weakref.ref(self), upto))
 
     def _after_last_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if _recomputing():
             return
         if self.backbone.final_norm is None:
-            self._record_tokens(output[0] if isinstance(output, tuple) else output)
-        keys = self._keys(len(self._plan.stages) - 1)
-        if keys is None:
+            self._record_tokens(output_tokens(output))
+        mask = self._mask_of(len(self._plan.stages) - 1)
+        if mask is None or self.backbone.put_back:
             return
-        if self._in_model:
-            self._tail_interception.keep = keys
-            self._tail_interception.num_prefix_tokens = self.backbone.num_prefix_tokens
+        if self._in_tower:
+            self._tail_interception.keep = mask
             self._tail_interception.enter()
         else:
             warnings.warn(
@@ -388,46 +521,21 @@ class Sparsifier(nn.Module):
 
     def _close_interceptions(self) -> None:
         """Leave what is still entered: the tail's as a rule, a block's after an interrupted pass."""
-        for interception in (self._block_interception, self._tail_interception):
-            if interception.keep is not None:
-                interception.leave()
-                interception.keep = None
+        for masking in (self._block_interception, self._tail_interception):
+            if masking.keep is not None:
+                masking.leave()
+                masking.keep = None
+        if self._gather_interception.positions is not None:
+            self._gather_interception.leave()
+            self._gather_interception.positions = None
+        self._waiting = None
 
     def _check_grad(self, module: nn.Module) -> None:
-        if self._in_model and self._grad_enabled and not torch.is_grad_enabled():
+        if self._in_tower and self._grad_enabled and not torch.is_grad_enabled():
             raise StateError(
                 f"{type(module).__name__} runs without gradients inside a forward pass with them: re-entrant "
                 "activation checkpointing loses the gradients of the keep decisions. Use use_reentrant=False."
             )
-
-
-class GridMethod:
-    """Stands in for a method of the model that reshapes tokens into a grid, and refuses while some are missing."""
-
-    def __init__(self, sparsifier: Sparsifier, model: nn.Module, name: str) -> None:
-        self.sparsifier, self.model, self.name = sparsifier, model, name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.sparsifier._enabled and any(ratio < 1 for ratio in self.sparsifier.keep_ratio):
-            raise StateError(
-                f"{type(self.model).__name__}.{self.name} needs the full grid of tokens, and this model drops some. "
-                "Call it inside tokenprune.dense(model)."
-            )
-        return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
-
-
-def _with_prefix(patches: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Positions of patch tokens (B, n) as positions in the sequence, behind those of the prefix: (B, P + n)."""
-    prefix = torch.arange(num_prefix_tokens, device=patches.device).expand(patches.shape[0], -1)
-    return torch.cat([prefix, patches + num_prefix_tokens], dim=1)
-
-
-def _select(tokens: Tensor, positions: Tensor) -> Tensor:
-    """The tokens (B, K, C) at each image's own positions (B, K), of tokens (B, L, C)."""
-    batch, length, _ = tokens.shape
-    # Whole rows of one long sequence are copied several times as fast as torch.gather picks numbers.
-    rows = positions + length * torch.arange(batch, device=positions.device).unsqueeze(1)
-    return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1)
 
 
 def _restore(sparsifier: weakref.ref[Sparsifier], decisions: _Decisions, grad: Tensor) -> None:
@@ -439,20 +547,3 @@ def _restore(sparsifier: weakref.ref[Sparsifier], decisions: _Decisions, grad: T
 def _recomputing() -> bool:
     """Whether a backward pass is running, in which activation checkpointing runs blocks again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _tokens(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    tokens = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
-    if not isinstance(tokens, Tensor) or tokens.dim() != 3:
-        got = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise StateError(f"{type(block).__name__} got {got} where tokens of shape (B, L, C) were expected.")
-    return tokens
-
-
-def _with_tokens(
-    args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (tokens, *args[1:]), kwargs
-    name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
-    return args, {**kwargs, name: tokens}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tokenprune.probing import eval_mode
 from tokenprune.scorers import Candidates, Scorer
 from tokenprune.sparsifier import Sparsifier
+from tokenprune.tokens import Layout, kept_indices, select
 from tokenprune.verbs import dense, sparsifier_of
 
 
@@ -21,17 +22,19 @@ from tokenprune.verbs import dense, sparsifier_of
 class VerificationReport:
     """What `verify` found.
 
-    Differences are the largest over all outputs that have the same shape either way, relative to
-    the output's largest magnitude.
+    Differences are the largest over all outputs, relative to the output's largest magnitude. Of an
+    output with an entry for each token, those of the tokens that are left are compared.
 
     Attributes:
         identity: Between the model with nothing pruned and the unpruned model.
         mask_equals_gather: Between the two executions, for the same decisions.
         effect: Between the pruned and the unpruned model; 0 means pruning changes nothing.
         gradients: For each stage the largest gradient of its scorer's parameters after a training
-            step; NaN if one is not finite or missing, and no entry for scorers without parameters and
-            stages that keep all.
+            step; NaN if one is not finite or missing, and no entry for scorers without parameters,
+            stages that keep all and models that can only be trained in parts.
         compared: Number of output tensors that were compared.
+        not_compared: Names of those that could not be, since neither all tokens nor those left explain
+            their shape.
         tolerance: Up to which difference the two invariants hold.
     """
 
@@ -40,6 +43,7 @@ class VerificationReport:
     effect: float
     gradients: tuple[float, ...]
     compared: int
+    not_compared: tuple[str, ...]
     tolerance: float
 
     @property
@@ -52,7 +56,12 @@ class VerificationReport:
         """What does not hold, a sentence each."""
         found = []
         if not self.compared:
-            found.append("no output has the same shape pruned and unpruned, so nothing could be compared")
+            found.append("there is no output that could be compared")
+        if self.not_compared:
+            listed = ", ".join(self.not_compared)
+            found.append(
+                f"{listed}: the shape differs pruned and unpruned in a way that the tokens left do not explain"
+            )
         if not self.identity <= self.tolerance:
             found.append(f"with nothing pruned, outputs differ from the dense model's by {self.identity:.1e}")
         if not self.mask_equals_gather <= self.tolerance:
@@ -104,14 +113,23 @@ def verify(model: nn.Module, inputs: Any, *, tolerance: float = 1e-4) -> Verific
                 gathered = _run(model, inputs)
                 sparsifier.execution = "mask"
                 masked = _run(model, inputs)
-        gradients = _gradients(model, sparsifier, inputs)
-    comparable = [name for name in unpruned if unpruned[name].shape == gathered[name].shape == masked[name].shape]
+                assert sparsifier.trace is not None
+                kept = sparsifier.trace.keep
+        # What follows such a tower cannot be trained through it.
+        gradients = () if sparsifier.backbone.leave_pruned else _gradients(model, sparsifier, inputs)
+    unpruned_left, masked = (_of_tokens_left(outputs, gathered, kept, sparsifier) for outputs in (unpruned, masked))
+    comparable = [
+        name
+        for name in gathered
+        if name in masked and gathered[name].shape == masked[name].shape == unpruned_left[name].shape
+    ]
     return VerificationReport(
         identity=_difference(kept_all, unpruned, list(unpruned)),
         mask_equals_gather=_difference(masked, gathered, comparable),
-        effect=_difference(gathered, unpruned, comparable),
+        effect=_difference(gathered, unpruned_left, comparable),
         gradients=gradients,
         compared=len(comparable),
+        not_compared=tuple(sorted(unpruned.keys() ^ gathered.keys() | gathered.keys() - set(comparable))),
         tolerance=tolerance,
     )
 
@@ -192,6 +210,11 @@ def _run(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
         output = model(**inputs)
     else:
         output = model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    return named_outputs(output)
+
+
+def named_outputs(output: Any) -> dict[str, Tensor]:
+    """Every floating-point tensor in what a model returned, by where it stands."""
     return dict(_tensors(output, "output"))
 
 
@@ -204,6 +227,25 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, (tuple, list)):
         for index, item in enumerate(value):
             yield from _tensors(item, f"{name}[{index}]")
+
+
+def _of_tokens_left(
+    outputs: Mapping[str, Tensor], gathered: Mapping[str, Tensor], keep: Sequence[Tensor], sparsifier: Sparsifier
+) -> dict[str, Tensor]:
+    """The outputs, where they have all tokens and ``gathered`` those left after a stage, with these alone."""
+    num_suffix = sparsifier.backbone.num_suffix_tokens
+
+    def cut(tokens: Tensor, left: Tensor) -> Tensor:
+        if tokens.dim() != 3 or tokens.shape == left.shape or tokens.shape[0] != keep[0].shape[0]:
+            return tokens
+        for decisions in keep:
+            num_patches, num_kept = decisions.shape[1], int(decisions[0].sum())
+            if tokens.shape[1] - left.shape[1] == num_patches - num_kept:
+                layout = Layout(tokens.shape[1] - num_patches - num_suffix, num_patches, num_suffix)
+                return select(tokens, layout.positions(kept_indices(decisions, num_kept)))
+        return tokens
+
+    return {name: cut(tokens, gathered[name]) for name, tokens in outputs.items() if name in gathered}
 
 
 def _difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: list[str]) -> float:

@@ -9,8 +9,6 @@ from torch import nn
 
 from tokenprune import Backbone, UnsupportedModelError
 
-SUPPORTED = ("VisionTransformer",)
-
 
 def describe(model: nn.Module) -> Backbone:
     """The description of a torchvision model.
@@ -23,7 +21,7 @@ def describe(model: nn.Module) -> Backbone:
     if not isinstance(model, VisionTransformer):
         raise UnsupportedModelError(
             f"torchvision's {type(model).__name__} has no flat list of blocks over tokens; supported is "
-            f"{SUPPORTED[0]} (vit_b_16 and its relatives)."
+            "VisionTransformer (vit_b_16 and its relatives)."
         )
     return Backbone(
         blocks=tuple(model.encoder.layers),

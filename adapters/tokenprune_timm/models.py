@@ -1,0 +1,155 @@
+"""timm's Vision Transformers: what they have in common, and what each family does differently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from tokenprune import Backbone, Setting, TokenTable, UnsupportedModelError
+from tokenprune.structure import observe, random_inputs
+
+# Rotary tables: one for all images and heads, one a head, or one an image.
+_ROPE = {"rope": ("n d -> b 1 n d", "h n d -> b h n d", "b h n d -> b h n d")}
+_GRID_METHODS = ("forward_intermediates", "get_intermediate_layers", "prune_intermediate_layers")
+
+
+def describe(model: nn.Module) -> Backbone:
+    """The description of a timm model.
+
+    Raises:
+        UnsupportedModelError: It has no flat list of blocks with global attention, or a part that
+            pruned tokens break.
+    """
+    name = type(model).__name__
+    if type(model).__module__.startswith("timm.models._features"):
+        raise UnsupportedModelError(
+            f"timm's {name} puts out feature maps, which need every token; sparsify a classifier."
+        )
+    options: dict[str, Any] = _FAMILIES.get(name, _plain)(model)
+    settings = tuple(
+        Setting(owner=module, name="fused_attn", value=True)
+        for module in model.modules()
+        if getattr(module, "fused_attn", True) is False
+    )
+    if "blocks" not in options:
+        structure = observe(
+            model,
+            random_inputs(model, x=(2, _num_channels(model), *_image_size(model))),
+            settings=settings,
+            num_late_prefix_tokens=options.get("num_late_prefix_tokens", 0),
+        )
+        options = {**structure._asdict(), **options}
+    norm = getattr(model, "norm", None)
+    patch_size = _patch_size(model)
+    return Backbone(
+        **{"token_inputs": _ROPE, "final_norm": norm, **{k: v for k, v in options.items() if v is not None}},
+        patch_size=patch_size,
+        grid_size=None if patch_size is None else _grid(_image_size(model), patch_size),
+        settings=settings,
+        grid_methods=tuple(method for method in _GRID_METHODS if callable(getattr(type(model), method, None))),
+    )
+
+
+def _plain(model: nn.Module) -> dict[str, Any]:
+    # An attention pool with positions of its own adds them to a full grid.
+    return {"put_back": getattr(getattr(model, "attn_pool", None), "pos_embed", None) is not None}
+
+
+def _biased(model: nn.Module) -> dict[str, Any]:
+    """BEiT (arXiv 2106.08254) and relative-position ViTs add a bias over all pairs of tokens."""
+    return {**_plain(model), "biased_attention": True}
+
+
+def _grid_tail(model: nn.Module) -> dict[str, Any]:
+    """Encoders of language models give their tokens back as a grid, or merge neighbours."""
+    return {"put_back": True}
+
+
+def _naflex(model: nn.Module) -> dict[str, Any]:
+    """NaFlexViT pools with a mask of the patches that are there, one for each of the original patches."""
+    return {"put_back": getattr(model, "global_pool", "") != "token"}
+
+
+def _cait(model: nn.Module) -> dict[str, Any]:
+    """CaiT (arXiv 2103.17239): talking heads mix finished weights; the class token comes in behind the blocks."""
+    mixers = [block.get_submodule("attn.proj_w") for block in _children(model, "blocks")]
+    return {"weight_mixers": mixers, "num_tail_tokens": 1}
+
+
+def _convit(model: nn.Module) -> dict[str, Any]:
+    """ConViT (arXiv 2103.10697): gated attention keeps a table of relative positions; a class token joins late."""
+    gated: list[Any] = [module for module in model.modules() if hasattr(module, "get_rel_indices")]
+    tables = [
+        TokenTable(owner=module, name="rel_indices", pattern="b n m d -> b n m d", build=module.get_rel_indices)
+        for module in gated
+    ]
+    attentions = [(block.get_submodule("attn"),) for block in _children(model, "blocks")]
+    return {"token_tables": tables, "num_late_prefix_tokens": 1, "attentions": attentions}
+
+
+def _volo(model: nn.Module) -> dict[str, Any]:
+    """VOLO (arXiv 2106.13112): blocks over grids behind the outlooker; the class token comes in behind them."""
+    stages = list(_children(model, "network"))
+    last = max(index for index, stage in enumerate(stages) if not isinstance(stage, nn.Sequential)) + 1
+    return {
+        "blocks": tuple(block for stage in stages[last:] for block in stage.children()),
+        "num_prefix_tokens": 0,
+        "embed_dim": model.num_features,
+        "grid_tokens": True,
+        "num_tail_tokens": 1,
+    }
+
+
+_FAMILIES: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
+    "Beit": _biased,
+    "VisionTransformerRelPos": _biased,
+    "Cait": _cait,
+    "ConVit": _convit,
+    "VOLO": _volo,
+    "NaFlexVit": _naflex,
+    **dict.fromkeys(
+        ("DeepseekVitEncoder", "DeepseekVitClassifier", "Qwen3VitEncoder", "Qwen3VitClassifier"), _grid_tail
+    ),
+    **dict.fromkeys(("Gemma4VitEncoder", "Gemma4VitClassifier"), _grid_tail),
+}
+
+
+def _children(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    return model.get_submodule(name).children()
+
+
+def _image_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width that the model was built for."""
+    sizes = (getattr(module, "img_size", None) for module in model.modules())
+    size = next((size for size in sizes if size is not None), None)
+    return _pair(_input_size(model)[1:] if size is None else size)
+
+
+def _num_channels(model: nn.Module) -> int:
+    modules = getattr(model, "patch_embed", nn.Identity()).modules()
+    convolution = next((module for module in modules if isinstance(module, nn.Conv2d)), None)
+    return int(_input_size(model)[0] if convolution is None else convolution.in_channels)
+
+
+def _input_size(model: nn.Module) -> tuple[int, int, int]:
+    size: tuple[int, int, int] = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
+    return size
+
+
+def _patch_size(model: nn.Module) -> tuple[int, int] | None:
+    """Pixels a token stands for, also behind a convolutional stem."""
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    if hasattr(patch_embed, "feat_ratio"):
+        return _pair(patch_embed.feat_ratio(as_scalar=False))
+    size = getattr(patch_embed, "patch_size", None)
+    return None if size is None else _pair(size)
+
+
+def _grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (int(size), int(size)) if isinstance(size, (int, float)) else (int(size[0]), int(size[1]))

@@ -1,0 +1,136 @@
+"""Inputs of two random images, or videos or sounds, for a model of transformers, from its config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.structure import random_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NUM_IMAGES = 2
+_IMAGE_SIZES = ("image_size", "crop_size", "img_size", "input_size", "pretrain_image_size")
+
+
+def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """Keyword arguments of the forward pass of a model, or of a vision tower, on two different images."""
+    config = vision_config(model.config)
+    special = _FAMILIES.get(config.model_type)
+    return _images(model, config) if special is None else special(model, config)
+
+
+def vision_config(config: Any) -> Any:
+    """The part of a config that is about images."""
+    for name in ("vision_config", "backbone_config", "encoder"):
+        inner = getattr(config, name, None)
+        if hasattr(inner, "model_type"):
+            return vision_config(inner)
+    return config
+
+
+def image_size(model: torch.nn.Module, config: Any) -> tuple[int, int]:
+    """Height and width that the model was built for."""
+    sizes = [getattr(config, name, None) for name in _IMAGE_SIZES]
+    sizes += [getattr(module, "img_size", None) for module in model.modules()]
+    return pair(next((size for size in sizes if size is not None), 224))
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """Height and width of what is one number, two, or three with a time in front."""
+    return (int(size), int(size)) if isinstance(size, (int, float)) else (int(size[-2]), int(size[-1]))
+
+
+def _num_channels(config: Any) -> int:
+    return int(getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3)
+
+
+def _images(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    shape = (NUM_IMAGES, _num_channels(config), *image_size(model, config))
+    return random_inputs(model, pixel_values=shape)
+
+
+def _videos(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    num_frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", 16)
+    shape = (NUM_IMAGES, num_frames, _num_channels(config), *image_size(model, config))
+    name = "pixel_values" if model.main_input_name == "input_ids" else model.main_input_name
+    return random_inputs(model, **{name: shape})
+
+
+def _frames(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    """A video as a batch of its frames."""
+    shape = (NUM_IMAGES * config.num_frames, _num_channels(config), *image_size(model, config))
+    return random_inputs(model, pixel_values=shape)
+
+
+def _masked_videos(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    inputs = _videos(model, config)
+    if not type(model).__name__.endswith("ForPreTraining"):
+        return inputs
+    height, width = image_size(model, config)
+    patch_height, patch_width = pair(config.patch_size)
+    num_patches = config.num_frames // config.tubelet_size * (height // patch_height) * (width // patch_width)
+    hidden = torch.arange(num_patches, device=model.device) < num_patches // 2
+    return {**inputs, "bool_masked_pos": hidden.expand(NUM_IMAGES, -1)}
+
+
+def _sounds(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    return random_inputs(model, input_values=(NUM_IMAGES, config.max_length, config.num_mel_bins))
+
+
+def _rows_of_patches(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    """Patches in rows, as many as the position table has, with the grid they come from."""
+    side = int(config.num_patches**0.5)
+    patch_height, patch_width = pair(config.patch_size)
+    shape = (NUM_IMAGES, side * side, _num_channels(config) * patch_height * patch_width)
+    grid = torch.tensor([[side, side]] * NUM_IMAGES, device=model.device)
+    mask = torch.ones(shape[:2], dtype=torch.long, device=model.device)
+    return {**random_inputs(model, pixel_values=shape), "pixel_attention_mask": mask, "spatial_shapes": grid}
+
+
+def _flat_patches(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    height, width = image_size(model, config)
+    patch_height, patch_width = pair(config.patch_size)
+    values = _num_channels(config) * patch_height * patch_width
+    num_patches = getattr(config, "image_num_patch", None) or (height // patch_height) * (width // patch_width)
+    if not isinstance(num_patches, int):
+        num_patches = num_patches[0] * num_patches[1]
+    return random_inputs(model, pixel_values=(NUM_IMAGES, num_patches, values))
+
+
+def _placed_patches(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    """Patches in rows, each with its column and row, of a grid that is pooled by threes."""
+    side = 6
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(1).to(model.device)
+    patches = random_inputs(model, pixel_values=(NUM_IMAGES, side * side, 3 * config.patch_size**2))
+    return {**patches, "pixel_position_ids": places.expand(NUM_IMAGES, -1, -1)}
+
+
+def _with_patch_mask(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    inputs = _images(model, config)
+    images: Tensor = inputs["pixel_values"]
+    grid = tuple(size // patch for size, patch in zip(images.shape[2:], pair(config.patch_size), strict=True))
+    mask = torch.ones(NUM_IMAGES, *grid, dtype=torch.bool, device=model.device)
+    return {**inputs, "patch_attention_mask": mask}
+
+
+def _with_image_sizes(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    inputs = _images(model, config)
+    return {**inputs, "image_sizes": torch.tensor([inputs["pixel_values"].shape[2:]] * NUM_IMAGES)}
+
+
+_FAMILIES: dict[str, Callable[[PreTrainedModel, Any], dict[str, Any]]] = {
+    **dict.fromkeys(("vivit", "vjepa2", "timesformer", "videoprism_vision_model"), _videos),
+    "videomae": _masked_videos,
+    "xclip_vision_model": _frames,
+    "audio-spectrogram-transformer": _sounds,
+    "siglip2_vision_model": _rows_of_patches,
+    "molmo2_vision": _flat_patches,
+    "gemma4_vision": _placed_patches,
+    "phi4_multimodal_vision": _with_patch_mask,
+    "pixtral": _with_image_sizes,
+}

@@ -1,0 +1,169 @@
+"""The vision models of transformers: what they have in common, and what each family does differently."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tokenprune import Backbone, Setting, UnsupportedModelError
+from tokenprune.structure import observe
+from tokenprune_transformers.example_inputs import example_inputs, image_size, pair, vision_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What the families do differently, by the model type of their config.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    # Attention adds a bias for each pair of positions (BEiT, arXiv 2106.08254; data2vec, arXiv 2202.03555).
+    "beit": {"biased_attention": True},
+    "data2vec-vision": {"biased_attention": True},
+    # Rotary positions are counted inside of attention, unless it is told them (V-JEPA 2, arXiv 2506.09985).
+    "vjepa2": {"position_input": "position_mask"},
+    # Rotary tables that attention spreads over the heads by itself, or over heads and images.
+    "step3p5_vision": {"token_inputs": {"position_embeddings": ("n d -> b n d",)}, "put_back": True},
+    "mlcd_vision_model": {"token_inputs": {"position_embeddings": ("n d -> b n d",)}, "shared_token_inputs": True},
+    "llama4_vision_model": {
+        "token_inputs": {"freqs_ci": ("n d -> b n d", "n h d -> b n h d")},
+        "shared_token_inputs": True,
+        "put_back": True,
+    },
+    # All images of a batch are one row of tokens.
+    "pixtral": {"token_inputs": {"position_embeddings": ("n d -> n d",)}},
+    # A message of the whole video joins each frame's tokens while a block attends (X-CLIP, arXiv 2208.02816).
+    "xclip_vision_model": {"num_inner_tokens": 1},
+    # Positions are added to all tokens between the blocks (YOLOS, arXiv 2106.00666).
+    "yolos": {"put_back": True},
+    # Heads are given a mask of the original patches, pool by positions, merge neighbours or take the first patch.
+    **{
+        family: {"put_back": True}
+        for family in (
+            "siglip2_vision_model",
+            "phi4_multimodal_vision",
+            "gemma4_vision",
+            "granite_docling_vision",
+            "janus_vision_model",
+        )
+    },
+}
+# Names of classes whose heads take all tokens: feature maps, dense predictions, masked images.
+_DENSE = ("Backbone", "ForMaskedImageModeling", "ForPreTraining", "Segmentation", "Estimation", "Matting")
+# Models of several parts that take a pooled output from their vision tower, or any number of tokens.
+_POOLING = (
+    "CLIPModel", "AltCLIPModel", "ChineseCLIPModel", "MetaClip2Model", "SiglipModel", "Siglip2Model", "Aimv2Model",
+    "BlipModel", "VisionTextDualEncoderModel",
+)  # fmt: skip
+_PACKING = ("grid_thw", "image_grid_thw", "target_sizes", "cu_seqlens")
+_TAKING_ANY_NUMBER = (
+    "VisionEncoderDecoderModel", "LlavaModel", "LlavaForConditionalGeneration",
+    "PaliGemmaModel", "PaliGemmaForConditionalGeneration",
+    "BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering", "Blip2Model",
+    "Blip2ForConditionalGeneration", "Blip2VisionModelWithProjection", "InstructBlipForConditionalGeneration",
+)  # fmt: skip
+
+
+def describe(model: nn.Module) -> Backbone:
+    """The description of a transformers model.
+
+    Raises:
+        UnsupportedModelError: It has no flat list of blocks with global attention, or what stands
+            behind them may need every token.
+    """
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"transformers' {name} is a part of a model; sparsify the model it belongs to.")
+    tower, config = model, vision_config(model.config)
+    composite = _has_other_parts(model)
+    if composite:
+        tower = _vision_tower(model, config)
+        # Rows of packed images are told apart by their original lengths.
+        if name not in (*_POOLING, *_TAKING_ANY_NUMBER) or config.model_type == "pixtral":
+            raise UnsupportedModelError(
+                f"what {name} does with its vision tokens may need every one of them; sparsify its "
+                f"{type(tower).__name__} alone if it does not."
+            )
+    family = _FAMILIES.get(config.model_type, {})
+    settings = _settings(tower)
+    try:
+        structure = observe(
+            tower,
+            example_inputs(tower),
+            settings=settings,
+            first_list=name.endswith("ForPreTraining") or config.model_type == "vjepa2",
+            packed=config.model_type == "pixtral",
+            frames=config.model_type == "xclip_vision_model",
+            num_inner_tokens=family.get("num_inner_tokens", 0),
+        )
+    except UnsupportedModelError as error:
+        packing = [parameter for parameter in inspect.signature(tower.forward).parameters if parameter in _PACKING]
+        if not packing:
+            raise
+        raise UnsupportedModelError(
+            f"{name} packs all images of a batch into one sequence, and tells them apart by {packing[0]}; pruned "
+            "sequences would need other ones."
+        ) from error
+    patch_size = None if getattr(config, "patch_size", None) is None else pair(config.patch_size)
+    size = image_size(tower, config)
+    dense = {"put_back": True} if any(part in name for part in _DENSE) or name == "VJEPA2Model" else {}
+    return Backbone(
+        **structure._asdict(),
+        **{**family, **dense},
+        patch_size=patch_size,
+        grid_size=None if patch_size is None else (size[0] // patch_size[0], size[1] // patch_size[1]),
+        settings=settings,
+        tower=tower if composite else None,
+        leave_pruned=name in _TAKING_ANY_NUMBER,
+    )
+
+
+def _has_other_parts(model: PreTrainedModel) -> bool:
+    """Whether a model has parts besides one that looks at images, and more than a classifier behind it."""
+    if "ForImageClassification" in type(model).__name__:
+        return False
+    configs = [value for value in vars(model.config).values() if hasattr(value, "model_type")]
+    looks_with_a_part = hasattr(getattr(model.config, "vision_config", None), "model_type")
+    return looks_with_a_part or len(configs) > 1 or "input_ids" in inspect.signature(model.forward).parameters
+
+
+def _vision_tower(model: PreTrainedModel, config: Any) -> PreTrainedModel:
+    """The part of a model that turns images into tokens and runs the blocks over them."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if module is not model and isinstance(module, PreTrainedModel) and module.config is config:
+            return module
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no one part that looks at images, and at nothing else, to be sparsified."
+    )
+
+
+def _settings(tower: PreTrainedModel) -> tuple[Setting, ...]:
+    """SDPA attention for all parts of the tower that have another one, but for those that have no SDPA.
+
+    Raises:
+        UnsupportedModelError: Attention is by a kernel that cannot be masked, and there is no SDPA.
+    """
+    settings: list[Setting] = []
+    changed: dict[int, Any] = {}
+    for module in tower.modules():
+        config = getattr(module, "config", None)
+        chosen = getattr(config, "_attn_implementation", None)
+        if chosen in (None, "sdpa"):
+            continue
+        if not getattr(tower, "_supports_sdpa", False):
+            if chosen != "eager":
+                raise UnsupportedModelError(
+                    f"{type(tower).__name__} attends with {chosen!r}, which cannot be masked; load it with "
+                    "attn_implementation='eager'."
+                )
+            continue
+        if id(config) not in changed:
+            # A config may be shared with other models, so this one gets a copy.
+            changed[id(config)] = copy.copy(config)
+            changed[id(config)]._attn_implementation = "sdpa"
+        settings.append(Setting(owner=module, name="config", value=changed[id(config)]))
+    return tuple(settings)

@@ -1,0 +1,329 @@
+"""Finding out what a model looks like by running it once: its blocks, its prefix tokens, its final norm.
+
+Structure counts, names do not: a list of modules that is called once and in order, each module on
+tokens (B, L, C) that it gives back in the same shape, with attention over all of them, is a list of
+blocks. Tokens that do not depend on the image are prefix or suffix tokens.
+
+Shapes: B images, P prefix tokens, N patch tokens, Q suffix tokens, L = P + N + Q, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenprune.backbone import Setting, outermost_attention
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.interception import SOFTMAXES, Interception
+from tokenprune.tokens import output_tokens
+
+
+class Structure(NamedTuple):
+    """What was found.
+
+    Attributes:
+        blocks: The transformer blocks in the order they run.
+        num_prefix_tokens: P.
+        num_suffix_tokens: Q.
+        embed_dim: C.
+        final_norm: The norm whose input is the last block's output, if it norms all tokens.
+        attentions: For each block the modules in which it attends over all tokens; the block itself
+            where none is named after attention.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    num_prefix_tokens: int
+    num_suffix_tokens: int
+    embed_dim: int
+    final_norm: nn.Module | None
+    attentions: tuple[tuple[nn.Module, ...], ...]
+
+
+@dataclass
+class _List:
+    """A list of modules, and how they were called."""
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    order: list[int] = field(default_factory=list)
+    inputs: list[tuple[int, ...]] = field(default_factory=list)
+    outputs: list[tuple[int, ...]] = field(default_factory=list)
+    num_keys: list[set[int]] = field(default_factory=list)
+    first: Tensor | None = None
+    last: Tensor | None = None
+    attention_before: bool = False
+
+
+def observe(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    num_images: int = 2,
+    settings: Sequence[Setting] = (),
+    first_list: bool = False,
+    packed: bool = False,
+    frames: bool = False,
+    num_late_prefix_tokens: int = 0,
+    num_inner_tokens: int = 0,
+) -> Structure:
+    """Run a model on different images and say what it looks like.
+
+    Weights, modes and random state are left as they are.
+
+    Args:
+        model: The model, or the tower of it that runs the blocks.
+        inputs: Keyword arguments of its forward pass.
+        num_images: How many images are in them; tokens have one row for each, or for each of its
+            frames, in order.
+        settings: What must be set on the model for the blocks to be seen as they will run.
+        first_list: Take the first of several lists of blocks, such as an encoder in front of a decoder.
+        packed: Accept all images in one row.
+        frames: Accept several rows an image.
+        num_late_prefix_tokens: Tokens that join in front on the way.
+        num_inner_tokens: Keys that blocks add to those of their tokens.
+
+    Raises:
+        UnsupportedModelError: The model could not be run, or has no flat list of blocks with global
+            attention; the message says what it has.
+    """
+    name = type(model).__name__
+    lists = [
+        _List(path, tuple(module.children()))
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
+    ]
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    normed: list[tuple[nn.Module, Tensor, Tensor]] = []
+    with _changed(settings), _in_eval_mode(model), ExitStack() as hooks:
+        observer = _Observer()
+        for candidate in lists:
+            for index, module in enumerate(candidate.modules):
+                enter, leave = _record(candidate, index, observer)
+                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(leave).remove)
+                for attention in outermost_attention(module):
+                    hooks.callback(attention.register_forward_pre_hook(observer.enter_attention).remove)
+                    hooks.callback(attention.register_forward_hook(observer.leave_attention).remove)
+        for norm in norms:
+            hooks.callback(
+                norm.register_forward_hook(lambda module, args, out: _note(normed, module, args, out)).remove
+            )
+        try:
+            with observer, torch.no_grad():
+                model(**inputs)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{name} could not be run on example images to see what it looks like "
+                f"({type(error).__name__}: {error}); pass tokenprune.sparsify(model, backbone=tokenprune.Backbone(…))."
+            ) from error
+
+    reasons = {
+        candidate.name: _why_not(candidate, num_images, packed, frames, num_late_prefix_tokens, num_inner_tokens)
+        for candidate in lists
+    }
+    found = [candidate for candidate in lists if reasons[candidate.name] is None]
+    found = [one for one in found if not any(one.name.startswith(f"{other.name}.") for other in found)]
+    found.sort(key=lambda one: one.attention_before)
+    if not found or found[0].attention_before:
+        reasons.update({one.name: "come after other attention, as the last stage of a hierarchy does" for one in found})
+        raise UnsupportedModelError(_refusal(name, [(one, reasons[one.name] or "") for one in lists]))
+    outer = next((other for other in lists if _is_stage_of(found[0], other)), None)
+    if outer is not None:
+        raise UnsupportedModelError(
+            f"{name} has no flat list of blocks over (B, L, C) tokens: {found[0].name} is one of several stages."
+        )
+    if len(found) > 1 and not first_list:
+        listed = ", ".join(one.name for one in found)
+        raise UnsupportedModelError(
+            f"{name} has several lists of blocks ({listed}): what stands between them may need every token, as the "
+            "stages of a hierarchy, branches and decoders do."
+        )
+    blocks = found[0]
+    assert blocks.first is not None
+    num_prefix, num_suffix = _fixed_tokens(blocks.first, num_images)
+    return Structure(
+        blocks=blocks.modules,
+        num_prefix_tokens=num_prefix,
+        num_suffix_tokens=num_suffix,
+        embed_dim=blocks.first.shape[2],
+        final_norm=next(
+            (norm for norm, before, after in normed if before is blocks.last and after.shape == before.shape), None
+        ),
+        attentions=tuple(_attentions(block, blocks, observer.attended) for block in blocks.modules),
+    )
+
+
+def _attentions(block: nn.Module, blocks: _List, attended: Mapping[nn.Module, set[int]]) -> tuple[nn.Module, ...]:
+    """The modules of a block in which it attends over all tokens: as many keys as in most of them."""
+    lengths = {length for _, length, *_ in blocks.inputs}
+    named = [module for module in outermost_attention(block) if attended.get(module)]
+    over_all = [module for module in named if any(number >= min(lengths) for number in attended[module])]
+    return tuple(over_all) or (block,)
+
+
+class _Observer(Interception):
+    """Sees every attention, and over how many keys it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[set[int]] = []
+        self.attended: dict[nn.Module, set[int]] = {}
+        self.hits = 0
+
+    def enter_attention(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.running.append(self.attended.setdefault(module, set()))
+
+    def leave_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.running.pop()
+
+    def attention(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._note(key.shape[-2])
+        return F.scaled_dot_product_attention(query, key, *args, **kwargs)
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensor = args[0] if args else kwargs.get("input")
+        if func in SOFTMAXES and isinstance(tensor, Tensor) and tensor.dim() > 2:
+            self._note(tensor.shape[-1])
+        return func(*args, **kwargs)
+
+    def _note(self, num_keys: int) -> None:
+        self.hits += 1
+        for seen in self.running:
+            seen.add(num_keys)
+
+
+def _record(candidate: _List, index: int, observer: _Observer) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks that note what module ``index`` of a list gets, gives and attends over."""
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        candidate.order.append(index)
+        candidate.inputs.append(() if tokens is None else tuple(tokens.shape))
+        candidate.num_keys.append(set())
+        observer.running.append(candidate.num_keys[-1])
+        if not candidate.order[1:]:
+            candidate.first, candidate.attention_before = tokens, observer.hits > 0
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        observer.running.pop()
+        tokens = None if isinstance(output, tuple) and not output else output_tokens(output)
+        candidate.last = tokens if isinstance(tokens, Tensor) else None
+        candidate.outputs.append(() if candidate.last is None else tuple(candidate.last.shape))
+
+    return enter, leave
+
+
+def _note(normed: list[tuple[nn.Module, Tensor, Tensor]], norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+        normed.append((norm, args[0], output))
+
+
+def _why_not(
+    candidate: _List, num_images: int, packed: bool, frames: bool, num_late: int, num_inner: int
+) -> str | None:
+    """What keeps a list from being one of blocks; ``None`` if nothing does."""
+    if candidate.order != list(range(len(candidate.modules))):
+        return "not called once and in order"
+    shape = candidate.inputs[0]
+    if len(shape) == 4:
+        return f"take grids of shape {shape}, as windows, convolutions and hierarchies do"
+    if len(shape) == 2:
+        return f"take the tokens of all images in one sequence of shape {shape}"
+    if len(shape) != 3:
+        return "take no tokens"
+    lengths = {length for _, length, *_ in (*candidate.inputs, *candidate.outputs)} if _all_tokens(candidate) else set()
+    if not lengths or not lengths <= {shape[1], shape[1] + num_late} or candidate.inputs[-1][2] != shape[2]:
+        return "change the number of tokens or their width, as a hierarchy does"
+    if shape[1] == num_images and shape[0] != num_images:
+        return f"take tokens of shape {shape}, the sequence in front of the batch"
+    if not (shape[0] == num_images or (packed and shape[0] == 1) or (frames and shape[0] % num_images == 0)):
+        return f"take tokens of shape {shape}, which are not one sequence for each of {num_images} images"
+    for (_, length, _), num_keys in zip(candidate.inputs, candidate.num_keys, strict=True):
+        if not any(length <= number <= length + num_inner for number in num_keys):
+            return f"attend over {sorted(num_keys) or 'no'} keys instead of all {length} tokens"
+    return None
+
+
+def _is_stage_of(blocks: _List, outer: _List) -> bool:
+    """Whether a list of blocks is inside a module of another list, of which others attend as well."""
+    return (
+        blocks.name.startswith(f"{outer.name}." if outer.name else "")
+        and outer is not blocks
+        and (sum(bool(num_keys) for num_keys in outer.num_keys) > 1)
+    )
+
+
+def _all_tokens(candidate: _List) -> bool:
+    return all(
+        len(shape) == 3 and shape[2] == candidate.inputs[0][2] for shape in (*candidate.inputs, *candidate.outputs)
+    )
+
+
+def _refusal(name: str, lists: list[tuple[_List, str]]) -> str:
+    """The reason of the list that comes nearest to being one of blocks: the one with the most attention in it."""
+    attending = [(one, reason) for one, reason in lists if one.inputs and any(one.num_keys)]
+    if not attending:
+        return f"{name} has no list of blocks with attention."
+    one, reason = max(attending, key=lambda pair: (pair[1] != "not called once and in order", len(pair[0].order)))
+    return f"{name} has no flat list of blocks over (B, L, C) tokens: those of {one.name or 'the model'} {reason}."
+
+
+def _fixed_tokens(tokens: Tensor, num_images: int) -> tuple[int, int]:
+    """How many tokens at the beginning and at the end are the same in all images."""
+    if tokens.shape[0] == 1:
+        return 0, 0
+    images = tokens.unflatten(0, (num_images, -1))  # (images, frames, L, C)
+    same = (images == images[:1]).all(dim=0).all(dim=0).all(dim=-1).tolist()  # L of them
+    num_prefix = same.index(False) if False in same else len(same)
+    num_suffix = same[::-1].index(False) if False in same else 0
+    return num_prefix, num_suffix
+
+
+@contextmanager
+def _changed(settings: Sequence[Setting]) -> Iterator[None]:
+    before = [(setting, getattr(setting.owner, setting.name)) for setting in settings]
+    try:
+        for setting in settings:
+            setattr(setting.owner, setting.name, setting.value)
+        yield
+    finally:
+        for setting, value in reversed(before):
+            setattr(setting.owner, setting.name, value)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode for a while, without a trace in the state of random numbers."""
+    training = {module: module.training for module in model.modules()}
+    devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def random_inputs(model: nn.Module, **shapes: Sequence[int]) -> dict[str, Tensor]:
+    """Random numbers of the given shapes, of the model's dtype on its device.
+
+    Raises:
+        UnsupportedModelError: The model is on the meta device, where nothing can be run.
+    """
+    parameter = next(model.parameters())
+    if parameter.device.type == "meta":
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is on the meta device and cannot be looked at; give it weights first."
+        )
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.rand(*shape, generator=generator).to(parameter.device, parameter.dtype)
+        for name, shape in shapes.items()
+    }
