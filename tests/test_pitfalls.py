@@ -1,0 +1,183 @@
+"""What once passed by accident, or would fail in silence: each must be right, or be found out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import tokenprune
+from tests.census import STAGES, Entry
+from tests.census_timm import flat, volo
+from tests.census_transformers import refused, supported
+from tests.tolerances import CENSUS_MASK_EQUALS_GATHER
+from tests.zoo import BY_NAME
+from tokenprune.discovery import describe
+
+BY_ENTRY = {entry.name: entry for entry in (*flat(), *volo(), *supported())}
+
+
+def verified(entry: Entry, keep_ratio: Any, **changes: Any) -> tokenprune.VerificationReport:
+    model = entry.model()
+    tokenprune.sparsify(model, STAGES, keep_ratio, backbone=replace(describe(model), **changes))
+    return tokenprune.verify(model, entry.example(), tolerance=CENSUS_MASK_EQUALS_GATHER)
+
+
+def test_convit_when_a_perfect_square_of_tokens_is_left() -> None:
+    """Its attention takes the square root of their number for the side of a grid."""
+    entry = BY_ENTRY["convit_tiny"]
+    assert tokenprune.Plan.build(depth=6, stages=STAGES, keep_ratio=(0.7, 0.45)).num_keep(36) == (25, 16)
+    report = verified(entry, (0.7, 0.45))
+    assert report.passed, str(report)
+    assert verified(entry, (0.7, 0.45), token_tables=()).mask_equals_gather > 1e-3
+
+
+def test_vjepa_counts_positions_inside_of_attention() -> None:
+    entry = BY_ENTRY["VJEPA2ForVideoClassification"]
+    assert verified(entry, 0.6).passed
+    assert not verified(entry, 0.6, position_input=None).passed
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vit_small_patch16_rope_224", {"token_inputs": {"rope": ("b n d -> b n d",)}}),
+        ("vit_small_patch16_rope_mixed_224", {"token_inputs": {"rope": ("b h n d -> b h n d",)}}),
+        ("cait_xxs24_224", {"weight_mixers": ()}),
+        ("Gemma4VisionModel", {"put_back": False}),
+        ("Siglip2VisionModel", {"put_back": False}),
+        ("BeitModel", {"biased_attention": False, "token_inputs": {"attention_mask": ()}}),
+        ("volo_d1_224", {"num_tail_tokens": 0}),
+    ],
+)
+def test_what_a_family_needs_is_needed(name: str, changes: dict[str, Any]) -> None:
+    """A description without it fails, by a report or by an error, and never passes."""
+    assert verified(BY_ENTRY[name], 0.6).passed
+    try:
+        report = verified(BY_ENTRY[name], 0.6, **changes)
+    except (RuntimeError, ValueError):
+        return
+    assert not report.passed
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_base_patch16_224", "eva02_base_patch14_224", "beit_base_patch16_224", "convit_tiny"]
+)
+def test_methods_that_would_scramble_channels_are_refused(name: str) -> None:
+    entry = BY_ENTRY[name]
+    model, images = entry.model(), entry.example()["x"]
+    tokenprune.sparsify(model, STAGES, 0.5)
+    with pytest.raises(tokenprune.StateError, match="forward_intermediates needs the full grid"):
+        model.forward_intermediates(images)
+
+
+def test_feature_wrappers_of_timm_are_refused() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, features_only=True)
+    with pytest.raises(tokenprune.UnsupportedModelError, match="feature maps, which need every token"):
+        tokenprune.sparsify(model)
+
+
+def test_flex_attention_is_never_silently_unmasked() -> None:
+    case = BY_NAME["transformers ViT classifier"]
+    model = case.sparsified()
+    model.tokenprune.execution = "mask"
+    model.config._attn_implementation = "flex_attention"  # as a user might, after it was sparsified
+    with torch.no_grad(), pytest.raises(tokenprune.InterceptionError, match="could not be masked"):
+        model(case.images())
+
+
+def test_a_kernel_that_cannot_be_masked_and_no_other_is_refused() -> None:
+    entry = BY_ENTRY["BlipVisionModel"]  # has no SDPA attention
+    model = entry.model()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(
+        tokenprune.UnsupportedModelError, match="attends with 'flash_attention_2', which cannot be masked"
+    ):
+        tokenprune.sparsify(model)
+
+
+def test_attention_that_is_never_called_does_not_pass() -> None:
+    """As in CoaT, whose blocks hand the pruned tensor through."""
+
+    class Through(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    class Vacuous(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(3, 16, 8, 8)
+            self.blocks = nn.Sequential(*(Through() for _ in range(4)))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.blocks(self.embed(images).flatten(2).transpose(1, 2)).mean(dim=1)
+
+    model = Vacuous()
+    backbone = tokenprune.Backbone(blocks=model.blocks, num_prefix_tokens=0, embed_dim=16)
+    tokenprune.sparsify(model, (1, 2), 0.5, backbone=backbone)
+    with pytest.raises(tokenprune.InterceptionError, match="never called the attention modules"):
+        tokenprune.verify(model, torch.randn(2, 3, 48, 48))
+
+
+def test_one_stage_of_a_hierarchy_is_not_taken_for_a_model() -> None:
+    entry = next(entry for entry in refused() if entry.name == "GroupViTVisionModel")
+    with pytest.raises(tokenprune.UnsupportedModelError, match="is one of several stages"):
+        tokenprune.sparsify(entry.model())
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "DINOv3ViTModel"])
+def test_looking_at_a_model_leaves_no_trace(name: str) -> None:
+    model = BY_ENTRY[name].model()
+    model.train()
+    modes = {module: module.training for module in model.modules()}
+    state = torch.get_rng_state()
+    describe(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training == modes[module] for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def encoder_layers(layer: Callable[[], nn.Module]) -> nn.Module:
+    class Research(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(3, 16, 8, 8)
+            self.encoder = nn.TransformerEncoder(layer(), 4, enable_nested_tensor=False)
+
+        def forward(self, images: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            tokens = self.embed(images).flatten(2).transpose(1, 2)
+            return self.encoder(tokens, src_key_padding_mask=mask).mean(dim=1)
+
+    return Research().eval()
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_transformer_encoder_of_torch_works_with_three_lines(norm_first: bool, padded: bool) -> None:
+    def layer() -> nn.Module:
+        return nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=norm_first)
+
+    model = encoder_layers(layer)
+    backbone = tokenprune.Backbone(blocks=model.encoder.layers, num_prefix_tokens=0, embed_dim=16)
+    tokenprune.sparsify(model, STAGES, 0.6, backbone=backbone)
+    inputs = [torch.randn(3, 3, 48, 48)]
+    if padded:
+        inputs.append(torch.arange(36)[None] >= torch.tensor([[36], [30], [20]]))
+    report = tokenprune.verify(model, tuple(inputs))
+    assert report.passed, str(report)
+
+
+def test_a_model_on_the_meta_device_is_refused() -> None:
+    with torch.device("meta"):
+        model = BY_ENTRY["vit_base_patch16_224"].build()
+    with pytest.raises(tokenprune.UnsupportedModelError, match="on the meta device"):
+        tokenprune.sparsify(model)
