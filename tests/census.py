@@ -87,9 +87,9 @@ def describe(entry: Entry, model: nn.Module, inputs: dict[str, Any]) -> dict[str
         assert [kept.shape[1] for kept in sparsifier.trace.indices] == [*sparsifier.plan.num_keep(
             sparsifier.trace.num_patches
         )]  # fmt: skip
-        side_inputs = {name for name in sparsifier._side_inputs.names() if name}
+        side_inputs = {name for name in sparsifier._pruning.side_inputs.names() if name}
         pools: list[str] = []
-        tail = sparsifier._tail_interception
+        tail = sparsifier._tail
         for name in ("reduce", "without_pruned", "attention", "softmax"):
             setattr(tail, name, _noting(pools, name, getattr(tail, name)))
         sparsifier.execution = "mask"

@@ -12,37 +12,26 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tokenprune.attention import AttentionPatch
 from tokenprune.backbone import Backbone, Setting
 from tokenprune.errors import InterceptionError, StateError
 from tokenprune.grid_methods import GridMethod
-from tokenprune.interception import BlockInterception, GatherInterception, TailInterception
 from tokenprune.outputs import without_pruned
 from tokenprune.plan import Plan
-from tokenprune.scorers import Candidates, Scorer
-from tokenprune.side_inputs import SideInputs, gather_tokens
+from tokenprune.pooling import TailInterception
+from tokenprune.pruning import Decisions, Pruning
+from tokenprune.scorers import Scorer
 from tokenprune.stage import Stage
-from tokenprune.tokens import Layout, find_tokens, output_tokens, put_back, replace_tokens, select
+from tokenprune.tokens import output_tokens
 from tokenprune.trace import Trace
 
 Execution = Literal["auto", "mask", "gather"]
-
-
-class _Decisions(NamedTuple):
-    """What had been decided in front of a block in `mask` execution; entry s is stage s's.
-
-    Attributes:
-        keep: (B, N) each.
-        masks: The same, or ``None`` while nothing is pruned.
-    """
-
-    keep: tuple[Tensor, ...] = ()
-    masks: tuple[Tensor | None, ...] = ()
 
 
 class Sparsifier(nn.Module):
@@ -68,9 +57,7 @@ class Sparsifier(nn.Module):
         self.enabled = True
         self._handles: list[RemovableHandle] = []
         self._previous_settings: list[Setting] = []
-        self._side_inputs = SideInputs(backbone.token_inputs)
-        self._make_interceptions()
-        self._forget_forward()
+        self._prepare()
 
     # What users set and read
 
@@ -173,44 +160,33 @@ class Sparsifier(nn.Module):
         """The last stage in front of block ``index`` or of one before it."""
         return sum(start <= index for start in self._plan.stages) - 1
 
-    def _make_interceptions(self) -> None:
-        backbone = self.backbone
-        num_prefix, num_late = backbone.num_prefix_tokens, backbone.num_late_prefix_tokens
-        self._block_interception = BlockInterception()
-        self._block_interception.num_prefix = (num_prefix, num_prefix + num_late) if num_late else (num_prefix,)
-        self._block_interception.num_suffix = backbone.num_suffix_tokens + backbone.num_inner_tokens
-        self._gather_interception = GatherInterception()
-        self._tail_interception = TailInterception()
-        self._tail_interception.num_prefix = num_prefix + num_late
-        self._tail_interception.num_suffix = backbone.num_suffix_tokens
-        self._tail_interception.num_tail = backbone.num_tail_tokens
-
     # State of one forward pass. Decisions are kept by stage: activation checkpointing runs a block
     # again, in the backward pass, and must then find what was in force when it ran first.
 
-    def _forget_forward(self) -> None:
+    def _prepare(self) -> None:
+        backbone = self.backbone
+        self._pruning = Pruning(backbone)
+        self._attention = AttentionPatch(backbone)
+        self._tail = TailInterception()
+        self._tail.num_prefix = backbone.num_prefix_tokens + backbone.num_late_prefix_tokens
+        self._tail.num_suffix, self._tail.num_tail = backbone.num_suffix_tokens, backbone.num_tail_tokens
         self._in_tower = False
         self._attended = False
         self._image_size: tuple[int, int] | None = None
         self._grad_enabled = False
-        self._waiting: Tensor | None = None
-        self._full_tables: list[Tensor] = []
-        self._decisions = _Decisions()
-        self._recomputed_decisions = _Decisions()
+        self._decisions = Decisions()
+        self._recomputed_decisions = Decisions()
 
     def __getstate__(self) -> dict[str, Any]:
-        live = {"trace", "_decisions", "_recomputed_decisions", "_waiting", "_full_tables", "_image_size"}
-        live |= {"_block_interception", "_gather_interception", "_tail_interception", "_side_inputs"}
+        live = ("trace", "_pruning", "_attention", "_tail", "_decisions", "_recomputed_decisions")
         return {name: value for name, value in self.__dict__.items() if name not in live}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.trace = None
-        self._side_inputs = SideInputs(self.backbone.token_inputs)
-        self._make_interceptions()
-        self._forget_forward()
+        self._prepare()
 
-    def _current_decisions(self) -> _Decisions:
+    def _current_decisions(self) -> Decisions:
         return self._recomputed_decisions if _recomputing() else self._decisions
 
     # Hooks
@@ -245,10 +221,10 @@ class Sparsifier(nn.Module):
     def _before_first_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _recomputing():
             return
-        self.trace, self._decisions = None, _Decisions()
+        self.trace, self._decisions = None, Decisions()
         if not self.enabled:
             return
-        tokens = self._find_tokens(block, args, kwargs)
+        tokens = self._pruning.find(block, args, kwargs)
         if tokens.shape[2] != self.backbone.embed_dim:
             raise StateError(
                 f"{type(block).__name__} got tokens of width {tokens.shape[2]}, and the Backbone says "
@@ -269,11 +245,11 @@ class Sparsifier(nn.Module):
                 "many of each: train the tower by itself, or set model.tokenprune.execution = 'gather', in which "
                 "scorers do not learn."
             )
-        self._side_inputs.forget()
+        self._pruning.forget()
         self.trace = Trace(
             execution=execution,
             num_patches=num_patches,
-            num_prefix_tokens=self.backbone.num_prefix_tokens,
+            num_prefix_tokens=self.backbone.num_prefix_tokens + self.backbone.num_late_prefix_tokens,
             grid=self._grid(num_patches),
         )
 
@@ -292,160 +268,51 @@ class Sparsifier(nn.Module):
             return backbone.grid_size
         return None
 
-    def _find_tokens(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return find_tokens(block, args, kwargs, as_grid=self.backbone.grid_tokens)
-
-    def _layout(self, tokens: Tensor, num_patches: int) -> Layout:
-        """The layout of a sequence with so many patch tokens: all other tokens stand in front, but for the suffix."""
-        num_suffix = self.backbone.num_suffix_tokens
-        return Layout(tokens.shape[1] - num_patches - num_suffix, num_patches, num_suffix)
-
     def _before_block(
         self, index: int, names: tuple[str, ...], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        trace = self.trace
+        trace, pruning = self.trace, self._pruning
         if not self.enabled or trace is None:
             return None
-        stage = self._stage_before(index)
-        starts = self._plan.stages[stage] == index
+        number = self._stage_before(index)
+        stage, starts = cast(Stage, self.stages[number]), self._plan.stages[number] == index
+        waits = self.backbone.put_back
         if trace.execution == "mask":
-            if starts or self.backbone.put_back:
-                tokens = self._find_tokens(block, args, kwargs)  # (B, L, C)
-                if starts:
-                    self._check_grad(block)
-                    self._mask(stage, trace, tokens)
-                self._waiting = tokens if self.backbone.put_back else None
+            if starts or waits:
+                tokens = pruning.find(block, args, kwargs)  # (B, L, C)
+                pruning.wait(tokens)
+            if starts:
+                self._check_grad(block)
+                decisions = pruning.mask(number, stage, self._plan, trace, self._current_decisions(), tokens)
+                if not _recomputing():
+                    self._decisions = decisions
+                    trace._keep.append(decisions.keep[-1])
             return None
         if starts:
-            self._side_inputs.forget()
-        if starts or self.backbone.put_back:
-            tokens = self._gather(stage, trace, self._find_tokens(block, args, kwargs), decide=starts)
-            args, kwargs = replace_tokens(args, kwargs, tokens, as_grid=self.backbone.grid_tokens)
-        return self._shorten_side_inputs(trace, trace.indices[stage], names, args, kwargs)
-
-    def _shorten_side_inputs(
-        self, trace: Trace, indices: Tensor, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        backbone = self.backbone
-        if len(args) + len(kwargs) > 1 and indices.shape[1] < trace.num_patches:
-            layout = Layout(backbone.num_prefix_tokens, trace.num_patches, backbone.num_suffix_tokens)
-            args, kwargs = self._side_inputs.shorten(args, kwargs, names, indices, layout)
-        if backbone.position_input is not None:
-            place = names.index(backbone.position_input)
-            if place < len(args):
-                args = (*args[:place], indices, *args[place + 1 :])
-            else:
-                kwargs = {**kwargs, backbone.position_input: indices}
-        return args, kwargs
-
-    def _mask(self, stage: int, trace: Trace, tokens: Tensor) -> None:
-        decisions = self._current_decisions()
-        before = decisions.keep[stage - 1] if stage > 0 else None
-        if self._plan.keep_probabilities[stage] == 1.0:
-            keep = tokens.new_ones(tokens.shape[0], trace.num_patches) if before is None else before
-            mask = decisions.masks[stage - 1] if stage > 0 else None
-        else:
-            candidates = self._candidates(tokens, self._layout(tokens, trace.num_patches), before, None, trace)
-            mask = keep = self._stage(stage).mask(candidates, self._plan.num_keep(trace.num_patches)[stage])
-        if not _recomputing():
-            self._decisions = _Decisions((*decisions.keep, keep), (*decisions.masks, mask))
-            trace._keep.append(keep)
-
-    def _gather(self, stage: int, trace: Trace, tokens: Tensor, *, decide: bool) -> Tensor:
-        """The tokens that go on; with ``put_back`` those that do not wait in ``tokens``, which has all of them."""
-        before = (trace.indices[stage - 1] if stage > 0 else None) if decide else trace.indices[stage]
-        if self.backbone.put_back:
-            full = self._layout(tokens, trace.num_patches)
-            self._waiting = tokens
-            if before is not None:
-                tokens = select(tokens, full.positions(before))
-        num_left = trace.num_patches if before is None else before.shape[1]
-        if not decide:
-            return tokens
-        num_keep = self._plan.num_keep(trace.num_patches)[stage]
-        if num_keep >= num_left:
-            everything = torch.arange(num_left, device=tokens.device).expand(tokens.shape[0], -1)
-            self._record_indices(stage, trace, everything if before is None else before)
-            return tokens
-        layout = self._layout(tokens, num_left)
-        chosen = self._stage(stage).gather(self._candidates(tokens, layout, None, before, trace), num_keep)
-        self._record_indices(stage, trace, chosen if before is None else before.gather(1, chosen))
-        return select(tokens, layout.positions(chosen))
-
-    def _record_indices(self, stage: int, trace: Trace, indices: Tensor) -> None:
-        if stage == len(trace.indices):  # activation checkpointing comes here once more
-            trace.indices.append(indices)
-
-    def _stage(self, index: int) -> Stage:
-        return cast(Stage, self.stages[index])
-
-    def _candidates(
-        self, tokens: Tensor, layout: Layout, keep: Tensor | None, indices: Tensor | None, trace: Trace
-    ) -> Candidates:
-        return Candidates(
-            patches=layout.patches(tokens),
-            prefix=tokens[:, : layout.num_prefix],
-            keep=keep,
-            indices=indices,
-            num_patches=trace.num_patches,
-            grid=trace.grid,
-        )
+            pruning.side_inputs.forget()
+            tokens = pruning.gather(number, stage, self._plan, trace, pruning.find(block, args, kwargs))
+        elif waits:
+            tokens = pruning.left(pruning.find(block, args, kwargs), trace.indices[number], trace)
+        if starts or waits:
+            args, kwargs = pruning.replace(args, kwargs, tokens)
+        return pruning.shorten(args, kwargs, names, trace.indices[number], trace)
 
     def _before_attention(self, stage: int, attention: nn.Module, args: tuple[Any, ...]) -> None:
         mask = self._mask_of(stage)
         if mask is not None:
             self._check_grad(attention)
             self._attended = True
-            self._block_interception.keep, self._block_interception.hits = mask, 0
-            self._block_interception.enter()
-        elif self._gathers():
-            backbone = self.backbone
-            if backbone.biased_attention or backbone.token_tables or backbone.shared_token_inputs:
-                self._shorten_attention(stage, attention)
-
-    def _shorten_attention(self, stage: int, attention: nn.Module) -> None:
-        trace, backbone = self.trace, self.backbone
-        assert trace is not None
-        layout = Layout(backbone.num_prefix_tokens, trace.num_patches, backbone.num_suffix_tokens)
-        positions = layout.positions(trace.indices[stage])
-        if backbone.biased_attention or backbone.shared_token_inputs:
-            self._gather_interception.positions = positions
-            self._gather_interception.tables = self._side_inputs.tables() if backbone.shared_token_inputs else ()
-            self._gather_interception.length = layout.length
-            self._gather_interception.enter()
-        for table in backbone.token_tables:
-            if table.owner is attention:
-                full = getattr(attention, table.name)
-                if full is None or full.shape[table.pattern.split().index("n")] != layout.length:
-                    full = table.build(layout.length)
-                self._full_tables.append(full)
-                setattr(attention, table.name, gather_tokens(full, table.pattern, positions))
-
-    def _restore_attention(self, attention: nn.Module) -> None:
-        if self._gather_interception.positions is not None:
-            self._gather_interception.leave()
-            self._gather_interception.positions = None
-        if self._full_tables:
-            for table in self.backbone.token_tables:
-                if table.owner is attention:
-                    setattr(attention, table.name, self._full_tables.pop(0))
+            self._attention.mask(mask)
+        elif self._attention.cuts and self._gathers():
+            assert self.trace is not None
+            layout = self._pruning.full_layout(self.trace.num_patches)
+            self._attention.cut(attention, self.trace.indices[stage], layout, self._pruning.side_inputs.tables())
 
     def _after_attention(self, stage: int, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._restore_attention(attention)
-        interception = self._block_interception
-        if interception.keep is None:
-            return
-        interception.leave()
-        interception.keep = None
-        if interception.hits == 0 and output is not None:  # None: an exception is passing through
-            raise InterceptionError(
-                f"the attention of {type(attention).__name__} passed neither through scaled_dot_product_attention nor "
-                "through a softmax over all tokens, so pruned tokens could not be masked; use its fused (SDPA) "
-                "attention."
-            )
+        self._attention.leave(attention, failed=output is None)  # None: an exception is passing through
 
     def _after_weight_mixer(self, mixer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return None if self._block_interception.keep is None else self._block_interception.mix(output)
+        return self._attention.mix(output)
 
     def _gathers(self) -> bool:
         return self.enabled and self.trace is not None and self.trace.execution == "gather"
@@ -466,25 +333,13 @@ class Sparsifier(nn.Module):
                 # This gradient is the first thing known of the block in the backward pass, so a block
                 # that is recomputed there finds the decisions of the forward pass it belongs to, even
                 # if another one in training has run since. The reference is weak: a hook lives as long as the graph.
-                decisions = self._current_decisions()
-                upto = _Decisions(decisions.keep[: stage + 1], decisions.masks[: stage + 1])
-                tokens.register_hook(partial(_restore, weakref.ref(self), upto))
-        waiting, self._waiting = self._waiting, None
-        if waiting is None:
+                decisions = self._current_decisions().upto(stage)
+                tokens.register_hook(partial(_restore, weakref.ref(self), decisions))
+        indices = self.trace.indices[stage] if self.trace is not None and self._gathers() else None
+        completed = self._pruning.complete(output_tokens(output), mask, indices)
+        if completed is None:
             return None
-        tokens = self._put_back(stage, output_tokens(output), waiting, mask)
-        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
-
-    def _put_back(self, stage: int, tokens: Tensor, waiting: Tensor, mask: Tensor | None) -> Tensor:
-        """All tokens after a block: those that it was given, the others as they were before it."""
-        assert self.trace is not None
-        layout = self._layout(waiting, self.trace.num_patches)
-        if self.trace.execution == "gather":
-            return put_back(tokens, layout.positions(self.trace.indices[stage]), waiting)
-        if mask is None:
-            return tokens
-        keep = layout.with_others(mask).unsqueeze(-1).to(tokens.dtype)  # (B, L, 1)
-        return tokens * keep + waiting * (1 - keep)
+        return (completed, *output[1:]) if isinstance(output, tuple) else completed
 
     def _check_attended(self, block: nn.Module) -> None:
         if not self._attended:
@@ -503,8 +358,8 @@ class Sparsifier(nn.Module):
         if mask is None or self.backbone.put_back:
             return
         if self._in_tower:
-            self._tail_interception.keep = mask
-            self._tail_interception.enter()
+            self._tail.keep = mask
+            self._tail.enter()
         else:
             warnings.warn(
                 "a method of a sparsified model was called in mask execution without calling the model itself: its "
@@ -521,14 +376,11 @@ class Sparsifier(nn.Module):
 
     def _close_interceptions(self) -> None:
         """Leave what is still entered: the tail's as a rule, a block's after an interrupted pass."""
-        for masking in (self._block_interception, self._tail_interception):
-            if masking.keep is not None:
-                masking.leave()
-                masking.keep = None
-        if self._gather_interception.positions is not None:
-            self._gather_interception.leave()
-            self._gather_interception.positions = None
-        self._waiting = None
+        self._attention.close()
+        if self._tail.keep is not None:
+            self._tail.leave()
+            self._tail.keep = None
+        self._pruning.forget()
 
     def _check_grad(self, module: nn.Module) -> None:
         if self._in_tower and self._grad_enabled and not torch.is_grad_enabled():
@@ -538,7 +390,7 @@ class Sparsifier(nn.Module):
             )
 
 
-def _restore(sparsifier: weakref.ref[Sparsifier], decisions: _Decisions, grad: Tensor) -> None:
+def _restore(sparsifier: weakref.ref[Sparsifier], decisions: Decisions, grad: Tensor) -> None:
     alive = sparsifier()
     if alive is not None:
         alive._recomputed_decisions = decisions

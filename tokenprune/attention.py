@@ -1,0 +1,93 @@
+"""What happens around the attention of a block: pruned tokens are masked, or what it has for all tokens is cut down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from tokenprune.backbone import Backbone
+from tokenprune.errors import InterceptionError
+from tokenprune.interception import BlockInterception, GatherInterception
+from tokenprune.side_inputs import gather_tokens
+from tokenprune.tokens import Layout
+
+
+class AttentionPatch:
+    """Entered in front of an attention module and left behind it, by hooks.
+
+    Attributes:
+        cuts: Whether attention has something for all tokens, so that `cut` is needed.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        num_prefix, num_late = backbone.num_prefix_tokens, backbone.num_late_prefix_tokens
+        self._backbone = backbone
+        self._masking = BlockInterception()
+        self._masking.num_prefix = (num_prefix, num_prefix + num_late) if num_late else (num_prefix,)
+        self._masking.num_suffix = backbone.num_suffix_tokens + backbone.num_inner_tokens
+        self._cutting = GatherInterception()
+        self._full_tables: list[Tensor] = []
+        self.cuts = bool(backbone.biased_attention or backbone.token_tables or backbone.shared_token_inputs)
+
+    def mask(self, keep: Tensor) -> None:
+        """From now on tokens with a 0 in ``keep`` (B, N) are visible to none but themselves."""
+        self._masking.keep, self._masking.hits = keep, 0
+        self._masking.enter()
+
+    def cut(self, attention: nn.Module, indices: Tensor, layout: Layout, tables: Sequence[Tensor]) -> None:
+        """From now on biases and tables over all tokens are cut down to those left.
+
+        Args:
+            attention: The module that is about to run.
+            indices: (B, n) int64, the patch tokens left.
+            layout: The sequence before any pruning.
+            tables: Side inputs that were cut already, to which attention adds a dimension for all images.
+        """
+        backbone, positions = self._backbone, layout.positions(indices)
+        if backbone.biased_attention or backbone.shared_token_inputs:
+            self._cutting.positions, self._cutting.length = positions, layout.length
+            self._cutting.tables = tuple(tables) if backbone.shared_token_inputs else ()
+            self._cutting.enter()
+        for table in backbone.token_tables:
+            if table.owner is attention:
+                full = getattr(attention, table.name)
+                if full is None or full.shape[table.pattern.split().index("n")] != layout.length:
+                    full = table.build(layout.length)
+                self._full_tables.append(full)
+                setattr(attention, table.name, gather_tokens(full, table.pattern, positions))
+
+    def leave(self, attention: nn.Module, *, failed: bool) -> None:
+        """Take back what was entered in front of ``attention``.
+
+        Args:
+            attention: The module that has run.
+            failed: Whether it raised an error.
+
+        Raises:
+            InterceptionError: It was to be masked and did not attend in a way that can be.
+        """
+        for table in self._backbone.token_tables if self._full_tables else ():
+            if table.owner is attention:
+                setattr(attention, table.name, self._full_tables.pop(0))
+        masked = self._masking.keep is not None
+        self.close()
+        if masked and self._masking.hits == 0 and not failed:
+            raise InterceptionError(
+                f"the attention of {type(attention).__name__} passed neither through scaled_dot_product_attention nor "
+                "through a softmax over all tokens, so pruned tokens could not be masked; use its fused (SDPA) "
+                "attention."
+            )
+
+    def close(self) -> None:
+        """Leave what is still entered, as after an interrupted pass."""
+        if self._masking.keep is not None:
+            self._masking.leave()
+            self._masking.keep = None
+        if self._cutting.positions is not None:
+            self._cutting.leave()
+            self._cutting.positions = None
+
+    def mix(self, weights: Tensor) -> Tensor | None:
+        """Mixed attention weights (B, L, L, H), with those of pruned tokens at 0; ``None`` without masking."""
+        return None if self._masking.keep is None else self._masking.mix(weights)

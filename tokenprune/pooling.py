@@ -1,0 +1,115 @@
+"""Pooling behind the last block, made to see kept tokens only.
+
+Shapes: B images, N patch tokens, P prefix tokens, L all tokens, K keys, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import InterceptionError
+from tokenprune.interception import Masking
+
+
+class TailInterception(Masking):
+    """From the last block to the end of the forward pass: pooling sees kept tokens only.
+
+    Means and maxima over the token dimension and attention pools are covered, over all tokens as
+    over patch tokens alone.
+
+    Attributes:
+        num_prefix: P.
+        num_tail: Tokens that the tail may put in front.
+    """
+
+    own_key = False  # a pool's query is not one of the tokens; where it is, rows of pruned tokens are not used
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_prefix = 0
+        self.num_tail = 0
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        reduction = _REDUCTIONS.get(func)
+        if reduction is not None:
+            result = self.reduce(reduction, *args, **kwargs)
+            if result is not None:
+                return result
+        if func in _MAXIMA_WITH_INDICES:
+            args = self.without_pruned(*args, **kwargs)
+        return super().other(func, args, kwargs)
+
+    def without_pruned(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The arguments of a maximum over tokens with pruned tokens at −∞, or any others as they are."""
+        keep = self.keep_of_reduction(*args, **kwargs) if args else None
+        return args if keep is None else (args[0].masked_fill(keep.unsqueeze(-1) == 0, -math.inf), *args[1:])
+
+    def reduce(self, reduction: Callable[[Tensor, Tensor], Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
+        """The kept-only reduction, or ``None`` where the call does not reduce tokens."""
+        keep = self.keep_of_reduction(*args, **kwargs)
+        if keep is None:
+            return None
+        tokens = args[0] if args else kwargs["input"]
+        keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
+        result = reduction(tokens, keep.unsqueeze(-1))  # (B, 1, C)
+        return result if keepdim else result.squeeze(1)
+
+    def keep_of_reduction(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The decisions on the tokens that a call reduces over, or ``None`` where it does not."""
+        tokens = args[0] if args else kwargs.get("input")
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
+        if isinstance(dim, (tuple, list)) and len(dim) == 1:
+            dim = dim[0]
+        if not isinstance(tokens, Tensor) or tokens.dim() != 3 or dim not in (1, -2):
+            return None
+        keep = self.lookup(tokens.shape[1])
+        return None if keep is None or tokens.shape[0] != keep.shape[0] else keep
+
+    def lookup(self, length: int) -> Tensor | None:
+        assert self.keep is not None
+        num_others = length - self.keep.shape[1]
+        if num_others == 0:
+            return self.keep
+        for num_prefix, num_suffix in (
+            (self.num_prefix, self.num_suffix),
+            (self.num_prefix, 0),
+            (self.num_prefix + self.num_tail, self.num_suffix),
+        ):
+            if num_others == num_prefix + num_suffix:
+                return self.surrounded(num_prefix, num_suffix)
+        return None
+
+    def keep_of_keys(self, num_keys: int) -> Tensor:
+        keep = self.lookup(num_keys)
+        if keep is None:
+            assert self.keep is not None
+            raise InterceptionError(
+                f"attention after the last block runs over {num_keys} keys, neither the "
+                f"{self.keep.shape[1] + self.num_prefix + self.num_suffix} tokens nor the patch tokens among them; "
+                "which of them are pruned cannot be told."
+            )
+        return keep
+
+
+def _mean(tokens: Tensor, keep: Tensor) -> Tensor:
+    keep = keep.to(torch.promote_types(tokens.dtype, torch.float32))
+    mean = (tokens * keep).sum(dim=1, keepdim=True) / keep.sum(dim=1, keepdim=True).clamp(min=1)
+    return mean.to(tokens.dtype)
+
+
+def _maximum(tokens: Tensor, keep: Tensor) -> Tensor:
+    return tokens.masked_fill(keep == 0, -math.inf).amax(dim=1, keepdim=True)
+
+
+_REDUCTIONS: dict[Callable[..., Any], Callable[[Tensor, Tensor], Tensor]] = {
+    torch.mean: _mean,
+    Tensor.mean: _mean,
+    torch.amax: _maximum,
+    Tensor.amax: _maximum,
+}
+_MAXIMA_WITH_INDICES = (torch.max, Tensor.max)

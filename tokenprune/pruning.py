@@ -1,0 +1,167 @@
+"""Applying the decisions of stages to the tokens of a block, in either execution.
+
+Shapes: B images, P prefix tokens, N patch tokens, n of them left, Q suffix tokens, L = P + N + Q,
+K = P + n + Q, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.backbone import Backbone
+from tokenprune.plan import Plan
+from tokenprune.scorers import Candidates
+from tokenprune.side_inputs import SideInputs
+from tokenprune.stage import Stage
+from tokenprune.tokens import Layout, find_tokens, put_back, replace_tokens, select
+from tokenprune.trace import Trace
+
+
+class Decisions(NamedTuple):
+    """What had been decided in front of a block in `mask` execution; entry s is stage s's.
+
+    Attributes:
+        keep: (B, N) each.
+        masks: The same, or ``None`` while nothing is pruned.
+    """
+
+    keep: tuple[Tensor, ...] = ()
+    masks: tuple[Tensor | None, ...] = ()
+
+    def upto(self, stage: int) -> Decisions:
+        """Those of the stages up to one, that one included."""
+        return Decisions(self.keep[: stage + 1], self.masks[: stage + 1])
+
+
+class Pruning:
+    """What the blocks of one model get and give while its tokens are pruned."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.side_inputs = SideInputs(backbone.token_inputs)
+        self._waiting: Tensor | None = None
+
+    def forget(self) -> None:
+        """Forget what belongs to a forward pass."""
+        self.side_inputs.forget()
+        self._waiting = None
+
+    def find(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The tokens (B, L, C) among the arguments of a block."""
+        return find_tokens(block, args, kwargs, as_grid=self.backbone.grid_tokens)
+
+    def full_layout(self, num_patches: int) -> Layout:
+        """The layout of the sequence that the first block gets."""
+        return Layout(self.backbone.num_prefix_tokens, num_patches, self.backbone.num_suffix_tokens)
+
+    def mask(
+        self, stage: int, module: Stage, plan: Plan, trace: Trace, decided: Decisions, tokens: Tensor
+    ) -> Decisions:
+        """Have a stage decide in `mask` execution, on tokens (B, L, C), after what was decided before."""
+        before = decided.keep[stage - 1] if stage > 0 else None
+        if plan.keep_probabilities[stage] == 1.0:
+            keep = tokens.new_ones(tokens.shape[0], trace.num_patches) if before is None else before
+            mask = decided.masks[stage - 1] if stage > 0 else None
+        else:
+            candidates = _candidates(tokens, self._layout(tokens, trace.num_patches), before, None, trace)
+            mask = keep = module.mask(candidates, plan.num_keep(trace.num_patches)[stage])
+        return Decisions((*decided.keep, keep), (*decided.masks, mask))
+
+    def gather(self, stage: int, module: Stage, plan: Plan, trace: Trace, tokens: Tensor) -> Tensor:
+        """Have a stage decide in `gather` execution, and remove: of tokens (B, K, C) those that go on.
+
+        With ``put_back`` the tokens that a block is given are all of them, (B, L, C).
+        """
+        before = trace.indices[stage - 1] if stage > 0 else None
+        tokens = self.left(tokens, before, trace)
+        num_left = trace.num_patches if before is None else before.shape[1]
+        num_keep = plan.num_keep(trace.num_patches)[stage]
+        if num_keep >= num_left:
+            everything = torch.arange(num_left, device=tokens.device).expand(tokens.shape[0], -1)
+            _record(stage, trace, everything if before is None else before)
+            return tokens
+        layout = self._layout(tokens, num_left)
+        chosen = module.gather(_candidates(tokens, layout, None, before, trace), num_keep)  # (B, num_keep)
+        _record(stage, trace, chosen if before is None else before.gather(1, chosen))
+        return select(tokens, layout.positions(chosen))
+
+    def left(self, tokens: Tensor, indices: Tensor | None, trace: Trace) -> Tensor:
+        """The tokens that a block runs on, of those it is given: with ``put_back`` these are all, and wait."""
+        if not self.backbone.put_back:
+            return tokens
+        self._waiting = tokens
+        return tokens if indices is None else select(tokens, self._layout(tokens, trace.num_patches).positions(indices))
+
+    def wait(self, tokens: Tensor) -> None:
+        """Keep all tokens (B, L, C) of a block for `complete`."""
+        self._waiting = tokens if self.backbone.put_back else None
+
+    def replace(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A block's arguments with other tokens."""
+        return replace_tokens(args, kwargs, tokens, as_grid=self.backbone.grid_tokens)
+
+    def shorten(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...], indices: Tensor, trace: Trace
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A block's arguments with its side inputs cut down to the patch tokens left, ``indices`` (B, n)."""
+        if len(args) + len(kwargs) > 1 and indices.shape[1] < trace.num_patches:
+            layout = self.full_layout(trace.num_patches)
+            args, kwargs = self.side_inputs.shorten(args, kwargs, names, indices, layout)
+        name = self.backbone.position_input
+        if name is not None:
+            place = names.index(name)
+            if place < len(args):
+                args = (*args[:place], indices, *args[place + 1 :])
+            else:
+                kwargs = {**kwargs, name: indices}
+        return args, kwargs
+
+    def complete(self, tokens: Tensor, keep: Tensor | None, indices: Tensor | None) -> Tensor | None:
+        """All tokens after a block: those that it gave, and those that waited as they were before it.
+
+        Args:
+            tokens: What the block gave, (B, L, C) in `mask` and (B, K, C) in `gather` execution.
+            keep: (B, N), in `mask` execution; ``None`` while nothing is pruned.
+            indices: (B, n), in `gather` execution.
+
+        Returns:
+            (B, L, C), or ``None`` if none waited.
+        """
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return None
+        if indices is not None:
+            num_others = tokens.shape[1] - indices.shape[1]
+            return put_back(tokens, self._layout(waiting, waiting.shape[1] - num_others).positions(indices), waiting)
+        if keep is None:
+            return tokens
+        kept = self._layout(waiting, keep.shape[1]).with_others(keep).unsqueeze(-1).to(tokens.dtype)  # (B, L, 1)
+        return tokens * kept + waiting * (1 - kept)
+
+    def _layout(self, tokens: Tensor, num_patches: int) -> Layout:
+        """The layout of a sequence with so many patch tokens: all others stand in front, but for the suffix."""
+        num_suffix = self.backbone.num_suffix_tokens
+        return Layout(tokens.shape[1] - num_patches - num_suffix, num_patches, num_suffix)
+
+
+def _candidates(
+    tokens: Tensor, layout: Layout, keep: Tensor | None, indices: Tensor | None, trace: Trace
+) -> Candidates:
+    return Candidates(
+        patches=layout.patches(tokens),
+        prefix=tokens[:, : layout.num_prefix],
+        keep=keep,
+        indices=indices,
+        num_patches=trace.num_patches,
+        grid=trace.grid,
+    )
+
+
+def _record(stage: int, trace: Trace, indices: Tensor) -> None:
+    if stage == len(trace.indices):  # activation checkpointing comes here once more
+        trace.indices.append(indices)
