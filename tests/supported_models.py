@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from itertools import groupby
@@ -14,11 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import tokenprune
+from tests import census_timm, census_torchvision, census_transformers
+from tests.census import Entry
 from tokenprune import SupportedModel
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "supported-models.md"
 LIBRARIES = ("timm", "transformers", "torchvision")
+
+TABLES: dict[str, dict[str, list[Entry]]] = {
+    "timm": {
+        "flat entry points": census_timm.flat(),
+        "of these ViTamin": [entry for entry in census_timm.flat() if entry.family == "vitamin"],
+        "VOLO": census_timm.volo(),
+        "given patches of many sizes": census_timm.naflex_dict(),
+    },
+    "transformers": {
+        "classes that differ little from a list of blocks": census_transformers.supported(),
+        "classes that differ more": census_transformers.uncovered(),
+        "models of several parts": census_transformers.composites(),
+    },
+    "torchvision": {"entry points": census_torchvision.supported()},
+}
 
 Recorded = Mapping[str, list[dict[str, Any]]]
 
@@ -53,14 +69,15 @@ Each is refused with an error that says so, and is left as it was.
 
 
 def counts(recorded: Recorded) -> Iterator[str]:
-    """How many models of each library were proved, and how many refused, in one run."""
+    """How many models of each library were proved in one run, of how many, and how many refused."""
     for library in LIBRARIES:
         supported, refused = recorded.get(f"supported {library}", []), recorded.get(f"refused {library}", [])
-        families = Counter(model["family"] for model in supported)
         if supported or refused:
             yield f"{library} {version(library)}: {len(supported)} models proved, {len(refused)} refused"
-        if supported:
-            yield "  " + ", ".join(f"{family} {number}" for family, number in sorted(families.items()))
+        names = {model["name"] for model in supported}
+        for what, entries in TABLES[library].items():
+            if supported:
+                yield f"  {what}: {sum(entry.name in names for entry in entries)} of {len(entries)}"
 
 
 def write(recorded: Recorded) -> None:

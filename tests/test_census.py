@@ -16,7 +16,7 @@ import torch
 
 import tokenprune
 from tests import census_timm, census_torchvision, census_transformers
-from tests.census import STAGES, Entry, describe, prove
+from tests.census import KEEP_RATIO, STAGES, Entry, describe, prove
 from tests.zoo import hook_counts
 
 DISTINCT_TIMM = census_timm.distinct([*census_timm.flat(), *census_timm.volo(), *census_timm.naflex_dict()])
@@ -48,6 +48,26 @@ def test_one_model_of_each_kind(entry: Entry, record_property: Any) -> None:
 @pytest.mark.parametrize("entry", ALIKE_TIMM, ids=names(ALIKE_TIMM))
 def test_all_models_alike(entry: Entry, record_property: Any) -> None:
     record_property(f"supported {entry.library}", prove(entry))
+
+
+def takes_one_image(entry: Entry) -> bool:
+    inputs = entry.inputs(1, torch.Generator())
+    (value, *others) = inputs.values()
+    return not others and isinstance(value, torch.Tensor) and value.dim() == 4 and len(value) == 1
+
+
+COUNTED = [entry for entry in DISTINCT_TIMM + OTHERS if takes_one_image(entry)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", COUNTED, ids=names(COUNTED))
+def test_every_kind_is_counted(entry: Entry) -> None:
+    (images,) = entry.example().values()
+    model = tokenprune.sparsify(entry.model(), STAGES, KEEP_RATIO)
+    report = tokenprune.flops(model, tuple(images.shape[1:]))
+    # Fewer tokens in the later half of the blocks, and what counts most is proportional to them.
+    assert sum(report.sparse_blocks) < 0.85 * sum(report.dense_blocks)
+    assert report.sparse_blocks[-1] <= 0.5 * report.dense_blocks[-1]  # 0 of both where nothing depends on it
 
 
 def refuse(entry: Entry) -> str:

@@ -10,7 +10,7 @@ from tokenprune.backbone import Backbone
 from tokenprune.errors import InterceptionError
 from tokenprune.interception import BlockInterception, GatherInterception
 from tokenprune.side_inputs import gather_tokens
-from tokenprune.tokens import Layout
+from tokenprune.tokens import Layout, sizes
 
 
 class AttentionPatch:
@@ -52,7 +52,7 @@ class AttentionPatch:
         for table in backbone.token_tables:
             if table.owner is attention:
                 full = getattr(attention, table.name)
-                if full is None or full.shape[table.pattern.split().index("n")] != layout.length:
+                if full is None or sizes(full)[table.pattern.split().index("n")] != layout.length:
                     full = table.build(layout.length)
                 self._full_tables.append(full)
                 setattr(attention, table.name, gather_tokens(full, table.pattern, positions))

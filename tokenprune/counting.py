@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 _WEIGHTLESS = frozenset(
     "aten::" + name
     for name in [
+        "_shape_as_tensor",
+        "_to_copy",
+        "_upsample_bicubic2d_aa",
+        "_upsample_bilinear2d_aa",
         "abs",
+        "adaptive_avg_pool1d",
         "add",
         "add_",
         "alias",
@@ -38,6 +43,7 @@ _WEIGHTLESS = frozenset(
         "arange",
         "argmax",
         "as_strided",
+        "avg_pool2d",
         "bernoulli",
         "bitwise_and",
         "broadcast_tensors",
@@ -47,6 +53,7 @@ _WEIGHTLESS = frozenset(
         "clamp",
         "clamp_min",
         "clone",
+        "col2im",
         "constant_pad_nd",
         "contiguous",
         "copy",
@@ -68,6 +75,7 @@ _WEIGHTLESS = frozenset(
         "feature_dropout",
         "fill_",
         "flatten",
+        "flip",
         "floor",
         "floor_divide",
         "full",
@@ -78,12 +86,18 @@ _WEIGHTLESS = frozenset(
         "gelu_",
         "gt",
         "hardtanh",
+        "im2col",
         "index",
+        "index_copy",
+        "index_put",
+        "index_put_",
         "index_select",
         "is_nonzero",
         "item",
+        "l1_loss",
         "le",
         "lift_fresh",
+        "linalg_vector_norm",
         "linspace",
         "log",
         "log1p",
@@ -95,6 +109,7 @@ _WEIGHTLESS = frozenset(
         "masked_fill",
         "masked_fill_",
         "max",
+        "max_pool2d",
         "maximum",
         "mean",
         "meshgrid",
@@ -131,6 +146,7 @@ _WEIGHTLESS = frozenset(
         "relu_",
         "remainder",
         "repeat",
+        "reshape_as",
         "repeat_interleave",
         "reshape",
         "resize_",
@@ -184,19 +200,13 @@ _WEIGHTLESS = frozenset(
         "upsample_nearest2d",
         "var",
         "view",
+        "view_as",
+        "view_as_complex",
+        "view_as_real",
         "where",
+        "zero_",
         "zeros",
         "zeros_like",
-        "zero_",
-        "_shape_as_tensor",
-        "_to_copy",
-        "_upsample_bicubic2d_aa",
-        "_upsample_bilinear2d_aa",
-        "adaptive_avg_pool1d",
-        "index_put",
-        "index_put_",
-        "l1_loss",
-        "linalg_vector_norm",
     ]
 )
 
@@ -370,6 +380,11 @@ def _rms_norm(inputs: list[Any], outputs: list[Any]) -> int:
     return 5 * math.prod(_shape(inputs[0]))
 
 
+def _interpolation(inputs: list[Any], outputs: list[Any]) -> int:
+    """Two neighbours for each output."""
+    return 2 * math.prod(_shape(outputs[0]))
+
+
 def _baddbmm(inputs: list[Any], outputs: list[Any]) -> int:
     """Batch · rows · inner · columns."""
     batch, rows, inner = _shape(inputs[1])
@@ -383,6 +398,7 @@ _HANDLERS: dict[str, Handler] = {
     "aten::_scaled_dot_product_efficient_attention": _attention,
     "aten::_convolution_mode": _convolution_mode,
     "aten::baddbmm": _baddbmm,
+    "aten::upsample_linear1d": _interpolation,
     "aten::rms_norm": _rms_norm,
 }
 

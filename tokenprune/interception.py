@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from tokenprune.errors import InterceptionError
 from tokenprune.functional import attend, masked_softmax, visible
 from tokenprune.side_inputs import gather_mask
-from tokenprune.tokens import Layout
+from tokenprune.tokens import Layout, sizes
 
 
 def _without_override_check(function: Callable[..., Any]) -> types.FunctionType:
@@ -252,7 +252,7 @@ class GatherInterception(Interception):
         enable_gqa: bool = False,
     ) -> Tensor:
         assert self.positions is not None
-        if attn_mask is not None and attn_mask.shape[-1] == self.length != key.shape[-2]:
+        if attn_mask is not None and sizes(attn_mask)[-1] == self.length != sizes(key)[-2]:
             attn_mask = gather_mask(attn_mask, self.positions)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

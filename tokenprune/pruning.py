@@ -16,7 +16,7 @@ from tokenprune.plan import Plan
 from tokenprune.scorers import Candidates
 from tokenprune.side_inputs import SideInputs
 from tokenprune.stage import Stage
-from tokenprune.tokens import Layout, find_tokens, put_back, replace_tokens, select
+from tokenprune.tokens import Layout, find_tokens, put_back, replace_tokens, select, sizes
 from tokenprune.trace import Trace
 
 
@@ -77,7 +77,7 @@ class Pruning:
         """
         before = trace.indices[stage - 1] if stage > 0 else None
         tokens = self.left(tokens, before, trace)
-        num_left = trace.num_patches if before is None else before.shape[1]
+        num_left = trace.num_patches if before is None else sizes(before)[1]
         num_keep = plan.num_keep(trace.num_patches)[stage]
         if num_keep >= num_left:
             everything = torch.arange(num_left, device=tokens.device).expand(tokens.shape[0], -1)
@@ -109,7 +109,7 @@ class Pruning:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...], indices: Tensor, trace: Trace
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A block's arguments with its side inputs cut down to the patch tokens left, ``indices`` (B, n)."""
-        if len(args) + len(kwargs) > 1 and indices.shape[1] < trace.num_patches:
+        if len(args) + len(kwargs) > 1 and sizes(indices)[1] < trace.num_patches:
             layout = self.full_layout(trace.num_patches)
             args, kwargs = self.side_inputs.shorten(args, kwargs, names, indices, layout)
         name = self.backbone.position_input
@@ -136,8 +136,9 @@ class Pruning:
         if waiting is None:
             return None
         if indices is not None:
-            num_others = tokens.shape[1] - indices.shape[1]
-            return put_back(tokens, self._layout(waiting, waiting.shape[1] - num_others).positions(indices), waiting)
+            num_others = sizes(tokens)[1] - sizes(indices)[1]
+            layout = self._layout(waiting, sizes(waiting)[1] - num_others)
+            return put_back(tokens, layout.positions(indices), waiting)
         if keep is None:
             return tokens
         kept = self._layout(waiting, keep.shape[1]).with_others(keep).unsqueeze(-1).to(tokens.dtype)  # (B, L, 1)
@@ -146,7 +147,7 @@ class Pruning:
     def _layout(self, tokens: Tensor, num_patches: int) -> Layout:
         """The layout of a sequence with so many patch tokens: all others stand in front, but for the suffix."""
         num_suffix = self.backbone.num_suffix_tokens
-        return Layout(tokens.shape[1] - num_patches - num_suffix, num_patches, num_suffix)
+        return Layout(sizes(tokens)[1] - num_patches - num_suffix, num_patches, num_suffix)
 
 
 def _candidates(

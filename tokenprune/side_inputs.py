@@ -14,7 +14,7 @@ from typing import Any
 from einops import repeat
 from torch import Tensor
 
-from tokenprune.tokens import Layout
+from tokenprune.tokens import Layout, sizes
 
 Layouts = Mapping[str, Sequence[str]]
 """For names of a block's parameters: patterns such as ``"n d -> b 1 n d"``, one a number of dimensions.
@@ -91,22 +91,20 @@ class SideInputs:
 
     def _cut_down(self, value: Tensor, name: str, indices: Tensor, layout: Layout) -> Tensor:
         lengths = {layout.length: layout.positions(indices), layout.num_patches: indices}
+        shape, batch = sizes(value), sizes(indices)[0]
         if name in self.layouts:
-            pattern = next((p for p in self.layouts[name] if _left_rank(p) == value.dim()), None)
-            axis = None if pattern is None else _axes(pattern)[0].index("n" if "n" in _axes(pattern)[0] else "m")
-            if pattern is None or axis is None or value.shape[axis] not in lengths:
-                return value
-            return gather_tokens(value, pattern, lengths[value.shape[axis]])
-        batch = indices.shape[0]
-        of_images = value.dim() == 2 and value.shape[0] == batch and value.shape[1] in lengths
-        if of_images and (value.shape[0] != value.shape[1] if "mask" in name else not value.is_floating_point()):
-            return gather_tokens(value, "b n -> b n", lengths[value.shape[1]])
+            pattern = next((one for one in self.layouts[name] if len(_axes(one)[0]) == len(shape)), None)
+            kept = None if pattern is None else lengths.get(shape[_token_axis(_axes(pattern)[0])])
+            return value if pattern is None or kept is None else gather_tokens(value, pattern, kept)
+        of_images = len(shape) == 2 and shape[0] == batch and shape[1] in lengths
+        if of_images and (shape[0] != shape[1] if "mask" in name else not value.is_floating_point()):
+            return gather_tokens(value, "b n -> b n", lengths[shape[1]])
         if _is_mask(value, name, layout.length):
             return gather_mask(value, lengths[layout.length])
-        if value.dim() in _TABLES and value.shape[-2] in lengths:
-            per_head = value.dim() == 3 and value.shape[0] not in (1, batch)
-            pattern = "h n d -> b h n d" if per_head else _TABLES[value.dim()]
-            return gather_tokens(value, pattern, lengths[value.shape[-2]])
+        if len(shape) in _TABLES and shape[-2] in lengths:
+            per_head = len(shape) == 3 and shape[0] not in (1, batch)
+            pattern = "h n d -> b h n d" if per_head else _TABLES[len(shape)]
+            return gather_tokens(value, pattern, lengths[shape[-2]])
         return value
 
 
@@ -124,14 +122,14 @@ def gather_tokens(value: Tensor, pattern: str, kept: Tensor) -> Tensor:
     left, right = _axes(pattern)
     if "b" not in right and "n" in right:  # all images are one row of tokens
         return value.index_select(right.index("n"), kept[0])
-    batch, num_kept = kept.shape
-    if "b" in left and value.shape[left.index("b")] == 1:
+    batch, num_kept = sizes(kept)
+    if "b" in left and sizes(value)[left.index("b")] == 1:
         value = value.expand(*(batch if axis == "b" else -1 for axis in left))
     value = repeat(value, pattern, b=batch)
     for axis in (index for index, letter in enumerate(right) if letter in "nm"):
         shape = [1] * value.dim()
         shape[0], shape[axis] = batch, num_kept
-        size = [*value.shape]
+        size = [*sizes(value)]
         size[axis] = num_kept
         value = value.gather(axis, kept.view(shape).expand(size))
     return value
@@ -148,11 +146,7 @@ def gather_mask(mask: Tensor, kept: Tensor) -> Tensor:
         (B, H or 1, K or 1, K).
     """
     mask = mask[(None,) * (4 - mask.dim())]
-    return gather_tokens(mask, "b h n m -> b h n m" if mask.shape[2] > 1 else "b h i m -> b h i m", kept)
-
-
-def _left_rank(pattern: str) -> int:
-    return len(_axes(pattern)[0])
+    return gather_tokens(mask, "b h n m -> b h n m" if sizes(mask)[2] > 1 else "b h i m -> b h i m", kept)
 
 
 def _axes(pattern: str) -> tuple[list[str], list[str]]:
@@ -160,14 +154,16 @@ def _axes(pattern: str) -> tuple[list[str], list[str]]:
     return left.split(), right.split()
 
 
+def _token_axis(axes: list[str]) -> int:
+    return axes.index("n" if "n" in axes else "m")
+
+
 def _is_mask(value: Tensor, name: str, num_tokens: int) -> bool:
     """Whether it has a column for each token: by its shape, and by its name where a table could look the same."""
-    if value.dim() not in (2, 3, 4) or value.shape[-1] != num_tokens:
+    shape = sizes(value)
+    if len(shape) not in (2, 3, 4) or shape[-1] != num_tokens:
         return False
-    if value.shape[-2] == num_tokens:
-        return (
-            value.dim() == 4
-            or not value.is_floating_point()
-            or any(word in name for word in ("mask", "bias", "rel_pos"))
-        )
-    return value.shape[-2] == 1 and value.dim() != 3
+    if shape[-2] != num_tokens:
+        return shape[-2] == 1 and len(shape) != 3
+    named = any(word in name for word in ("mask", "bias", "rel_pos"))
+    return len(shape) == 4 or not value.is_floating_point() or named

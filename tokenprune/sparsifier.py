@@ -28,7 +28,7 @@ from tokenprune.pooling import TailInterception
 from tokenprune.pruning import Decisions, Pruning
 from tokenprune.scorers import Scorer
 from tokenprune.stage import Stage
-from tokenprune.tokens import output_tokens
+from tokenprune.tokens import output_tokens, sizes
 from tokenprune.trace import Trace
 
 Execution = Literal["auto", "mask", "gather"]
@@ -231,7 +231,7 @@ class Sparsifier(nn.Module):
                 f"embed_dim={self.backbone.embed_dim}."
             )
         num_others = self.backbone.num_prefix_tokens + self.backbone.num_suffix_tokens
-        num_patches = tokens.shape[1] - num_others
+        num_patches = sizes(tokens)[1] - num_others
         if num_patches < 1:
             raise StateError(
                 f"{type(block).__name__} got {tokens.shape[1]} tokens, and {num_others} are "

@@ -6,12 +6,19 @@ K = P + n + Q, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import StateError
+
+
+def sizes(tensor: Tensor) -> Sequence[int]:
+    """The shape in plain numbers, also while TorchScript traces a model, where sizes are tensors."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return [int(size) for size in tensor.shape] if tracing else tensor.shape
 
 
 class Layout(NamedTuple):
