@@ -23,8 +23,8 @@ class Trace:
         grid: Rows and columns of patches, ``None`` where the image's size was not seen.
         indices: In ``gather`` execution one (B, n) int64 tensor a stage: the kept tokens' positions
             in the original row-major patch grid, ascending. Empty in ``mask`` execution.
-        tokens: The final normalised tokens (B, P + N, C), prefix first, recorded in ``mask``
-            execution while gradients are enabled; for losses.
+        tokens: The final normalised tokens, prefix first, then the N patch tokens, then any suffix,
+            (B, L, C); recorded in ``mask`` execution while gradients are enabled, for losses.
     """
 
     execution: Literal["mask", "gather"]

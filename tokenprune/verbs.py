@@ -37,7 +37,8 @@ def sparsify(
     DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034).
 
     Args:
-        model: A model that an installed adapter knows, or any other together with ``backbone``.
+        model: A model that an installed adapter knows, or any other together with ``backbone``. To find
+            its blocks an adapter may run it once, in eval mode, on two random images.
         stages: Indices of the blocks in front of which tokens are pruned, ascending; ``None`` means
             the multiples of depth // 4, such as 3, 6, 9 of 12 blocks.
         keep_ratio: A number ρ keeps ρ, ρ², ρ³ … of the original patch tokens; a sequence gives one
