@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+OLDEST := .venv-oldest
+OLDEST_READY := $(OLDEST)/ready
 
-.PHONY: demo test test-all check docs benchmarks clean
+.PHONY: demo test test-all test-oldest check docs benchmarks clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.digits demo $(ARGS)
@@ -15,6 +17,9 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not gpu" $(ARGS)
+
+test-oldest: $(OLDEST_READY)
+	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -33,10 +38,18 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.training
 
 clean:
-	rm -rf $(VENV) build runs
+	rm -rf $(VENV) $(OLDEST) build runs
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[all,dev]"
 	touch $(READY)
+
+# Every lower bound in pyproject.toml, as the version itself.
+$(OLDEST_READY): pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	grep -oE '"[A-Za-z0-9_-]+>=[0-9a-z.]+' pyproject.toml | sed 's/"//; s/>=/==/' > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --editable ".[all,test]" --constraint $(OLDEST)/constraints.txt
+	touch $(OLDEST_READY)
