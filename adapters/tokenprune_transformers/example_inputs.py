@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,11 @@ def pair(size: Any) -> tuple[int, int]:
     return (int(size), int(size)) if isinstance(size, (int, float)) else (int(size[-2]), int(size[-1]))
 
 
+def _device(model: torch.nn.Module) -> torch.device:
+    """Where a model is, or a part that is no model by itself."""
+    return next(model.parameters()).device
+
+
 def _num_channels(config: Any) -> int:
     return int(getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3)
 
@@ -74,7 +80,7 @@ def _masked_videos(model: PreTrainedModel, config: Any) -> dict[str, Any]:
     height, width = image_size(model, config)
     patch_height, patch_width = pair(config.patch_size)
     num_patches = config.num_frames // config.tubelet_size * (height // patch_height) * (width // patch_width)
-    hidden = torch.arange(num_patches, device=model.device) < num_patches // 2
+    hidden = torch.arange(num_patches, device=_device(model)) < num_patches // 2
     return {**inputs, "bool_masked_pos": hidden.expand(NUM_IMAGES, -1)}
 
 
@@ -87,9 +93,12 @@ def _rows_of_patches(model: PreTrainedModel, config: Any) -> dict[str, Any]:
     side = int(config.num_patches**0.5)
     patch_height, patch_width = pair(config.patch_size)
     shape = (NUM_IMAGES, side * side, _num_channels(config) * patch_height * patch_width)
-    grid = torch.tensor([[side, side]] * NUM_IMAGES, device=model.device)
-    mask = torch.ones(shape[:2], dtype=torch.long, device=model.device)
-    return {**random_inputs(model, pixel_values=shape), "pixel_attention_mask": mask, "spatial_shapes": grid}
+    grid = torch.tensor([[side, side]] * NUM_IMAGES, device=_device(model))
+    mask = torch.ones(shape[:2], dtype=torch.long, device=_device(model))
+    # Inside of a model, a tower before transformers 5 has the shorter name.
+    short = "attention_mask" in inspect.signature(model.forward).parameters
+    name = "attention_mask" if short else "pixel_attention_mask"
+    return {**random_inputs(model, pixel_values=shape), name: mask, "spatial_shapes": grid}
 
 
 def _flat_patches(model: PreTrainedModel, config: Any) -> dict[str, Any]:
@@ -105,7 +114,7 @@ def _flat_patches(model: PreTrainedModel, config: Any) -> dict[str, Any]:
 def _placed_patches(model: PreTrainedModel, config: Any) -> dict[str, Any]:
     """Patches in rows, each with its column and row, of a grid that is pooled by threes."""
     side = 6
-    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(1).to(model.device)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(1).to(_device(model))
     patches = random_inputs(model, pixel_values=(NUM_IMAGES, side * side, 3 * config.patch_size**2))
     return {**patches, "pixel_position_ids": places.expand(NUM_IMAGES, -1, -1)}
 
@@ -114,7 +123,7 @@ def _with_patch_mask(model: PreTrainedModel, config: Any) -> dict[str, Any]:
     inputs = _images(model, config)
     images: Tensor = inputs["pixel_values"]
     grid = tuple(size // patch for size, patch in zip(images.shape[2:], pair(config.patch_size), strict=True))
-    mask = torch.ones(NUM_IMAGES, *grid, dtype=torch.bool, device=model.device)
+    mask = torch.ones(NUM_IMAGES, *grid, dtype=torch.bool, device=_device(model))
     return {**inputs, "patch_attention_mask": mask}
 
 

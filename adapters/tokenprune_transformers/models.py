@@ -74,9 +74,10 @@ def describe(model: nn.Module) -> Backbone:
     from transformers import PreTrainedModel
 
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) and not _is_plain_tower(model):
         raise UnsupportedModelError(f"transformers' {name} is a part of a model; sparsify the model it belongs to.")
-    tower, config = model, vision_config(model.config)
+    config = vision_config(model.config)
+    tower: nn.Module = model
     composite = _has_other_parts(model)
     if composite:
         tower = _vision_tower(model, config)
@@ -87,7 +88,7 @@ def describe(model: nn.Module) -> Backbone:
                 f"{type(tower).__name__} alone if it does not."
             )
     family = _FAMILIES.get(config.model_type, {})
-    settings = _settings(tower)
+    settings = _settings(tower, getattr(model, "_supports_sdpa", False))
     try:
         structure = observe(
             tower,
@@ -129,19 +130,27 @@ def _has_other_parts(model: PreTrainedModel) -> bool:
     return looks_with_a_part or len(configs) > 1 or "input_ids" in inspect.signature(model.forward).parameters
 
 
-def _vision_tower(model: PreTrainedModel, config: Any) -> PreTrainedModel:
+def _vision_tower(model: PreTrainedModel, config: Any) -> nn.Module:
     """The part of a model that turns images into tokens and runs the blocks over them."""
     from transformers import PreTrainedModel
 
-    for module in model.modules():
-        if module is not model and isinstance(module, PreTrainedModel) and module.config is config:
-            return module
+    parts: list[nn.Module] = [part for part in model.modules() if getattr(part, "config", None) is config]
+    for part in parts:
+        is_tower = isinstance(part, PreTrainedModel) or (config is not model.config and _is_plain_tower(part))
+        if part is not model and is_tower:
+            return part
     raise UnsupportedModelError(
         f"{type(model).__name__} has no one part that looks at images, and at nothing else, to be sparsified."
     )
 
 
-def _settings(tower: PreTrainedModel) -> tuple[Setting, ...]:
+def _is_plain_tower(module: nn.Module) -> bool:
+    """Whether a part that is no model by itself looks at images, as towers before transformers 5 do."""
+    looks = "pixel_values" in inspect.signature(module.forward).parameters
+    return looks and hasattr(getattr(module, "config", None), "model_type")
+
+
+def _settings(tower: nn.Module, supports_sdpa: bool) -> tuple[Setting, ...]:
     """SDPA attention for all parts of the tower that have another one, but for those that have no SDPA.
 
     Raises:
@@ -154,7 +163,7 @@ def _settings(tower: PreTrainedModel) -> tuple[Setting, ...]:
         chosen = getattr(config, "_attn_implementation", None)
         if chosen in (None, "sdpa"):
             continue
-        if not getattr(tower, "_supports_sdpa", False):
+        if not getattr(tower, "_supports_sdpa", supports_sdpa):
             if chosen != "eager":
                 raise UnsupportedModelError(
                     f"{type(tower).__name__} attends with {chosen!r}, which cannot be masked; load it with "
