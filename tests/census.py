@@ -5,12 +5,17 @@ The tables are in tests/census_timm.py, tests/census_transformers.py and tests/c
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
 from typing import Any
 
+import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 import tokenprune
@@ -54,6 +59,24 @@ class Entry:
     def example(self) -> dict[str, Any]:
         """The same inputs every time."""
         return self.inputs(NUM_IMAGES, torch.Generator().manual_seed(8))
+
+
+def is_older(library: str) -> bool:
+    """Whether a library is older than the release whose models the census lists."""
+    listed = json.loads((files(f"tokenprune_{library}") / "supported.json").read_text(encoding="utf-8"))
+    return Version(version(library)) < Version(listed["library_version"])
+
+
+def skip_what_older_releases_cannot_run(entry: Entry) -> None:
+    """Skip a test where an older release cannot build a model, or run it unpruned."""
+    if not is_older(entry.library):
+        return
+    try:
+        with torch.no_grad():
+            entry.model()(**entry.example())
+    except Exception as error:
+        release = f"{entry.library} {version(entry.library)}"
+        pytest.skip(f"{release} does not run {entry.name} unpruned: {type(error).__name__}: {error}")
 
 
 def prove(entry: Entry) -> dict[str, Any]:

@@ -438,5 +438,9 @@ def distinct(entries: Iterable[Entry]) -> list[Entry]:
     """The first of the entries of each architecture, leaving out those that differ from it in sizes only."""
     first: dict[tuple[object, ...], Entry] = {}
     for entry in entries:
-        first.setdefault(_signature(entry), entry)
+        try:
+            signature = _signature(entry)
+        except Exception:  # the test of the entry says why it cannot be built
+            signature = (entry.name,)
+        first.setdefault(signature, entry)
     return list(first.values())

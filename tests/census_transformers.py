@@ -212,8 +212,10 @@ def sizes_of(config: type[PretrainedConfig], known: dict[str, Any], given: dict[
 def build(family: str, name: str, given: dict[str, Any]) -> nn.Module:
     """The model of a class."""
     cls = getattr(importlib.import_module(modules_of(family)[name]), name)
-    config = cls.config_class(num_labels=7, **sizes_of(cls.config_class, SIZES, given))
-    return cls(config)
+    # What a part of a model takes is not the config of all of it.
+    taken = next(iter(inspect.signature(cls).parameters.values())).annotation
+    config = taken if inspect.isclass(taken) and issubclass(taken, PretrainedConfig) else cls.config_class
+    return cls(config(num_labels=7, **sizes_of(config, SIZES, given)))
 
 
 def rows(names: str, inputs: Inputs = IMAGES, **given: Any) -> Iterator[Entry]:

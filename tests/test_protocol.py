@@ -13,6 +13,7 @@ import tokenprune
 from tests.tolerances import IDENTITY, MASK_EQUALS_GATHER
 from tests.zoo import KEEP_RATIO, STAGES, Case, every_model, hook_counts
 from tokenprune import Candidates, Plan, Scorer, ScorerContext
+from tokenprune.tokens import output_tokens
 
 
 class Ranked(Scorer):
@@ -101,7 +102,7 @@ def test_known_scores_keep_known_tokens(case: Case) -> None:
     first_block_outputs: list[Tensor] = []
     for index in (1, 3):
         model.tokenprune.backbone.blocks[index].register_forward_hook(
-            lambda block, args, output: first_block_outputs.append(output)
+            lambda block, args, output: first_block_outputs.append(output_tokens(output))
         )
     case.run(model, images)
     trace, prefix = model.tokenprune.trace, case.num_prefix_tokens

@@ -130,6 +130,10 @@ def clip_config(name: str) -> Any:
     return getattr(transformers, name)(vision_config={**vision, "image_size": 48, "patch_size": 8}, text_config=vision)
 
 
+def vit_layer(model: nn.Module) -> nn.Module:
+    return next(module for module in model.modules() if type(module).__name__ == "ViTLayer")
+
+
 def transformers_models() -> dict[str, tuple[Callable[[], nn.Module], str]]:
     import transformers as hub
 
@@ -140,7 +144,7 @@ def transformers_models() -> dict[str, tuple[Callable[[], nn.Module], str]]:
             ),
             "BertModel has no one part that looks at images",
         ),
-        "part of a model": (lambda: hub.ViTModel(small(hub.ViTConfig)).layers[0], "is a part of a model"),
+        "part of a model": (lambda: vit_layer(hub.ViTModel(small(hub.ViTConfig))), "is a part of a model"),
         "detection by text": (
             lambda: hub.OwlViTModel(clip_config("OwlViTConfig")),
             "sparsify its OwlViTVisionTransformer alone",
