@@ -326,17 +326,17 @@ class Sparsifier(nn.Module):
 
     def _after_block(self, stage: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         mask = self._mask_of(stage)
+        indices = self.trace.indices[stage] if self.trace is not None and self._gathers() else None
+        completed = self._pruning.complete(output_tokens(output), mask, indices)
         if mask is not None and not torch.compiler.is_compiling():
             self._check_attended(block)
-            tokens = output_tokens(output)
+            tokens = output_tokens(output) if completed is None else completed
             if tokens.requires_grad:
                 # This gradient is the first thing known of the block in the backward pass, so a block
                 # that is recomputed there finds the decisions of the forward pass it belongs to, even
                 # if another one in training has run since. The reference is weak: a hook lives as long as the graph.
                 decisions = self._current_decisions().upto(stage)
                 tokens.register_hook(partial(_restore, weakref.ref(self), decisions))
-        indices = self.trace.indices[stage] if self.trace is not None and self._gathers() else None
-        completed = self._pruning.complete(output_tokens(output), mask, indices)
         if completed is None:
             return None
         return (completed, *output[1:]) if isinstance(output, tuple) else completed
