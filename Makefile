@@ -50,6 +50,7 @@ $(READY): pyproject.toml
 $(OLDEST_READY): pyproject.toml
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	grep -oE '"[A-Za-z0-9_-]+>=[0-9a-z.]+' pyproject.toml | sed 's/"//; s/>=/==/' > $(OLDEST)/constraints.txt
+	grep -oE '"[A-Za-z0-9_-]+(\[[a-z]+\])?>=[0-9a-z.]+' pyproject.toml | sed -E 's/"//; s/\[.*\]//; s/>=/==/' \
+		> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --editable ".[all,test]" --constraint $(OLDEST)/constraints.txt
 	touch $(OLDEST_READY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
@@ -62,6 +63,25 @@ def test_our_adapters_come_through_the_entry_points() -> None:
     ours = {name: f"tokenprune_{name}" for name in ("timm", "transformers", "torchvision")}
     assert ours.items() <= entries.items()
     assert version("tokenprune") == tokenprune.__version__
+
+
+def test_oldest_versions_stand_in_pyproject_alone() -> None:
+    """There ``make test-oldest`` finds them, and the docs say the same."""
+    text = (ROOT / "pyproject.toml").read_text()
+    tables = text[text.index("\ndependencies = [") : text.index("[project.entry-points")]
+    requirements = [name for name in re.findall(r'"([^"]+)"', tables) if not name.startswith("tokenprune[")]
+    bounds = [re.match(r"([\w-]+)(?:\[[a-z]+\])?>=([\w.]+)(?:,|$)", requirement) for requirement in requirements]
+    assert bounds and all(bounds), requirements
+    oldest = {match[1]: match[2] for match in bounds if match}
+    assert len(oldest) == len(bounds), "a dependency has one bound"
+    page = (ROOT / "docs" / "getting-started.md").read_text()
+    for name, title in {
+        "torch": "PyTorch",
+        "timm": "timm",
+        "transformers": "transformers",
+        "torchvision": "torchvision",
+    }.items():
+        assert f"{title} {oldest[name]}" in page
 
 
 def test_the_public_names_are_these() -> None:
