@@ -44,6 +44,25 @@ def test_vjepa_counts_positions_inside_of_attention() -> None:
     assert not verified(entry, 0.6, position_input=None).passed
 
 
+@pytest.mark.parametrize("size", [48, 64])
+@pytest.mark.parametrize("family", ["Beit", "Data2VecVision"])
+def test_a_bias_is_interpolated_to_all_tokens_and_not_to_those_left(family: str, size: int) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = getattr(transformers, f"{family}Config")(
+        **sizes, image_size=48, patch_size=8, use_relative_position_bias=True
+    )
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    tokenprune.sparsify(model, STAGES, 0.6)
+    inputs = {"pixel_values": torch.randn(3, 3, size, size), "interpolate_pos_encoding": True}
+    report = tokenprune.verify(model, inputs, tolerance=CENSUS_MASK_EQUALS_GATHER)
+    assert report.passed, str(report)
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

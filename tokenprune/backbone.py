@@ -85,6 +85,8 @@ class Backbone:
             patch tokens, for blocks that otherwise number their tokens from 0.
         biased_attention: Whether attention adds a bias of its own over all tokens to the scores, so
             that it must be cut down to those left.
+        length_inputs: Modules of attention that are told how many tokens there are, and make a bias for
+            so many, with the keyword by which they are told: they are told of all.
         token_tables: Tensors that attention modules keep, with an entry for each token.
         weight_mixers: Modules that take finished attention weights (B, L, L, H) and mix them, so
             that pruned tokens must be masked once more.
@@ -114,6 +116,7 @@ class Backbone:
     shared_token_inputs: bool = False
     position_input: str | None = None
     biased_attention: bool = False
+    length_inputs: Sequence[tuple[nn.Module, str]] = field(default=())
     token_tables: Sequence[TokenTable] = field(default=())
     weight_mixers: Sequence[nn.Module] = field(default=())
     put_back: bool = False
@@ -141,6 +144,7 @@ class Backbone:
             *(module for modules in self.attentions or () for module in modules),
         ]
         named += [module for module in (self.final_norm, self.tower) if module is not None]
+        named += [module for module, _ in self.length_inputs]
         named += [*self.weight_mixers, *(table.owner for table in self.token_tables)]
         for module in named:
             if module not in parts:

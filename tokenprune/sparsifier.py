@@ -150,6 +150,8 @@ class Sparsifier(nn.Module):
                 yield attention.register_forward_hook(partial(self._after_attention, stage), always_call=True)
             # In front of hooks that collect hidden states, so that these see what the next block sees.
             yield blocks[index].register_forward_hook(partial(self._after_block, stage), prepend=True)
+        for module, keyword in self.backbone.length_inputs:
+            yield module.register_forward_pre_hook(partial(self._before_counting, keyword), with_kwargs=True)
         for mixer in self.backbone.weight_mixers:
             yield mixer.register_forward_hook(self._after_weight_mixer)
         yield blocks[-1].register_forward_hook(self._after_last_block)
@@ -310,6 +312,13 @@ class Sparsifier(nn.Module):
 
     def _after_attention(self, stage: int, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._attention.leave(attention, failed=output is None)  # None: an exception is passing through
+
+    def _before_counting(
+        self, keyword: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.trace is None or not self._gathers() or kwargs.get(keyword) is None:
+            return None
+        return args, {**kwargs, keyword: self._pruning.full_layout(self.trace.num_patches).length}
 
     def _after_weight_mixer(self, mixer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return self._attention.mix(output)

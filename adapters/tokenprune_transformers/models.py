@@ -107,6 +107,9 @@ def describe(model: nn.Module) -> Backbone:
             f"{name} packs all images of a batch into one sequence, and tells them apart by {packing[0]}; pruned "
             "sequences would need other ones."
         ) from error
+    if family.get("biased_attention"):  # a bias that is interpolated to the number of tokens
+        biases = [module for module in tower.modules() if type(module).__name__.endswith("RelativePositionBias")]
+        family = {**family, "length_inputs": [(module, "dim_size") for module in biases]}
     patch_size = None if getattr(config, "patch_size", None) is None else pair(config.patch_size)
     size = image_size(tower, config)
     dense = {"put_back": True} if any(part in name for part in _DENSE) or name == "VJEPA2Model" else {}
