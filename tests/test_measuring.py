@@ -102,6 +102,17 @@ def research(**options: object) -> nn.Module:
     return tokenprune.sparsify(model, (1, 2), 0.5, backbone=backbone)
 
 
+def test_decisions_are_tried_that_differ_between_images() -> None:
+    model = research()
+    seen: list[Tensor] = []
+    model.register_forward_hook(
+        lambda model, args, output: seen.extend(model.tokenprune.trace.indices if model.tokenprune.trace else [])
+    )
+    tokenprune.verify(model, torch.randn(3, 3, 48, 48))
+    kept = [set(row.tolist()) for row in seen[-1]]
+    assert len(seen) >= 2 and all(len(one & other) < 0.8 * len(one) for one, other in ((kept[0], kept[1]), kept[1:]))
+
+
 def test_a_model_of_ones_own_with_a_backbone_of_three_lines() -> None:
     report = tokenprune.verify(research(), torch.randn(2, 3, 48, 48))
     assert report.passed, str(report)

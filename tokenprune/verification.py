@@ -143,8 +143,9 @@ class _Hashed(Scorer):
         position = torch.arange(candidates.num_patches, device=patches.device)[None, :]
         if candidates.indices is not None:
             position = candidates.indices
-        # A permutation of the positions for each image: no two scores are equal, whatever the rounding.
-        return ((position * 7919 + image * 104729) % 1299709).to(torch.float32)
+        # Multiples of a number of the image's own modulo a prime: a permutation of the positions that differs from
+        # image to image, in which no two scores are equal, whatever the rounding.
+        return (position * (550007 + 104729 * image) % 1299709).to(torch.float32)
 
 
 @contextmanager
