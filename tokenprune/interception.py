@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,32 @@ def _no_torch_function(tensors: object) -> bool:
 _multi_head_attention_forward = _without_override_check(F.multi_head_attention_forward)
 
 
+class AttentionCall(NamedTuple):
+    """What `F.scaled_dot_product_attention` was called with, in its own order and with its defaults."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def run(self) -> Tensor:
+        """Make the call."""
+        return F.scaled_dot_product_attention(
+            self.query,
+            self.key,
+            self.value,
+            self.attn_mask,
+            self.dropout_p,
+            self.is_causal,
+            scale=self.scale,
+            enable_gqa=self.enable_gqa,
+        )
+
+
 class Interception(TorchFunctionMode):
     """What all interceptions have in common: the way to the attention call."""
 
@@ -65,7 +91,7 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return self.attention(*args, **kwargs)
+            return self.attention(AttentionCall(*args, **kwargs))
         if func is F.multi_head_attention_forward:
             with self:
                 return _multi_head_attention_forward(*args, **kwargs)
@@ -74,18 +100,8 @@ class Interception(TorchFunctionMode):
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
-    def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Stands in for `F.scaled_dot_product_attention`, with its signature."""
+    def attention(self, call: AttentionCall) -> Tensor:
+        """Stands in for `F.scaled_dot_product_attention`."""
         raise NotImplementedError
 
 
@@ -112,24 +128,21 @@ class Masking(Interception):
                 return weights
         return func(*args, **kwargs)
 
-    def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if is_causal:
+    def attention(self, call: AttentionCall) -> Tensor:
+        if call.is_causal:
             raise InterceptionError("causal attention cannot be masked; no ViT is known to use it.")
-        if enable_gqa:  # each key and value serves several heads of queries
-            key, value = (_for_each_query_head(tensor, query) for tensor in (key, value))
-        keep = self.keep_of_keys(key.shape[-2])
+        key, value = call.key, call.value
+        if call.enable_gqa:  # each key and value serves several heads of queries
+            key, value = (_for_each_query_head(tensor, call.query) for tensor in (key, value))
         return attend(
-            query, key, value, keep, own_key=self.own_key, scale=scale, dropout_p=dropout_p, attn_mask=attn_mask
+            call.query,
+            key,
+            value,
+            self.keep_of_keys(key.shape[-2]),
+            own_key=self.own_key,
+            scale=call.scale,
+            dropout_p=call.dropout_p,
+            attn_mask=call.attn_mask,
         )
 
     def softmax(
@@ -240,23 +253,12 @@ class GatherInterception(Interception):
             return func(table, [table.shape[0], *shape[1:]] if shape[0] == 1 else shape)
         return func(*args, **kwargs)
 
-    def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+    def attention(self, call: AttentionCall) -> Tensor:
         assert self.positions is not None
-        if attn_mask is not None and sizes(attn_mask)[-1] == self.length != sizes(key)[-2]:
-            attn_mask = gather_mask(attn_mask, self.positions)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        bias = call.attn_mask
+        if bias is not None and sizes(bias)[-1] == self.length != sizes(call.key)[-2]:
+            call = call._replace(attn_mask=gather_mask(bias, self.positions))
+        return call.run()
 
 
 def _for_each_query_head(tensor: Tensor, query: Tensor) -> Tensor:

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenprune.backbone import Setting, outermost_attention
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.interception import SOFTMAXES, Interception
+from tokenprune.interception import SOFTMAXES, AttentionCall, Interception
 from tokenprune.tokens import output_tokens
 
 
@@ -182,9 +181,9 @@ class _Observer(Interception):
     def leave_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.running.pop()
 
-    def attention(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._note(key.shape[-2])
-        return F.scaled_dot_product_attention(query, key, *args, **kwargs)
+    def attention(self, call: AttentionCall) -> Tensor:
+        self._note(call.key.shape[-2])
+        return call.run()
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensor = args[0] if args else kwargs.get("input")
