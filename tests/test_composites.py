@@ -92,6 +92,23 @@ def test_a_language_model_generates_from_fewer_image_tokens(entry: Entry) -> Non
         model(**extra, **words)
 
 
+@pytest.mark.parametrize("layer", [-2, -3])
+def test_an_earlier_layer_gives_what_was_left_at_it(layer: int) -> None:
+    entry = language_models()[0]
+    model, inputs = entry.model(), entry.example()
+    for part in model.modules():
+        if hasattr(getattr(part, "config", None), "vision_feature_layer"):
+            part.config.vision_feature_layer = layer
+    wide_scorers(tokenprune.sparsify(model, (1, 3), KEEP_RATIO))
+    with torch.no_grad():
+        gathered = named_outputs(model.get_image_features(pixel_values=inputs["pixel_values"]))
+        model.tokenprune.execution = "mask"
+        masked = named_outputs(model.get_image_features(pixel_values=inputs["pixel_values"]))
+    assert gathered.keys() == masked.keys() and gathered
+    for name in gathered:
+        torch.testing.assert_close(masked[name], gathered[name], rtol=0, atol=1e-4 * float(gathered[name].abs().max()))
+
+
 def test_a_tower_is_trained_by_itself_and_serves_in_the_language_model() -> None:
     entry = language_models()[0]
     model, inputs = entry.model(), entry.example()

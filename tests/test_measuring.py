@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import einops
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,18 @@ class Block(nn.Module):
         return x + attended.squeeze(1)
 
 
+TAILS = {
+    "mean": lambda x: x.mean(dim=1),
+    "maximum": lambda x: x.max(dim=1).values,
+    "sum": lambda x: x.sum(dim=1),
+    "mean of the last axis": lambda x: x.transpose(1, 2).mean(-1),
+    "adaptive pool": lambda x: torch.nn.functional.adaptive_avg_pool1d(x.transpose(1, 2), 1).squeeze(-1),
+    "einops": lambda x: einops.reduce(x, "b n c -> b c", "mean"),
+    "median": lambda x: x.median(dim=1).values,
+    "deviation": lambda x: x.std(1),
+}
+
+
 class Research(nn.Module):
     def __init__(self, tail: str = "mean", **options: Any) -> None:
         super().__init__()
@@ -93,7 +106,7 @@ class Research(nn.Module):
         x = self.embed(x).flatten(2).transpose(1, 2)
         for block in self.blocks:
             x = block(x)
-        return {"mean": x.mean(dim=1), "maximum": x.max(dim=1).values, "sum": x.sum(dim=1)}[self.tail]
+        return TAILS[self.tail](x)
 
 
 def research(**options: object) -> nn.Module:
@@ -118,8 +131,16 @@ def test_a_model_of_ones_own_with_a_backbone_of_three_lines() -> None:
     assert report.passed, str(report)
 
 
-def test_a_tail_that_takes_the_maximum_with_its_indices() -> None:
-    assert tokenprune.verify(research(tail="maximum"), torch.randn(2, 3, 48, 48)).passed
+@pytest.mark.parametrize("tail", ["maximum", "mean of the last axis", "adaptive pool", "einops"])
+def test_tails_that_pool_in_other_words(tail: str) -> None:
+    report = tokenprune.verify(research(tail=tail), torch.randn(2, 3, 48, 48))
+    assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("tail", ["median", "deviation"])
+def test_a_tail_that_reduces_tokens_in_an_unknown_way_is_an_error(tail: str) -> None:
+    with pytest.raises(tokenprune.InterceptionError, match="put_back=True in the Backbone"):
+        tokenprune.verify(research(tail=tail), torch.randn(2, 3, 48, 48))
 
 
 def test_an_output_that_is_not_a_number_is_found_out() -> None:

@@ -200,6 +200,40 @@ def test_a_transformer_encoder_of_torch_works_with_three_lines(norm_first: bool,
     assert report.passed, str(report)
 
 
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "cait_xxs24_224"])
+def test_a_subclass_of_a_family_is_described_like_it(name: str) -> None:
+    entry = BY_ENTRY[name]
+    model = entry.model()
+    model.__class__ = type("Mine", (type(model),), {"__module__": type(model).__module__})
+    tokenprune.sparsify(model, STAGES, 0.6)
+    assert tokenprune.verify(model, entry.example(), tolerance=CENSUS_MASK_EQUALS_GATHER).passed
+
+
+def test_a_model_that_does_not_look_at_the_image_is_refused() -> None:
+    model = BY_ENTRY["vit_base_patch16_224"].model()
+    nn.init.zeros_(model.patch_embed.proj.weight)
+    with pytest.raises(tokenprune.UnsupportedModelError, match="the same for every image"):
+        tokenprune.sparsify(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["naflexvit_base_patch16_gap", "qwen3_vit_88m", "deepseek_vit_412m", "vit_tiny_patch16_224"]
+)
+def test_images_of_one_channel(name: str) -> None:
+    sizes = {"embed_dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2}
+    model = timm.create_model(name, in_chans=1, **(sizes if name.startswith(("naflex", "vit")) else {}))
+    tokenprune.sparsify(model, STAGES, 0.6)
+
+
+def test_checkpointing_in_gather_execution_is_refused() -> None:
+    model = BY_ENTRY["vit_base_patch16_224"].model().train()
+    tokenprune.sparsify(model, STAGES, 0.6).tokenprune.execution = "gather"
+    model.set_grad_checkpointing(True)
+    output = model(torch.randn(2, 3, 48, 48))
+    with pytest.raises(tokenprune.StateError, match="train in mask execution, or without checkpointing"):
+        output.sum().backward()
+
+
 def test_a_model_on_the_meta_device_is_refused() -> None:
     with torch.device("meta"):
         model = BY_ENTRY["vit_base_patch16_224"].build()

@@ -40,10 +40,9 @@ def without_pruned(
         if isinstance(value, Mapping):
             return type(value)(**{name: walk(item) for name, item in value.items()})
         if isinstance(value, (tuple, list)):
-            if len(value) == len(stages) + 1 and all(isinstance(item, Tensor) for item in value):
-                return type(value)(
-                    [value[0], *(cut(item, stage) for item, stage in zip(value[1:], stages, strict=True))]
-                )
+            if len(value) == len(stages) + 1:  # hidden states; a model may leave out those that nobody asked for
+                after = zip(value[1:], stages, strict=True)
+                return type(value)([value[0], *(item if item is None else cut(item, stage) for item, stage in after)])
             return type(value)(walk(item) for item in value)
         return value
 

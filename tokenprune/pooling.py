@@ -42,33 +42,49 @@ class TailInterception(Masking):
                 return result
         if func in _MAXIMA_WITH_INDICES:
             args = self.without_pruned(*args, **kwargs)
+        if func is torch.adaptive_avg_pool1d and args[1:] in ((1,), ((1,),), ([1],)):
+            result = self.reduce(_mean, args[0], -1, True)
+            if result is not None:
+                return result
+        if func in _UNKNOWN_REDUCTIONS and self.keep_of_reduction(*args, **kwargs) is not None:
+            raise InterceptionError(
+                f"behind the last block {func.__name__} reduces all tokens, of which some are pruned; means, maxima and "
+                "attention can be masked, and put_back=True in the Backbone is for everything else."
+            )
         return super().other(func, args, kwargs)
 
     def without_pruned(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The arguments of a maximum over tokens with pruned tokens at −∞, or any others as they are."""
-        keep = self.keep_of_reduction(*args, **kwargs) if args else None
-        return args if keep is None else (args[0].masked_fill(keep.unsqueeze(-1) == 0, -math.inf), *args[1:])
+        found = self.keep_of_reduction(*args, **kwargs) if args else None
+        return args if found is None else (args[0].masked_fill(found[0] == 0, -math.inf), *args[1:])
 
-    def reduce(self, reduction: Callable[[Tensor, Tensor], Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
+    def reduce(self, reduction: Callable[[Tensor, Tensor, int], Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
         """The kept-only reduction, or ``None`` where the call does not reduce tokens."""
-        keep = self.keep_of_reduction(*args, **kwargs)
-        if keep is None:
+        found = self.keep_of_reduction(*args, **kwargs)
+        if found is None:
             return None
+        keep, dim = found
         tokens = args[0] if args else kwargs["input"]
         keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
-        result = reduction(tokens, keep.unsqueeze(-1))  # (B, 1, C)
-        return result if keepdim else result.squeeze(1)
+        result = reduction(tokens, keep, dim)
+        return result if keepdim else result.squeeze(dim)
 
-    def keep_of_reduction(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """The decisions on the tokens that a call reduces over, or ``None`` where it does not."""
+    def keep_of_reduction(self, *args: Any, **kwargs: Any) -> tuple[Tensor, int] | None:
+        """The decisions on the tokens that a call reduces over, (B, L, 1) or (B, 1, L), and along which dimension.
+
+        ``None`` where it does not reduce tokens. Tokens are (B, L, C), or (B, C, L) if C is no number of tokens.
+        """
         tokens = args[0] if args else kwargs.get("input")
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
         if isinstance(dim, (tuple, list)) and len(dim) == 1:
             dim = dim[0]
-        if not isinstance(tokens, Tensor) or tokens.dim() != 3 or dim not in (1, -2):
+        if not isinstance(tokens, Tensor) or tokens.dim() != 3 or dim not in (1, -2, 2, -1):
             return None
-        keep = self.lookup(tokens.shape[1])
-        return None if keep is None or tokens.shape[0] != keep.shape[0] else keep
+        keep, other = self.lookup(tokens.shape[dim]), self.lookup(tokens.shape[3 - dim % 3])
+        along = int(dim % 3)
+        if keep is None or tokens.shape[0] != keep.shape[0] or (along == 2 and other is not None):
+            return None
+        return keep.unsqueeze(3 - along), along
 
     def lookup(self, length: int) -> Tensor | None:
         assert self.keep is not None
@@ -96,20 +112,26 @@ class TailInterception(Masking):
         return keep
 
 
-def _mean(tokens: Tensor, keep: Tensor) -> Tensor:
+def _mean(tokens: Tensor, keep: Tensor, dim: int) -> Tensor:
     keep = keep.to(torch.promote_types(tokens.dtype, torch.float32))
-    mean = (tokens * keep).sum(dim=1, keepdim=True) / keep.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = (tokens * keep).sum(dim=dim, keepdim=True) / keep.sum(dim=dim, keepdim=True).clamp(min=1)
     return mean.to(tokens.dtype)
 
 
-def _maximum(tokens: Tensor, keep: Tensor) -> Tensor:
-    return tokens.masked_fill(keep == 0, -math.inf).amax(dim=1, keepdim=True)
+def _maximum(tokens: Tensor, keep: Tensor, dim: int) -> Tensor:
+    return tokens.masked_fill(keep == 0, -math.inf).amax(dim=dim, keepdim=True)
 
 
-_REDUCTIONS: dict[Callable[..., Any], Callable[[Tensor, Tensor], Tensor]] = {
+_REDUCTIONS: dict[Callable[..., Any], Callable[[Tensor, Tensor, int], Tensor]] = {
     torch.mean: _mean,
     Tensor.mean: _mean,
     torch.amax: _maximum,
     Tensor.amax: _maximum,
 }
 _MAXIMA_WITH_INDICES = (torch.max, Tensor.max)
+# A sum is not among them: with the weights of an attention pool, which are 0 for pruned tokens, it is right.
+_UNKNOWN_REDUCTIONS = tuple(
+    getattr(owner, name)
+    for name in ("std", "var", "median", "logsumexp", "topk", "sort", "cumsum", "prod", "norm")
+    for owner in (torch, Tensor)
+)

@@ -81,11 +81,11 @@ class Pruning:
         num_keep = plan.num_keep(trace.num_patches)[stage]
         if num_keep >= num_left:
             everything = torch.arange(num_left, device=tokens.device).expand(tokens.shape[0], -1)
-            _record(stage, trace, everything if before is None else before)
+            trace.indices.append(everything if before is None else before)
             return tokens
         layout = self._layout(tokens, num_left)
         chosen = module.gather(_candidates(tokens, layout, None, before, trace), num_keep)  # (B, num_keep)
-        _record(stage, trace, chosen if before is None else before.gather(1, chosen))
+        trace.indices.append(chosen if before is None else before.gather(1, chosen))
         return select(tokens, layout.positions(chosen))
 
     def left(self, tokens: Tensor, indices: Tensor | None, trace: Trace) -> Tensor:
@@ -161,8 +161,3 @@ def _candidates(
         num_patches=trace.num_patches,
         grid=trace.grid,
     )
-
-
-def _record(stage: int, trace: Trace, indices: Tensor) -> None:
-    if stage == len(trace.indices):  # activation checkpointing comes here once more
-        trace.indices.append(indices)

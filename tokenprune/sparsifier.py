@@ -290,6 +290,7 @@ class Sparsifier(nn.Module):
                     self._decisions = decisions
                     trace._keep.append(decisions.keep[-1])
             return None
+        self._check_not_recomputed(block)
         if starts:
             pruning.side_inputs.forget()
             tokens = pruning.gather(number, stage, self._plan, trace, pruning.find(block, args, kwargs))
@@ -307,6 +308,7 @@ class Sparsifier(nn.Module):
             self._attention.mask(mask)
         elif self._attention.cuts and self._gathers():
             assert self.trace is not None
+            self._check_not_recomputed(attention)
             layout = self._pruning.full_layout(self.trace.num_patches)
             self._attention.cut(attention, self.trace.indices[stage], layout, self._pruning.side_inputs.tables())
 
@@ -390,6 +392,13 @@ class Sparsifier(nn.Module):
             self._tail.leave()
             self._tail.keep = None
         self._pruning.forget()
+
+    def _check_not_recomputed(self, module: nn.Module) -> None:
+        if _recomputing():  # the tokens left are those of the latest forward pass, which need not be this one's
+            raise StateError(
+                f"activation checkpointing runs {type(module).__name__} again in gather execution; train in mask "
+                "execution, or without checkpointing."
+            )
 
     def _check_grad(self, module: nn.Module) -> None:
         if self._in_tower and self._grad_enabled and not torch.is_grad_enabled():

@@ -27,7 +27,8 @@ def describe(model: nn.Module) -> Backbone:
         raise UnsupportedModelError(
             f"timm's {name} puts out feature maps, which need every token; sparsify a classifier."
         )
-    options: dict[str, Any] = _FAMILIES.get(name, _plain)(model)
+    families = (_FAMILIES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _FAMILIES)
+    options: dict[str, Any] = next(families, _plain)(model)
     settings = tuple(
         Setting(owner=module, name="fused_attn", value=True)
         for module in model.modules()
@@ -128,9 +129,16 @@ def _image_size(model: nn.Module) -> tuple[int, int]:
 
 
 def _num_channels(model: nn.Module) -> int:
-    modules = getattr(model, "patch_embed", nn.Identity()).modules()
-    convolution = next((module for module in modules if isinstance(module, nn.Conv2d)), None)
-    return int(_input_size(model)[0] if convolution is None else convolution.in_channels)
+    """Channels of the images, from the layer that embeds patches: a convolution, or a linear one over their pixels."""
+    embeddings = (part for name, part in model.named_modules() if name.endswith(("patch_embed", "embeds")))
+    embedding = next(embeddings, nn.Identity())
+    patch_size = _patch_size(model)
+    for module in embedding.modules():
+        if isinstance(module, nn.Conv2d):
+            return int(module.in_channels)
+        if isinstance(module, nn.Linear) and patch_size is not None:
+            return int(module.in_features) // (patch_size[0] * patch_size[1])
+    return _input_size(model)[0]
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -140,7 +148,7 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
 
 def _patch_size(model: nn.Module) -> tuple[int, int] | None:
     """Pixels a token stands for, also behind a convolutional stem."""
-    patch_embed: Any = getattr(model, "patch_embed", None)
+    patch_embed: Any = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
     if hasattr(patch_embed, "feat_ratio"):
         return _pair(patch_embed.feat_ratio(as_scalar=False))
     size = getattr(patch_embed, "patch_size", None)

@@ -73,7 +73,7 @@ def describe(model: nn.Module) -> Backbone:
     """
     from transformers import PreTrainedModel
 
-    name = type(model).__name__
+    name, names = type(model).__name__, {cls.__name__ for cls in type(model).__mro__}
     if not isinstance(model, PreTrainedModel) and not _is_plain_tower(model):
         raise UnsupportedModelError(f"transformers' {name} is a part of a model; sparsify the model it belongs to.")
     config = vision_config(model.config)
@@ -82,7 +82,7 @@ def describe(model: nn.Module) -> Backbone:
     if composite:
         tower = _vision_tower(model, config)
         # Rows of packed images are told apart by their original lengths.
-        if name not in (*_POOLING, *_TAKING_ANY_NUMBER) or config.model_type == "pixtral":
+        if not names & {*_POOLING, *_TAKING_ANY_NUMBER} or config.model_type == "pixtral":
             raise UnsupportedModelError(
                 f"what {name} does with its vision tokens may need every one of them; sparsify its "
                 f"{type(tower).__name__} alone if it does not."
@@ -112,7 +112,7 @@ def describe(model: nn.Module) -> Backbone:
         family = {**family, "length_inputs": [(module, "dim_size") for module in biases]}
     patch_size = None if getattr(config, "patch_size", None) is None else pair(config.patch_size)
     size = image_size(tower, config)
-    dense = {"put_back": True} if any(part in name for part in _DENSE) or name == "VJEPA2Model" else {}
+    dense = {"put_back": True} if any(part in one for part in (*_DENSE, "VJEPA2Model") for one in names) else {}
     return Backbone(
         **structure._asdict(),
         **{**family, **dense},
@@ -120,7 +120,7 @@ def describe(model: nn.Module) -> Backbone:
         grid_size=None if patch_size is None else (size[0] // patch_size[0], size[1] // patch_size[1]),
         settings=settings,
         tower=tower if composite else None,
-        leave_pruned=name in _TAKING_ANY_NUMBER,
+        leave_pruned=bool(names & {*_TAKING_ANY_NUMBER}),
     )
 
 
