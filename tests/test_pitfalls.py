@@ -216,13 +216,12 @@ def test_a_model_that_does_not_look_at_the_image_is_refused() -> None:
         tokenprune.sparsify(model)
 
 
-@pytest.mark.parametrize(
-    "name", ["naflexvit_base_patch16_gap", "qwen3_vit_88m", "deepseek_vit_412m", "vit_tiny_patch16_224"]
-)
+@pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "vit_tiny_patch16_224"])
 def test_images_of_one_channel(name: str) -> None:
-    sizes = {"embed_dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2}
-    model = timm.create_model(name, in_chans=1, **(sizes if name.startswith(("naflex", "vit")) else {}))
+    model = timm.create_model(name, in_chans=1, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2)
     tokenprune.sparsify(model, STAGES, 0.6)
+    with torch.no_grad():
+        assert model.eval()(torch.randn(2, 1, 224, 224)).isfinite().all()
 
 
 def test_checkpointing_in_gather_execution_is_refused() -> None:

@@ -48,8 +48,8 @@ class TailInterception(Masking):
                 return result
         if func in _UNKNOWN_REDUCTIONS and self.keep_of_reduction(*args, **kwargs) is not None:
             raise InterceptionError(
-                f"behind the last block {func.__name__} reduces all tokens, of which some are pruned; means, maxima and "
-                "attention can be masked, and put_back=True in the Backbone is for everything else."
+                f"behind the last block {func.__name__} reduces all tokens, of which some are pruned; means, maxima "
+                "and attention can be masked, and put_back=True in the Backbone is for everything else."
             )
         return super().other(func, args, kwargs)
 

@@ -148,8 +148,8 @@ def observe(
     num_prefix, num_suffix = _fixed_tokens(blocks.first, num_images)
     if num_prefix == blocks.first.shape[1]:
         raise UnsupportedModelError(
-            f"the tokens of this {name} are the same for every image, so which of them are prefix tokens cannot be told; "
-            "give it weights, or pass tokenprune.sparsify(model, backbone=tokenprune.Backbone(…))."
+            f"the tokens of this {name} are the same for every image, so its prefix tokens cannot be told; give it "
+            "weights, or pass tokenprune.sparsify(model, backbone=tokenprune.Backbone(…))."
         )
     return Structure(
         blocks=blocks.modules,
