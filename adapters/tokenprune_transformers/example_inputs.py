@@ -61,7 +61,7 @@ def _images(model: PreTrainedModel, config: Any) -> dict[str, Any]:
 
 
 def _videos(model: PreTrainedModel, config: Any) -> dict[str, Any]:
-    num_frames = int(getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", 16))
+    num_frames = int(getattr(config, "num_frames", 0) or config.frames_per_clip)
     shape: tuple[int, ...] = (NUM_IMAGES, num_frames, _num_channels(config), *image_size(model, config))
     name: str = "pixel_values" if model.main_input_name == "input_ids" else model.main_input_name
     return random_inputs(model, **{name: shape})
