@@ -105,12 +105,22 @@ def prove(entry: Entry) -> dict[str, Any]:
 def describe(entry: Entry, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """What a sparsified model is: the fields of a `tokenprune.SupportedModel`, told from what it does."""
     sparsifier = model.tokenprune
+    side_inputs: set[str] = set()
+    cutting = sparsifier._pruning.side_inputs
+    shorten = cutting._shorten
+
+    def noted(value: Any, name: str, *rest: Any) -> Any:
+        shortened = shorten(value, name, *rest)
+        if isinstance(value, Tensor) and shortened is not value and name:
+            side_inputs.add(name)
+        return shortened
+
+    cutting._shorten = noted
     with torch.no_grad():
         model(**inputs)
         assert [kept.shape[1] for kept in sparsifier.trace.indices] == [*sparsifier.plan.num_keep(
             sparsifier.trace.num_patches
         )]  # fmt: skip
-        side_inputs = {name for name in sparsifier._pruning.side_inputs.names() if name}
         pools: list[str] = []
         tail = sparsifier._tail
         for name in ("reduce", "without_pruned", "attention", "softmax"):

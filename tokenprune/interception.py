@@ -115,6 +115,8 @@ class Masking(Interception):
 
     own_key: bool
     """Whether a query always sees its own key."""
+    where: str
+    """What attends, for messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,6 +171,18 @@ class Masking(Interception):
         Raises:
             InterceptionError: Which of so many are pruned cannot be told.
         """
+        keep = self.lookup(num_keys)
+        if keep is None:
+            assert self.keep is not None
+            raise InterceptionError(
+                f"{self.where} runs over {num_keys} keys, and not over {self.keep.shape[1]} patch tokens with "
+                f"{self.expected()} others; which of them are pruned cannot be told."
+            )
+        self.seen()
+        return keep
+
+    def expected(self) -> str:
+        """How many tokens besides patches are known of, for messages."""
         raise NotImplementedError
 
     def lookup(self, length: int) -> Tensor | None:
@@ -193,6 +207,7 @@ class BlockInterception(Masking):
     """
 
     own_key = True
+    where = "the attention of a masked block"
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,17 +219,8 @@ class BlockInterception(Masking):
         num_prefix = length - self.keep.shape[1] - self.num_suffix
         return self.surrounded(num_prefix, self.num_suffix) if num_prefix in self.num_prefix else None
 
-    def keep_of_keys(self, num_keys: int) -> Tensor:
-        keep = self.lookup(num_keys)
-        if keep is None:
-            assert self.keep is not None
-            raise InterceptionError(
-                f"a masked block attends over {num_keys} keys, and {self.keep.shape[1]} patch tokens with "
-                f"{' or '.join(str(number + self.num_suffix) for number in self.num_prefix)} others were expected; "
-                "which of them are pruned cannot be told."
-            )
-        self.seen()
-        return keep
+    def expected(self) -> str:
+        return " or ".join(str(number + self.num_suffix) for number in self.num_prefix)
 
     def seen(self) -> None:
         self.hits += 1
@@ -246,10 +252,10 @@ class GatherInterception(Interception):
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _ADDING_DIMENSIONS and any(table is args[0] for table in self.tables):
-            table, *sizes = args
+            table, *rest = args
             if func is Tensor.unsqueeze:
-                return table if sizes == [0] else func(*args)
-            shape = [*sizes[0]] if isinstance(sizes[0], (tuple, list)) else sizes
+                return table if rest == [0] else func(*args)
+            shape = [*rest[0]] if isinstance(rest[0], (tuple, list)) else rest
             return func(table, [table.shape[0], *shape[1:]] if shape[0] == 1 else shape)
         return func(*args, **kwargs)
 

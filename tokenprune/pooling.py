@@ -28,6 +28,7 @@ class TailInterception(Masking):
     """
 
     own_key = False  # a pool's query is not one of the tokens; where it is, rows of pruned tokens are not used
+    where = "attention after the last block"
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,16 +101,8 @@ class TailInterception(Masking):
                 return self.surrounded(num_prefix, num_suffix)
         return None
 
-    def keep_of_keys(self, num_keys: int) -> Tensor:
-        keep = self.lookup(num_keys)
-        if keep is None:
-            assert self.keep is not None
-            raise InterceptionError(
-                f"attention after the last block runs over {num_keys} keys, neither the "
-                f"{self.keep.shape[1] + self.num_prefix + self.num_suffix} tokens nor the patch tokens among them; "
-                "which of them are pruned cannot be told."
-            )
-        return keep
+    def expected(self) -> str:
+        return " or ".join(map(str, sorted({0, self.num_prefix + self.num_suffix})))
 
 
 def _mean(tokens: Tensor, keep: Tensor, dim: int) -> Tensor:

@@ -36,7 +36,7 @@ class SideInputs:
 
     def __init__(self, layouts: Layouts) -> None:
         self.layouts = layouts
-        self._cut: list[tuple[str, Tensor, Tensor]] = []
+        self._cut: list[tuple[Tensor, Tensor]] = []
 
     def forget(self) -> None:
         """Forget what was cut: other tokens are left now."""
@@ -44,11 +44,7 @@ class SideInputs:
 
     def tables(self) -> tuple[Tensor, ...]:
         """What is left of those that were cut."""
-        return tuple(result for _, source, result in self._cut if result is not source)
-
-    def names(self) -> tuple[str, ...]:
-        """The names of those that were cut."""
-        return tuple(dict.fromkeys(name for name, source, result in self._cut if result is not source))
+        return tuple(result for source, result in self._cut if result is not source)
 
     def shorten(
         self,
@@ -82,11 +78,11 @@ class SideInputs:
             return type(value)(self._shorten(item, name, indices, layout) for item in value)
         if not isinstance(value, Tensor):
             return value
-        for _, source, result in self._cut:
+        for source, result in self._cut:
             if source is value:
                 return result
         result = self._cut_down(value, name, indices, layout)
-        self._cut.append((name, value, result))
+        self._cut.append((value, result))
         return result
 
     def _cut_down(self, value: Tensor, name: str, indices: Tensor, layout: Layout) -> Tensor:
