@@ -26,6 +26,23 @@ class Setting:
     value: Any
 
 
+def exchange(settings: Sequence[Setting]) -> tuple[Setting, ...]:
+    """Make settings, and return those that make them undone, in the order to make them in.
+
+    If one fails, none is left made.
+    """
+    previous: list[Setting] = []
+    try:
+        for setting in settings:
+            before = Setting(owner=setting.owner, name=setting.name, value=getattr(setting.owner, setting.name))
+            setattr(setting.owner, setting.name, setting.value)
+            previous.insert(0, before)
+    except BaseException:
+        exchange(previous)
+        raise
+    return tuple(previous)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenTable:
     """A tensor that an attention module keeps as an attribute, with an entry for each token.

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tokenprune.errors import CountingError
-from tokenprune.probing import eval_mode, example_images, gathering
+from tokenprune.probing import eval_mode, random_inputs
 from tokenprune.verbs import dense, sparsifier_of, unwrap
 
 if TYPE_CHECKING:
@@ -311,9 +311,9 @@ def flops(
     names = {module: name for name, module in inner.named_modules()}
     block_names = [names[block] for block in sparsifier.backbone.blocks]
     stage_names = [names[stage] for stage in sparsifier.stages]
-    image = example_images(inner, input_size)
+    image = random_inputs(inner, image=(1, *input_size))["image"]
 
-    with eval_mode(inner), gathering(sparsifier), _called_with(inner, forward_kwargs or {}):
+    with eval_mode(inner), sparsifier.executing("gather"), _called_with(inner, forward_kwargs or {}):
         with dense(inner):
             dense_counts = count(inner, image)
         sparse_counts = count(inner, image)

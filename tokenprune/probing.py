@@ -8,32 +8,41 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tokenprune.sparsifier import Sparsifier
+from tokenprune.errors import UnsupportedModelError
 
 
-def example_images(model: nn.Module, input_size: Sequence[int], batch_size: int = 1) -> Tensor:
-    """Random images (batch, *input_size) of the model's dtype on its device."""
+def random_inputs(model: nn.Module, **shapes: Sequence[int]) -> dict[str, Tensor]:
+    """Random numbers of the given shapes, the same every time, of the model's dtype on its device.
+
+    Raises:
+        UnsupportedModelError: The model is on the meta device, where nothing can be run.
+    """
     parameter = next(model.parameters())
-    return torch.rand(batch_size, *input_size, device=parameter.device, dtype=parameter.dtype)
+    if parameter.device.type == "meta":
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is on the meta device and cannot be looked at; give it weights first."
+        )
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.rand(*shape, generator=generator).to(parameter.device, parameter.dtype)
+        for name, shape in shapes.items()
+    }
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode, and afterwards each back in its own."""
+    with kept_modes(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Afterwards put every module back in the mode it is in now."""
     training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
         yield
     finally:
         for module, mode in training.items():
             module.training = mode
-
-
-@contextmanager
-def gathering(sparsifier: Sparsifier) -> Iterator[None]:
-    """Have pruned tokens removed, whatever the execution is set to."""
-    before, sparsifier.execution = sparsifier.execution, "gather"
-    try:
-        yield
-    finally:
-        sparsifier.execution = before

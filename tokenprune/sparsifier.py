@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.attention import AttentionPatch
-from tokenprune.backbone import Backbone, Setting
+from tokenprune.backbone import Backbone, Setting, exchange
 from tokenprune.errors import InterceptionError, StateError
 from tokenprune.grid_methods import GridMethod
 from tokenprune.outputs import without_pruned
@@ -56,7 +56,7 @@ class Sparsifier(nn.Module):
         self._execution: Execution = "auto"
         self.enabled = True
         self._handles: list[RemovableHandle] = []
-        self._previous_settings: list[Setting] = []
+        self._previous_settings: tuple[Setting, ...] = ()
         self._prepare()
 
     # What users set and read
@@ -103,15 +103,21 @@ class Sparsifier(nn.Module):
         finally:
             self.enabled = before
 
+    @contextmanager
+    def executing(self, execution: Execution) -> Iterator[None]:
+        """While it lasts, the execution is this one."""
+        before, self.execution = self.execution, execution
+        try:
+            yield
+        finally:
+            self.execution = before
+
     # Attaching and detaching
 
     def attach(self, model: nn.Module) -> None:
         """Install everything in ``model``, or, if anything fails, nothing."""
         try:
-            for setting in self.backbone.settings:
-                previous = Setting(owner=setting.owner, name=setting.name, value=getattr(setting.owner, setting.name))
-                setattr(setting.owner, setting.name, setting.value)
-                self._previous_settings.append(previous)
+            self._previous_settings = exchange(self.backbone.settings)
             for name in self.backbone.grid_methods:
                 self._tower(model).__dict__[name] = GridMethod(self, self._tower(model), name)
             self._handles += self._install_hooks(model)
@@ -125,12 +131,11 @@ class Sparsifier(nn.Module):
         self._close_interceptions()
         for handle in self._handles:
             handle.remove()
-        for setting in reversed(self._previous_settings):
-            setattr(setting.owner, setting.name, setting.value)
+        exchange(self._previous_settings)
         for name in self.backbone.grid_methods:
             self._tower(model).__dict__.pop(name, None)
         model._modules.pop("tokenprune", None)
-        self._handles, self._previous_settings, self.trace = [], [], None
+        self._handles, self._previous_settings, self.trace = [], (), None
 
     def _tower(self, model: nn.Module) -> nn.Module:
         return model if self.backbone.tower is None else self.backbone.tower

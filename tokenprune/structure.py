@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenprune.backbone import Setting, outermost_attention
+from tokenprune.backbone import Setting, exchange, outermost_attention
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.interception import SOFTMAXES, AttentionCall, Interception
+from tokenprune.probing import eval_mode
 from tokenprune.tokens import output_tokens
 
 
@@ -99,7 +100,7 @@ def observe(
     ]
     norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
     normed: list[tuple[nn.Module, Tensor, Tensor]] = []
-    with _changed(settings), _in_eval_mode(model), ExitStack() as hooks:
+    with _looking(model, settings), ExitStack() as hooks:
         observer = _Observer()
         for candidate in lists:
             for index, module in enumerate(candidate.modules):
@@ -290,44 +291,12 @@ def _fixed_tokens(tokens: Tensor, num_images: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _changed(settings: Sequence[Setting]) -> Iterator[None]:
-    before = [(setting, getattr(setting.owner, setting.name)) for setting in settings]
-    try:
-        for setting in settings:
-            setattr(setting.owner, setting.name, setting.value)
-        yield
-    finally:
-        for setting, value in reversed(before):
-            setattr(setting.owner, setting.name, value)
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode for a while, without a trace in the state of random numbers."""
-    training = {module: module.training for module in model.modules()}
+def _looking(model: nn.Module, settings: Sequence[Setting]) -> Iterator[None]:
+    """The model in eval mode and with settings made, for a while, without a trace in the state of random numbers."""
     devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
-    model.eval()
+    previous = exchange(settings)
     try:
-        with torch.random.fork_rng(devices=devices):
+        with eval_mode(model), torch.random.fork_rng(devices=devices):
             yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
-def random_inputs(model: nn.Module, **shapes: Sequence[int]) -> dict[str, Tensor]:
-    """Random numbers of the given shapes, of the model's dtype on its device.
-
-    Raises:
-        UnsupportedModelError: The model is on the meta device, where nothing can be run.
-    """
-    parameter = next(model.parameters())
-    if parameter.device.type == "meta":
-        raise UnsupportedModelError(
-            f"this {type(model).__name__} is on the meta device and cannot be looked at; give it weights first."
-        )
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.rand(*shape, generator=generator).to(parameter.device, parameter.dtype)
-        for name, shape in shapes.items()
-    }
+        exchange(previous)

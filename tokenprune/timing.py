@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenprune.probing import eval_mode, example_images, gathering
+from tokenprune.probing import eval_mode, random_inputs
 from tokenprune.verbs import dense, sparsifier_of, unwrap
 
 
@@ -104,10 +104,10 @@ def throughput(
     if warmup < 0:
         raise ValueError(f"warmup={warmup}: a number of pairs from 0.")
     sparsifier = sparsifier_of(model)
-    images = example_images(unwrap(model), input_size, batch_size)
+    images = random_inputs(unwrap(model), images=(batch_size, *input_size))["images"]
     dense_seconds: list[float] = []
     sparse_seconds: list[float] = []
-    with eval_mode(model), gathering(sparsifier), torch.no_grad():
+    with eval_mode(model), sparsifier.executing("gather"), torch.no_grad():
         for pair in range(-warmup, pairs):
             with dense(model):
                 before = _seconds(model, images)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.probing import eval_mode
+from tokenprune.probing import eval_mode, kept_modes
 from tokenprune.scorers import Candidates, Scorer
 from tokenprune.sparsifier import Sparsifier
 from tokenprune.tokens import Layout, kept_indices, select
@@ -177,18 +177,13 @@ def _unchanged(model: nn.Module, sparsifier: Sparsifier) -> Iterator[None]:
 
 
 def _gradients(model: nn.Module, sparsifier: Sparsifier, inputs: Any) -> tuple[float, ...]:
-    training = {module: module.training for module in model.modules()}
     for parameter in model.parameters():
         parameter.grad = None
     sparsifier.execution = "mask"
-    model.train()
-    try:
-        with torch.enable_grad():
-            outputs = _run(model, inputs)
-            torch.stack([output.float().square().mean() for output in outputs.values()]).sum().backward()
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with kept_modes(model), torch.enable_grad():
+        model.train()
+        outputs = _run(model, inputs)
+        torch.stack([output.float().square().mean() for output in outputs.values()]).sum().backward()
     found = []
     for stage, probability in zip(sparsifier.stages, sparsifier.plan.keep_probabilities, strict=True):
         if probability == 1:
