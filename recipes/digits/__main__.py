@@ -11,10 +11,11 @@ import typer
 from rich.console import Console
 
 from recipes.digits.demo import run_demo
-from recipes.digits.dense import train_dense
+from recipes.digits.dense import train_digits
 from recipes.digits.model import WEIGHTS
+from recipes.digits.presets import DATA
 from recipes.digits.study import run_study
-from recipes.engine import Interrupted
+from recipes.engine.checkpoints import Interrupted
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console()
@@ -39,7 +40,7 @@ def _resumable() -> Iterator[None]:
 
 @app.command()
 def demo(
-    data: Data = Path("runs/digits-images"),
+    data: Data = DATA,
     output: Output = Path("runs/digits"),
     keep_ratio: Annotated[float, typer.Option(min=0.05, max=1.0, help="ρ: the stages keep ρ, ρ², ρ³.")] = 0.7,
     steps: Steps = 100,
@@ -55,7 +56,7 @@ def demo(
             output = output / "from-scratch"
             weights = output / "dense.safetensors"
             if not weights.exists():
-                train_dense(data, output, weights=weights)
+                train_digits(data, output, weights=weights)
         run_demo(
             data=data,
             output=output,
@@ -69,17 +70,20 @@ def demo(
 
 @app.command()
 def dense(
-    data: Data = Path("runs/digits-images"), output: Output = Path("runs/digits"), steps: Steps = 4000, seed: int = 0
+    data: Data = DATA,
+    output: Output = Path("runs/digits"),
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the 20 000 images.")] = 26,
+    seed: int = 0,
 ) -> None:
     """Train the dense model from scratch and write the weights that the project ships."""
     with _resumable():
-        accuracy = train_dense(data, output, steps=steps, seed=seed)
+        accuracy = train_digits(data, output, epochs=epochs, seed=seed)
         console.print(f"dense accuracy {accuracy:.2%}")
 
 
 @app.command()
 def study(
-    data: Data = Path("runs/digits-images"),
+    data: Data = DATA,
     output: Output = Path("runs/digits"),
     keep_ratio: Annotated[list[float] | None, typer.Option(help="ρ; give it several times.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,

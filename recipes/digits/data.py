@@ -17,7 +17,7 @@ from PIL import Image
 from rich.progress import track
 from sklearn.datasets import load_digits
 
-from recipes.engine import write_whole
+from recipes.engine.checkpoints import write_whole
 
 IMAGE_SIZE = 64
 DIGIT_SCALE = 3

@@ -6,20 +6,22 @@ import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
 
 import tokenprune
 from recipes.digits.data import IMAGE_SIZE, DigitsConfig, make_digits
-from recipes.digits.model import WEIGHTS, load_dense_model
+from recipes.digits.model import WEIGHTS, build_model
 from recipes.digits.picture import kept_tokens_picture
-from recipes.digits.sparse import SparseConfig, SparseResult, fine_tune, fine_tuned_model
-from recipes.engine import evaluate, image_folder_loader, write_whole
+from recipes.digits.sparse import SparseConfig, SparseResult, fine_tune
+from recipes.dynamicvit import SparseSettings
+from recipes.engine.checkpoints import write_whole
+from recipes.engine.data import loader, open_images
+from recipes.engine.fitting import evaluate_dense
+from recipes.engine.models import data_config
 
 INPUT_SIZE = (3, IMAGE_SIZE, IMAGE_SIZE)
 SCORERS = ("predictor", "random", "static")
@@ -79,28 +81,19 @@ def run_demo(
     """
     output.mkdir(parents=True, exist_ok=True)
     make_digits(data, digits)
-    validation = image_folder_loader(data, "validation", image_size=IMAGE_SIZE, batch_size=250)
-    dense_accuracy = evaluate(load_dense_model(dense_weights), validation)
-    results = [
-        fine_tune(
-            SparseConfig(scorer=scorer, keep_ratio=keep_ratio, steps=steps, seed=seed),
-            data,
-            output,
-            validation,
-            dense_weights,
-        )
-        for scorer in SCORERS
-    ]
-    rows = _measure(dense_accuracy, results, output, console, pairs)
-    images = _examples(validation)
+    configs = [SparseConfig(scorer=scorer, keep_ratio=keep_ratio, steps=steps, seed=seed) for scorer in SCORERS]
+    settings = configs[0].settings(data, output, dense_weights)
+    dense_accuracy = evaluate_dense(settings)["top1"]
+    results = [fine_tune(config, data, output, dense_weights) for config in configs]
+    rows = _measure(dense_accuracy, results, console, pairs)
     title = f"Tokens kept by the learned scorer, ρ = {keep_ratio:g}"
-    kept_tokens_picture(fine_tuned_model(results[0].config, output), images, output / "kept_tokens.png", title)
+    kept_tokens_picture(results[0].model(), _examples(settings), output / "kept_tokens.png", title)
     report = {
         "keep_ratio": keep_ratio,
         "steps": steps,
         "seed": seed,
         "rows": [asdict(row) for row in rows],
-        "runs": [asdict(result) for result in results],
+        "runs": [result.to_dict() for result in results],
         "versions": {"tokenprune": tokenprune.__version__, "torch": torch.__version__, "timm": timm.__version__},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
@@ -110,13 +103,11 @@ def run_demo(
     return rows
 
 
-def _measure(
-    dense_accuracy: float, results: list[SparseResult], output: Path, console: Console, pairs: int
-) -> list[Row]:
+def _measure(dense_accuracy: float, results: list[SparseResult], console: Console, pairs: int) -> list[Row]:
     rows: list[Row] = []
     with console.status("measuring speed"):
         for result in results:
-            model = fine_tuned_model(result.config, output)
+            model = result.model()
             counted = tokenprune.flops(model, INPUT_SIZE)
             timed = tokenprune.throughput(model, INPUT_SIZE, batch_size=64, pairs=pairs)
             if not rows:
@@ -133,11 +124,12 @@ def _measure(
     return rows
 
 
-def _examples(validation: DataLoader[Any]) -> torch.Tensor:
+def _examples(settings: SparseSettings) -> torch.Tensor:
     """Six validation images, spread over the classes."""
-    dataset: Any = validation.dataset
-    chosen = [(2 * index + 1) * len(dataset) // 12 for index in range(6)]
-    return torch.stack([dataset[index][0] for index in chosen])
+    images = open_images(settings, training=False)
+    loader(images, settings, data_config(settings, build_model()), training=False)  # gives the images their transform
+    chosen = [(2 * index + 1) * len(images) // 12 for index in range(6)]
+    return torch.stack([images[index][0] for index in chosen])
 
 
 def table(rows: list[Row], keep_ratio: float) -> Table:

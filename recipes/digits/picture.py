@@ -10,8 +10,8 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from recipes.digits.sparse import attached
-from recipes.engine import write_whole
+from recipes.dynamicvit import attached
+from recipes.engine.checkpoints import write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -10,11 +10,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from recipes.digits.data import IMAGE_SIZE, make_digits
+from recipes.digits.data import make_digits
 from recipes.digits.demo import LABELS, SCORERS
-from recipes.digits.model import load_dense_model
+from recipes.digits.model import WEIGHTS
 from recipes.digits.sparse import SparseConfig, fine_tune
-from recipes.engine import evaluate, image_folder_loader, write_whole
+from recipes.engine.checkpoints import write_whole
+from recipes.engine.fitting import evaluate_dense
 
 
 def run_study(
@@ -30,14 +31,12 @@ def run_study(
     """
     output.mkdir(parents=True, exist_ok=True)
     make_digits(data)
-    validation = image_folder_loader(data, "validation", image_size=IMAGE_SIZE, batch_size=250)
-    accuracies: dict[str, dict[str, list[float]]] = {"1": {"dense": [evaluate(load_dense_model(), validation)]}}
+    settings = SparseConfig(scorer="predictor", keep_ratio=1.0, steps=steps).settings(data, output, WEIGHTS)
+    accuracies: dict[str, dict[str, list[float]]] = {"1": {"dense": [evaluate_dense(settings)["top1"]]}}
     for ratio in keep_ratios:
         accuracies[f"{ratio:g}"] = {
             scorer: [
-                fine_tune(
-                    SparseConfig(scorer=scorer, keep_ratio=ratio, steps=steps, seed=seed), data, output, validation
-                ).accuracy
+                fine_tune(SparseConfig(scorer=scorer, keep_ratio=ratio, steps=steps, seed=seed), data, output).accuracy
                 for seed in seeds
             ]
             for scorer in SCORERS

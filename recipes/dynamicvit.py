@@ -1,0 +1,129 @@
+"""DynamicViT's fine-tuning of a dense timm model: what `recipes.deit`, `recipes.lvvit` and others share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, cast
+
+from accelerate.utils import extract_model_from_parallel
+from rich.console import Console
+from torch import Tensor, nn
+from typer import Option
+
+import tokenprune
+from recipes.dense import SMOKE as SMOKE_DENSE
+from recipes.dense import criterion
+from recipes.engine.fitting import Job, Outcome, fit
+from recipes.engine.optimization import parameter_groups
+from recipes.engine.settings import SettingsError, TrainingSettings
+
+SMOKE = {**SMOKE_DENSE, "frozen_epochs": 0.5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseSettings(TrainingSettings):
+    """Settings of a run that sparsifies; the defaults are DynamicViT's (arXiv 2106.02034)."""
+
+    model: Annotated[str, Option(help="timm's name of the dense model.")]
+    keep_ratio: Annotated[
+        list[float] | None, Option(help="ρ keeps ρ, ρ², ρ³ of the patches; or give one ratio for each stage. [0.7]")
+    ] = None
+    stages: Annotated[
+        list[int] | None, Option(help="Blocks in front of which to prune; a quarter apart if not given.")
+    ] = None
+    scorer: Annotated[str, Option(help="What scores tokens: predictor, cls_attention, random, static.")] = "predictor"
+    backbone_factor: Annotated[float, Option(min=0, help="The backbone's learning rate ÷ the predictors'.")] = 0.01
+    frozen_epochs: Annotated[float, Option(min=0, help="Epochs in which the predictors learn alone.")] = 5.0
+    kl_weight: Annotated[float, Option(min=0, help="λ_KL.")] = 0.5
+    distill_weight: Annotated[float, Option(min=0, help="λ_distill.")] = 0.5
+    ratio_weight: Annotated[float, Option(min=0, help="λ_ratio.")] = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.frozen_epochs > self.epochs:
+            raise SettingsError(f"frozen_epochs={self.frozen_epochs} is more than epochs={self.epochs}.")
+
+    @property
+    def ratio(self) -> float | list[float]:
+        """The keep ratio as `tokenprune.sparsify` takes it."""
+        ratios = self.keep_ratio or [0.7]
+        return ratios[0] if len(ratios) == 1 else ratios
+
+
+def fine_tune(
+    settings: SparseSettings,
+    *,
+    model_options: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+    description: str | None = None,
+) -> Outcome:
+    """Sparsify the dense model and train it against itself; see `recipes.engine.fitting.fit`."""
+
+    def prepare(model: nn.Module, images_a_step: int) -> Job:
+        teacher = copy.deepcopy(model)
+        try:
+            sparse = tokenprune.sparsify(model, settings.stages, settings.ratio, scorer=settings.scorer)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+        sparsifier = attached(sparse)
+        freeze_embeddings(sparse)
+        if settings.activation_checkpointing:
+            cast(Any, sparse).set_grad_checkpointing()
+        scorers = set(sparsifier.parameters())
+        return Job(
+            model=sparse,
+            loss_function=Objective(teacher, settings),
+            parameter_groups=parameter_groups(
+                sparse,
+                learning_rate=settings.learning_rate * images_a_step / 1024,
+                weight_decay=settings.weight_decay,
+                slow=[parameter for parameter in sparse.parameters() if parameter not in scorers],
+                slow_factor=settings.backbone_factor,
+            ),
+            frozen_epochs=settings.frozen_epochs,
+            find_unused_parameters=1.0 in sparsifier.plan.keep_probabilities,
+        )
+
+    return fit(
+        settings,
+        prepare,
+        description=description or f"{settings.model}, ρ {settings.ratio}",
+        model_options=model_options,
+        console=console,
+    )
+
+
+class Objective(nn.Module):
+    """DynamicViT's loss, beside it in the log the share of patch tokens that every stage keeps."""
+
+    def __init__(self, teacher: nn.Module, settings: SparseSettings) -> None:
+        super().__init__()
+        self.loss = tokenprune.DynamicViTLoss(
+            teacher,
+            criterion=criterion(settings),
+            kl_weight=settings.kl_weight,
+            distill_weight=settings.distill_weight,
+            ratio_weight=settings.ratio_weight,
+        )
+
+    def forward(self, model: nn.Module, inputs: Tensor, outputs: Any, targets: Tensor) -> dict[str, Tensor]:
+        """The parts of the loss, and ``kept_1``, ``kept_2`` … as fractions."""
+        parts: dict[str, Tensor] = self.loss(model, inputs, outputs, targets)
+        trace = attached(extract_model_from_parallel(model, keep_torch_compile=False)).trace
+        assert trace is not None  # the loss has looked at it
+        return {**parts, **{f"kept_{stage}": keep.detach().mean() for stage, keep in enumerate(trace.keep, start=1)}}
+
+
+def freeze_embeddings(model: nn.Module) -> None:
+    """Class token and position embedding stay what they are, as in the paper's schedule."""
+    for name in ("cls_token", "pos_embed"):
+        parameter = getattr(model, name, None)
+        if isinstance(parameter, nn.Parameter):
+            parameter.requires_grad_(False)
+
+
+def attached(model: nn.Module) -> tokenprune.Sparsifier:
+    """``model.tokenprune``, with its type."""
+    return cast(tokenprune.Sparsifier, model.tokenprune)

@@ -1,0 +1,188 @@
+"""Images through timm's data sets, loaders and augmentation; damaged ones are skipped and counted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_loader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from recipes.engine.randomness import seed_everything
+from recipes.engine.settings import TrainingSettings
+
+logger = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """The data cannot be read, or too much of it is damaged."""
+
+
+class Images(Dataset[tuple[Any, int]]):
+    """A data set of timm's, whose images are augmented alike in every run and process.
+
+    The random numbers of an image depend on the seed, the epoch and its index alone. An image that
+    cannot be decoded is replaced by the next one that can.
+
+    Attributes:
+        transform: From a PIL image to a tensor; timm's loader sets it.
+        damaged: Which images could not be read, (number of images,) of bool, shared with the worker processes.
+    """
+
+    transform: Callable[[Any], Any] | None = None
+
+    def __init__(self, samples: Any, *, seed: int, max_damaged: int) -> None:
+        self.samples = samples
+        # timm decodes in a place where a failure cannot be counted; so it hands over bytes, and decoding is done here.
+        if hasattr(samples, "load_bytes"):
+            samples.load_bytes = True
+        self.seed = seed
+        self.max_damaged = max_damaged
+        self.damaged = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch it is; workers that are running already hear of it."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        for offset in range(len(self)):
+            place = (index + offset) % len(self)
+            try:
+                image, target = self._read(place)
+                break
+            except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
+                self.damaged[place] = True
+                logger.warning("image %d cannot be read and is skipped: %s", place, error)
+        else:
+            raise DataError(f"none of {len(self)} images can be read.")
+        seed_everything(self.seed, int(self._epoch), place)
+        return (image if self.transform is None else self.transform(image)), target
+
+    def _read(self, place: int) -> tuple[Image.Image, int]:
+        image, target = self.samples[place]
+        if isinstance(image, bytes):
+            image = Image.open(BytesIO(image))
+        return image.convert("RGB"), target
+
+    def check(self) -> None:
+        """Tell the process that trains; what worker processes raise would reach it without its meaning.
+
+        Raises:
+            DataError: More images than ``max_damaged`` could not be read so far.
+        """
+        if int(self.damaged.sum()) > self.max_damaged:
+            names = self.damaged_names()
+            raise DataError(
+                f"{len(names)} images cannot be read and max_damaged={self.max_damaged}: {', '.join(names[:20])}. "
+                "Replace them, or allow more."
+            )
+
+    def damaged_names(self) -> list[str]:
+        """The files, or the indices where there are no files, of images that could not be read so far."""
+        indices = self.damaged.nonzero().flatten().tolist()
+        reader = getattr(self.samples, "reader", None)
+        return [str(index) if reader is None else str(self.samples.filename(index)) for index in indices]
+
+
+def open_images(settings: TrainingSettings, *, training: bool) -> Any:
+    """One split of the data, without a transform.
+
+    Returns:
+        `Images`, or timm's iterable data set for streamed data.
+
+    Raises:
+        DataError: timm cannot open it; the message says what timm says.
+    """
+    if not settings.dataset and not settings.data_dir.exists():
+        raise DataError(f"data_dir={settings.data_dir}: there is no such folder.")
+    split = settings.train_split if training else settings.validation_split
+    try:
+        samples = create_dataset(
+            settings.dataset,
+            root=str(settings.data_dir),
+            split=split,
+            is_training=training,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+    except Exception as error:  # timm and the readers behind it raise what they like, AssertionError among it
+        raise DataError(
+            f"timm cannot open split {split!r} of {settings.data_dir} (dataset={settings.dataset!r}): {error}"
+        ) from error
+    if isinstance(samples, IterableDataset):
+        return samples
+    return Images(samples, seed=settings.seed, max_damaged=settings.max_damaged)
+
+
+def number_of_classes(images: Any, settings: TrainingSettings) -> int:
+    """The number of classes that the data has.
+
+    Raises:
+        DataError: The data does not say, or says something else than the settings.
+    """
+    samples = images.samples if isinstance(images, Images) else images
+    classes = getattr(getattr(samples, "reader", samples), "class_to_idx", None)
+    if not classes:
+        if settings.num_classes is None:
+            raise DataError(f"{settings.data_dir} does not tell its number of classes; give num_classes.")
+        return settings.num_classes
+    if settings.num_classes not in (None, len(classes)):
+        raise DataError(f"num_classes={settings.num_classes}, but {settings.data_dir} has {len(classes)} classes.")
+    return len(classes)
+
+
+def loader(
+    images: Any, settings: TrainingSettings, data_config: Mapping[str, Any], *, training: bool
+) -> DataLoader[Any]:
+    """The loader that timm makes: augmented and shuffled batches for training, centre crops in order for validation.
+
+    Args:
+        images: What `open_images` returned.
+        settings: Batch size, augmentation, workers.
+        data_config: Input size, mean, deviation, interpolation and crop as `timm.data.resolve_data_config` has them.
+        training: Which of the two; incomplete batches are dropped in training.
+    """
+    size: tuple[int, ...] = data_config["input_size"]
+    made: DataLoader[Any] = create_loader(
+        images,
+        input_size=size,
+        batch_size=settings.batch_size,
+        is_training=training,
+        scale=(settings.min_crop, 1.0),
+        ratio=(1.0, 1.0) if settings.min_crop == 1 else (3 / 4, 4 / 3),
+        hflip=settings.horizontal_flip,
+        color_jitter=settings.color_jitter or None,
+        auto_augment=settings.auto_augment or None,
+        re_prob=settings.random_erasing if training else 0.0,
+        re_mode="pixel",
+        interpolation=data_config["interpolation"],
+        mean=data_config["mean"],
+        std=data_config["std"],
+        crop_pct=data_config["crop_pct"],
+        crop_mode=data_config["crop_mode"],
+        num_workers=settings.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        use_prefetcher=False,
+        persistent_workers=settings.num_workers > 0,
+    )
+    return made
+
+
+def first_batches(loader: Any, number: int | None) -> Iterator[Any]:
+    """The first batches of a prepared loader, all if ``number`` is ``None``; it is told where that is its end."""
+    for index, batch in enumerate(loader):
+        if isinstance(loader.dataset, Images):
+            loader.dataset.check()
+        if index == number:
+            if hasattr(loader, "end"):
+                loader.end()
+            return
+        yield batch

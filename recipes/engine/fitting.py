@@ -1,0 +1,156 @@
+"""From settings to a trained model: data, dense model, what a recipe makes of it, training, results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import nn
+
+import tokenprune
+from recipes.engine.checkpoints import write_whole
+from recipes.engine.data import loader, number_of_classes, open_images
+from recipes.engine.evaluation import evaluate, is_sparsified
+from recipes.engine.models import data_config, dense_model
+from recipes.engine.randomness import seed_everything
+from recipes.engine.settings import TrainingSettings
+from recipes.engine.training import LossFunction, images_a_step, make_accelerator, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a recipe makes of a dense model.
+
+    Attributes:
+        model: What to train.
+        loss_function: As `recipes.engine.training.train` takes it.
+        parameter_groups: From `recipes.engine.optimization.parameter_groups`.
+        frozen_epochs: Epochs for which groups that wait have learning rate 0.
+        find_unused_parameters: Whether some parameters get no gradient in some steps.
+    """
+
+    model: nn.Module
+    loss_function: LossFunction
+    parameter_groups: list[dict[str, Any]]
+    frozen_epochs: float = 0.0
+    find_unused_parameters: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run reached.
+
+    Attributes:
+        model: The trained model, or its running average.
+        scores: As `recipes.engine.evaluation.evaluate_both` has them.
+        gmacs: ``dense``, and of a sparsified model ``sparse``: 10⁹ multiply-adds an image.
+    """
+
+    model: nn.Module
+    scores: Mapping[str, float]
+    gmacs: Mapping[str, float]
+
+
+def fit(
+    settings: TrainingSettings,
+    prepare: Callable[[nn.Module, int], Job],
+    *,
+    description: str,
+    model_options: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> Outcome:
+    """Train what ``prepare`` makes of the dense model, and write results and weights to ``settings.output``.
+
+    ``results.json`` has settings, scores, multiply-adds and versions; ``model.safetensors`` the weights.
+
+    Args:
+        settings: All that decides the run.
+        prepare: Called with the dense model and the number of images that a step takes; returns the `Job`.
+        description: What the progress bar says.
+        model_options: Further arguments of the dense model.
+        console: Where the table of results goes; nowhere if not given.
+
+    Raises:
+        SettingsError, DataError, Interrupted, FloatingPointError: As `recipes.engine.training.train`.
+    """
+    accelerator = make_accelerator(settings)
+    training, validation = open_images(settings, training=True), open_images(settings, training=False)
+    num_classes = number_of_classes(training, settings)
+    seed_everything(settings.seed)
+    dense = dense_model(settings, num_classes, **(model_options or {}))
+    config = data_config(settings, dense)
+    job = prepare(dense, images_a_step(accelerator, settings))
+    model, scores = train(
+        accelerator,
+        job.model,
+        job.loss_function,
+        job.parameter_groups,
+        loader(training, settings, config, training=True),
+        loader(validation, settings, config, training=False),
+        settings,
+        description=description,
+        num_classes=num_classes,
+        frozen_epochs=job.frozen_epochs,
+        find_unused_parameters=job.find_unused_parameters,
+    )
+    outcome = Outcome(model=model, scores=scores, gmacs=gmacs(model, config["input_size"]))
+    if accelerator.is_main_process:
+        _write(outcome, settings)
+        if console is not None:
+            console.print(_table(outcome))
+    accelerator.wait_for_everyone()
+    return outcome
+
+
+def evaluate_dense(settings: TrainingSettings) -> dict[str, float]:
+    """Accuracy of the dense model that the settings start from; see `recipes.engine.evaluation.evaluate`."""
+    accelerator = make_accelerator(settings)
+    images = open_images(settings, training=False)
+    model = dense_model(settings, number_of_classes(images, settings)).to(accelerator.device)
+    batches = loader(images, settings, data_config(settings, model), training=False)
+    return evaluate(accelerator, model, accelerator.prepare(batches), batches=settings.validation_batches)
+
+
+def gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, float]:
+    """10⁹ multiply-adds an image of a dense model, or of both paths of a sparsified one."""
+    if not is_sparsified(model):
+        report = tokenprune.flops(tokenprune.sparsify(model, keep_ratio=1.0, scorer="random"), input_size)
+        tokenprune.unsparsify(model)
+        return {"dense": report.dense_gmacs}
+    report = tokenprune.flops(model, input_size)
+    return {"dense": report.dense_gmacs, "sparse": report.sparse_gmacs}
+
+
+def _write(outcome: Outcome, settings: TrainingSettings) -> None:
+    results = {
+        "settings": settings.to_dict(),
+        "scores": dict(outcome.scores),
+        "gmacs": dict(outcome.gmacs),
+        "versions": {name: version(name) for name in ("tokenprune", "torch", "timm", "accelerate")},
+    }
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in outcome.model.state_dict().items()}
+    write_whole(settings.output / "model.safetensors", lambda partial: save_file(state, partial))
+    write_whole(
+        settings.output / "results.json", lambda partial: partial.write_text(json.dumps(results, indent=2) + "\n")
+    )
+
+
+def _table(outcome: Outcome) -> Table:
+    table = Table("path", "top-1", "top-5", "GMACs", "kept a stage")
+    kept = " / ".join(f"{value:.0%}" for name, value in outcome.scores.items() if name.startswith("kept_"))
+    rows = [("sparse", ""), ("dense", "dense_")] if "sparse" in outcome.gmacs else [("dense", "")]
+    for path, prefix in rows:
+        top1, top5 = (outcome.scores.get(f"{prefix}{name}") for name in ("top1", "top5"))
+        table.add_row(
+            path,
+            *("–" if value is None else f"{value:.2%}" for value in (top1, top5)),
+            f"{outcome.gmacs[path]:.4g}",
+            kept if path == "sparse" else "",
+        )
+    return table

@@ -1,0 +1,322 @@
+"""The training loop: one optimisation step after another, evaluated, resumable and interruptible."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, GradientAccumulationPlugin
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from recipes.engine.checkpoints import Checkpoints, Interrupted, write_whole
+from recipes.engine.data import DataError, Images, first_batches
+from recipes.engine.evaluation import evaluate_both
+from recipes.engine.logbook import Logbook
+from recipes.engine.optimization import Schedule
+from recipes.engine.randomness import seed_everything
+from recipes.engine.settings import SettingsError, TrainingSettings, check_continuation
+
+LossFunction = Callable[[nn.Module, Tensor, Any, Tensor], Mapping[str, Tensor]]
+
+
+@dataclass
+class Position:
+    """Where a run is, in a form that Accelerate saves and restores.
+
+    Attributes:
+        step: Optimisation steps done.
+        best: Highest top-1 accuracy so far.
+        images: Images a step takes; a run goes on only with as many.
+    """
+
+    step: int = 0
+    best: float = -1.0
+    images: int = 0
+
+    def state_dict(self) -> dict[str, float]:
+        """The fields."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take the fields over."""
+        self.step, self.best, self.images = int(state["step"]), state["best"], int(state["images"])
+
+
+def make_accelerator(settings: TrainingSettings) -> Accelerator:
+    """An accelerator as the settings want it; what ``accelerate launch`` was told applies."""
+    return Accelerator(
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=settings.accumulation, sync_with_dataloader=False
+        ),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
+        dynamo_backend="inductor" if settings.compile else None,
+        log_with=None if settings.tracker == "none" else settings.tracker,
+        project_dir=str(settings.output),
+    )
+
+
+def images_a_step(accelerator: Accelerator, settings: TrainingSettings) -> int:
+    """Images that one optimisation step takes, on all processes together."""
+    return settings.batch_size * settings.accumulation * int(accelerator.num_processes)
+
+
+def train(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loss_function: LossFunction,
+    parameter_groups: list[dict[str, Any]],
+    training: DataLoader[Any],
+    validation: DataLoader[Any] | None,
+    settings: TrainingSettings,
+    *,
+    description: str,
+    num_classes: int,
+    frozen_epochs: float = 0.0,
+    find_unused_parameters: bool = False,
+) -> tuple[nn.Module, dict[str, float]]:
+    """Train ``model`` in place.
+
+    Every random number is drawn from the seed, the epoch and the place in it. So a run that was
+    stopped at any moment and is continued gives the same weights, and one on several processes
+    sees the same batches as one process that accumulates as many of them a step.
+
+    Args:
+        accelerator: From `make_accelerator`.
+        model: What to train.
+        loss_function: Called as ``loss_function(model, inputs, outputs, targets)``; returns named
+            scalars, of which ``"loss"`` is minimised and all are logged.
+        parameter_groups: From `recipes.engine.optimization.parameter_groups`.
+        training: Batches of images and class indices.
+        validation: Batches to evaluate on after every epoch; ``None`` for no evaluation.
+        settings: All else. With ``resume`` the run in ``output`` goes on, if one is there.
+        description: What the progress bar says.
+        num_classes: Classes that mixup spreads targets over.
+        frozen_epochs: Epochs for which groups that wait have learning rate 0.
+        find_unused_parameters: Whether some parameters get no gradient in some steps.
+
+    Returns:
+        The trained model, or its running average where there is one, unwrapped; and its last evaluation.
+
+    Raises:
+        Interrupted: Ctrl-C was pressed; the state lies in ``output``.
+        SettingsError: ``output`` holds a run and ``resume`` is off, or a run with other settings.
+        DataError: There are too few images for one step.
+        FloatingPointError: The loss is not finite.
+    """
+    checkpoints = Checkpoints(settings.output / "checkpoints")
+    batches_a_step = settings.accumulation * accelerator.num_processes
+    streamed = isinstance(training.dataset, IterableDataset)
+    steps_per_epoch = len(training) // (settings.accumulation if streamed else batches_a_step)
+    if settings.steps_per_epoch is not None:
+        steps_per_epoch = min(steps_per_epoch, settings.steps_per_epoch)
+    if steps_per_epoch == 0:
+        raise DataError(
+            f"{settings.data_dir} has too few training images for one step of "
+            f"{images_a_step(accelerator, settings)}; take a smaller batch."
+        )
+    _claim_output(accelerator, checkpoints, settings)
+
+    position = Position(images=images_a_step(accelerator, settings))
+    schedule = Schedule(
+        steps=settings.epochs * steps_per_epoch,
+        warmup_steps=round(settings.warmup_epochs * steps_per_epoch),
+        min_learning_rate=settings.min_learning_rate,
+        frozen_steps=round(frozen_epochs * steps_per_epoch),
+    )
+    optimizer = create_optimizer_v2(parameter_groups, opt="adamw", lr=0.0, weight_decay=settings.weight_decay)
+    model.to(accelerator.device)
+    average = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
+    for part in (average, loss_function):
+        if isinstance(part, nn.Module):
+            part.to(accelerator.device)
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    training, validation = _prepared(accelerator, training), _prepared(accelerator, validation)
+    accelerator.register_for_checkpointing(position, *([] if average is None else [average]))
+    result_of = average.module if average is not None else model
+
+    newest = checkpoints.newest()
+    if newest is not None:
+        accelerator.load_state(str(newest))
+        if position.images != images_a_step(accelerator, settings):
+            raise SettingsError(
+                f"the run in {settings.output} takes {position.images} images a step, this one "
+                f"{images_a_step(accelerator, settings)}; launch as many processes as before."
+            )
+    accelerator.init_trackers("logs", config={name: str(value) for name, value in settings.to_dict().items()})
+    mixup = _mixup(settings, num_classes)
+    scores: dict[str, float] = {}
+    with (
+        _interrupt_flag() as interrupted,
+        Logbook(accelerator, settings.output, steps=schedule.steps, description=description) as log,
+    ):
+        log.go_on_from(position.step)
+        if position.step == schedule.steps and validation is not None:
+            scores = evaluate_both(accelerator, result_of, validation, batches=settings.validation_batches)
+        wrapped.train()
+        while position.step < schedule.steps:
+            epoch, done = divmod(position.step, steps_per_epoch)
+            totals = _Totals(accelerator)
+            for place, images, targets in _epoch(accelerator, training, epoch, done, steps_per_epoch, settings):
+                seed_everything(settings.seed, epoch, place, 1)
+                if mixup is not None:
+                    images, targets = mixup(images, targets)
+                schedule.set(optimizer, position.step)
+                with accelerator.accumulate(wrapped):
+                    with accelerator.autocast():
+                        parts = loss_function(wrapped, images, wrapped(images), targets)
+                    accelerator.backward(parts["loss"])
+                    if accelerator.sync_gradients and settings.clip_gradient:
+                        accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip_gradient)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                totals.add(parts)
+                if not accelerator.sync_gradients:
+                    continue
+                position.step += 1
+                if average is not None:
+                    average.update(model, step=position.step)
+                log.advance()
+                stop = interrupted[0] and accelerator.num_processes == 1
+                saves = settings.checkpoint_every and position.step % settings.checkpoint_every == 0
+                ends = position.step % steps_per_epoch == 0
+                if stop or saves or ends or position.step % settings.log_every == 0:
+                    means = totals.take()
+                    _check_finite(means, position.step)
+                    rates = {f"learning_rate_{name}": rate for name, rate in _rates(optimizer).items()}
+                    log.write("training", position.step, {**means, **rates, "epoch": position.step / steps_per_epoch})
+                    stop = interrupted[0] if accelerator.num_processes == 1 else _any(accelerator, interrupted[0])
+                if ends and validation is not None:
+                    scores = evaluate_both(accelerator, result_of, validation, batches=settings.validation_batches)
+                    log.write("evaluation", position.step, scores)
+                    _report_damage(log, training)
+                    if scores["top1"] > position.best:
+                        position.best = scores["top1"]
+                        checkpoints.save(accelerator, position.step, "best")
+                if ends or saves or stop:
+                    checkpoints.save(accelerator, position.step)
+                if stop:
+                    raise Interrupted(f"Stopped after step {position.step} of {schedule.steps}.")
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    return result_of, scores
+
+
+def _claim_output(accelerator: Accelerator, checkpoints: Checkpoints, settings: TrainingSettings) -> None:
+    """Write the settings beside the run, or find that the run there is this one."""
+    saved = settings.output / "settings.yaml"
+    if checkpoints.newest() is not None and not settings.resume:
+        raise SettingsError(f"{settings.output} holds a run already; add --resume, or take another --output.")
+    if saved.exists() and settings.resume:
+        check_continuation(settings, saved.read_text())
+    elif accelerator.is_main_process:
+        settings.output.mkdir(parents=True, exist_ok=True)
+        write_whole(saved, lambda partial: partial.write_text(settings.to_yaml()))
+        (settings.output / "log.jsonl").unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+
+
+def _prepared(accelerator: Accelerator, loader: DataLoader[Any] | None) -> Any:
+    """The loader, shared out among the processes; timm's streamed data sets share themselves out."""
+    if loader is not None and isinstance(loader.dataset, IterableDataset):
+        return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
+    return None if loader is None else accelerator.prepare(loader)
+
+
+def _epoch(
+    accelerator: Accelerator, loader: Any, epoch: int, done: int, steps: int, settings: TrainingSettings
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The batches of an epoch after so many steps of it are done, each with its place among those of all processes."""
+    for owner in (loader, loader.dataset):
+        if hasattr(owner, "set_epoch"):
+            owner.set_epoch(epoch)
+    first = done * settings.accumulation
+    rest = accelerator.skip_first_batches(loader, first) if first else loader
+    for index, (images, targets) in enumerate(first_batches(rest, steps * settings.accumulation - first), start=first):
+        yield index * accelerator.num_processes + accelerator.process_index, images, targets
+
+
+def _mixup(settings: TrainingSettings, num_classes: int) -> Mixup | None:
+    if not settings.mixup and not settings.cutmix:
+        return None
+    return Mixup(
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        label_smoothing=settings.label_smoothing,
+        num_classes=num_classes,
+    )
+
+
+class _Totals:
+    """Sums of the parts of the loss since they were last taken, without waiting for the device."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        for name, value in parts.items():
+            value = value.detach().float()
+            self.sums[name] = value if name not in self.sums else self.sums[name] + value
+        self.count += 1
+
+    def take(self) -> dict[str, float]:
+        """The means over all processes."""
+        names = list(self.sums)
+        means = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]) / self.count, "mean")
+        self.sums, self.count = {}, 0
+        return dict(zip(names, means.tolist(), strict=True))
+
+
+def _check_finite(means: Mapping[str, float], step: int) -> None:
+    if not math.isfinite(means["loss"]):
+        raise FloatingPointError(
+            f"the loss is {means['loss']} at step {step}: {dict(means)}. The checkpoint before it is whole: "
+            "resume with a gradient limit (--clip-gradient 1), bf16 in place of fp16, or another seed."
+        )
+
+
+def _rates(optimizer: Any) -> dict[str, float]:
+    return {("backbone" if group["waits"] else "base"): group["lr"] for group in optimizer.param_groups}
+
+
+def _any(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether any process has the flag set, so that all of them stop at the same step."""
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+
+
+def _report_damage(log: Logbook, loader: Any) -> None:
+    images = loader.dataset
+    if isinstance(images, Images) and images.damaged.any():
+        names = images.damaged_names()
+        log.say(f"[yellow]{len(names)} damaged image(s) skipped so far:[/] {', '.join(names)}")
+
+
+@contextmanager
+def _interrupt_flag() -> Iterator[list[bool]]:
+    """Turn the first Ctrl-C into a flag, so that a step is never torn; the second one is immediate."""
+    flag = [False]
+
+    def on_interrupt(signum: int, frame: Any) -> None:
+        if flag[0]:
+            raise KeyboardInterrupt
+        flag[0] = True
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, previous)
