@@ -96,8 +96,8 @@ def test_static_resizes_its_map_to_another_grid() -> None:
         Static((6, 6))(unknown)
 
 
-@pytest.mark.parametrize("scorer", ["random", "static"])
-def test_mask_equals_gather_for_the_baselines(scorer: str) -> None:
+@pytest.mark.parametrize("scorer", ["random", "static", "cls_attention"])
+def test_mask_equals_gather_for_other_scorers(scorer: str) -> None:
     case = BY_NAME["timm no class token, average"]
     model, images = case.sparsified(scorer=scorer), case.images()
     with torch.no_grad():
@@ -118,7 +118,9 @@ def test_random_keeps_exact_counts_in_training() -> None:
 
 
 def test_scorers_by_name_or_by_hand() -> None:
-    with pytest.raises(ValueError, match=r"scorer='best' is unknown; choose from \['predictor', 'random', 'static'\]"):
+    with pytest.raises(
+        ValueError, match=r"scorer='best' is unknown; choose from \['cls_attention', 'predictor', 'random', "
+    ):
         scorer_builder("best")
     with pytest.raises(TypeError, match="a callable that takes a ScorerContext"):
         scorer_builder(Random())  # type: ignore[arg-type]

@@ -32,13 +32,13 @@ def step(
     return total.detach()
 
 
-def train_one_process(rank: int, name: str, folder: Path) -> None:
+def train_one_process(rank: int, name: str, scorer: str, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=NUM_PROCESSES
     )
     case = BY_NAME[name]
-    model, teacher = case.sparsified().train(), case.model()
+    model, teacher = case.sparsified(scorer=scorer).train(), case.model()
     wrapped = DistributedDataParallel(model)
     loss, images = tokenprune.DynamicViTLoss(teacher), case.images(4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -52,15 +52,23 @@ def train_one_process(rank: int, name: str, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["timm class token", "transformers ViT classifier"])
-def test_two_processes_train_one_model(name: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_one_process, (name, tmp_path), nprocs=NUM_PROCESSES)
+@pytest.mark.parametrize(
+    ("name", "scorer"),
+    [
+        ("timm class token", "predictor"),
+        ("timm class token", "cls_attention"),
+        ("transformers ViT classifier", "predictor"),
+    ],
+)
+def test_two_processes_train_one_model(name: str, scorer: str, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_one_process, (name, scorer, tmp_path), nprocs=NUM_PROCESSES)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(NUM_PROCESSES))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
     # The same three steps in one process: each half of the batch with its own random numbers, gradients averaged.
     case = BY_NAME[name]
-    model, loss, images = case.sparsified().train(), tokenprune.DynamicViTLoss(case.model()), case.images(4)
+    model, loss = case.sparsified(scorer=scorer).train(), tokenprune.DynamicViTLoss(case.model())
+    images = case.images(4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for index in range(3):
         optimizer.zero_grad()

@@ -144,6 +144,7 @@ TIMM = [
     ),
     Case("timm no class token, average", _timm(class_token=False, global_pool="avg"), 0),
     Case("timm class token, average, final norm kept", _timm(global_pool="avg", final_norm=True, fc_norm=False), 1),
+    Case("timm registers alone, average", _timm(class_token=False, reg_tokens=4, global_pool="avg"), 4),
     Case("timm registers, average with prefix", _timm(reg_tokens=2, global_pool="avg", pool_include_prefix=True), 3),
     Case("timm average and maximum", _timm(global_pool="avgmax"), 1),
     Case("timm maximum", _timm(global_pool="max"), 1),

@@ -1,9 +1,10 @@
-"""What happens around the attention of a block: pruned tokens are masked, or what it has for all tokens is cut down."""
+"""What happens around the attention of a block: it is masked, or what it has for all tokens cut down, or watched."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.backbone import Backbone
@@ -11,6 +12,7 @@ from tokenprune.errors import InterceptionError
 from tokenprune.interception import BlockInterception, GatherInterception
 from tokenprune.side_inputs import gather_tokens
 from tokenprune.tokens import Layout, sizes
+from tokenprune.watching import Watching
 
 
 class AttentionPatch:
@@ -27,6 +29,8 @@ class AttentionPatch:
         self._masking.num_prefix = (num_prefix, num_prefix + num_late) if num_late else (num_prefix,)
         self._masking.num_suffix = backbone.num_suffix_tokens + backbone.num_inner_tokens
         self._cutting = GatherInterception()
+        self._watching = Watching(backbone, self._cutting)
+        self._received: list[Tensor] = []
         self._full_tables: list[Tensor] = []
         self.cuts = bool(backbone.biased_attention or backbone.token_tables or backbone.shared_token_inputs)
 
@@ -57,6 +61,19 @@ class AttentionPatch:
                 self._full_tables.append(full)
                 setattr(attention, table.name, gather_tokens(full, table.pattern, positions))
 
+    def watch(self, num_patches: int) -> None:
+        """From now on what each patch token receives of the attention is noted; after `mask` or `cut`.
+
+        Args:
+            num_patches: How many there are in the sequence.
+        """
+        self._watching.start(num_patches, self._masking.keep)
+
+    def take_received(self) -> Tensor | None:
+        """What each patch token (B, n) received where attention was watched last; ``None`` where it was not."""
+        received, self._received = self._received, []
+        return torch.stack(received).mean(dim=0) if received else None
+
     def leave(self, attention: nn.Module, *, failed: bool) -> None:
         """Take back what was entered in front of ``attention``.
 
@@ -65,22 +82,36 @@ class AttentionPatch:
             failed: Whether it raised an error.
 
         Raises:
-            InterceptionError: It was to be masked and did not attend in a way that can be.
+            InterceptionError: It was to be masked or watched and did not attend in a way that can be.
         """
         for table in self._backbone.token_tables if self._full_tables else ():
             if table.owner is attention:
                 setattr(attention, table.name, self._full_tables.pop(0))
-        masked = self._masking.keep is not None
-        self.close()
+        masked, watched = self._masking.keep is not None, self._watching.num_patches is not None
+        self._leave_interceptions()
         if masked and self._masking.hits == 0 and not failed:
             raise InterceptionError(
                 f"the attention of {type(attention).__name__} passed neither through scaled_dot_product_attention nor "
                 "through a softmax over all tokens, so pruned tokens could not be masked; use its fused (SDPA) "
                 "attention."
             )
+        if watched and not failed:
+            if len(self._watching.noted) != 1:
+                raise InterceptionError(
+                    f"the attention of {type(attention).__name__} passed {len(self._watching.noted)} times, and not "
+                    "once, through scaled_dot_product_attention or a softmax over all tokens, so what each token "
+                    "receives of it cannot be told; move the stage, or take a scorer that does not go by attention."
+                )
+            self._received += self._watching.noted
 
     def close(self) -> None:
-        """Leave what is still entered, as after an interrupted pass."""
+        """Leave what is still entered, and forget what was noted, as after an interrupted pass."""
+        self._leave_interceptions()
+        self._received = []
+
+    def _leave_interceptions(self) -> None:
+        if self._watching.num_patches is not None:
+            self._watching.stop()
         if self._masking.keep is not None:
             self._masking.leave()
             self._masking.keep = None

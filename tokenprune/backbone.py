@@ -89,6 +89,8 @@ class Backbone:
         tower: The part of the model whose forward pass runs the blocks and pools their tokens, where
             the model is more than that; ``None`` means the model itself.
         num_suffix_tokens: Tokens behind the patch tokens, such as detection tokens; never pruned.
+        class_token: Whether the first prefix token, if there is any, is a class token; ``False`` where all
+            are registers.
         num_late_prefix_tokens: Prefix tokens that join in front between two blocks.
         num_inner_tokens: Tokens that a block adds behind the sequence while it attends.
         num_tail_tokens: Tokens that the tail puts in front of the sequence before it attends.
@@ -126,6 +128,7 @@ class Backbone:
     grid_methods: Sequence[str] = field(default=())
     tower: nn.Module | None = None
     num_suffix_tokens: int = 0
+    class_token: bool = True
     num_late_prefix_tokens: int = 0
     num_inner_tokens: int = 0
     num_tail_tokens: int = 0

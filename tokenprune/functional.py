@@ -98,7 +98,7 @@ def attend(
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if attn_mask is not None:
-        attn_mask = _additive(attn_mask, query)
+        attn_mask = additive(attn_mask, query)
     if not torch.is_grad_enabled():
         bias = _bias(keep, attn_mask, query, own_key)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)
@@ -127,7 +127,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> No
         )
 
 
-def _additive(attn_mask: Tensor, query: Tensor) -> Tensor:
+def additive(attn_mask: Tensor, query: Tensor) -> Tensor:
     """A boolean or additive mask as four dimensions of numbers to add to the scores."""
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -math.inf)
@@ -143,7 +143,8 @@ def _bias(keep: Tensor, attn_mask: Tensor | None, query: Tensor, own_key: bool) 
     return log_keep if attn_mask is None else log_keep + attn_mask.detach()
 
 
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which sums over keys are taken: single precision at least."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -159,11 +160,11 @@ def _written_out(
 ) -> Tensor:
     """The formula as it stands, differentiated by autograd, for what no fused kernel does: dropout."""
     with torch.autocast(query.device.type, enabled=False):
-        dtype = _compute_dtype(query)
+        dtype = compute_dtype(query)
         scores = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale  # (B, H, L, K)
         if attn_mask is not None:
             scores = scores + attn_mask
-        weights = _masked_weights(scores, visible(keep.to(dtype), own_key=own_key)[:, None])
+        weights = masked_weights(scores, visible(keep.to(dtype), own_key=own_key)[:, None])
         weights = F.dropout(weights, dropout_p)
         return (weights @ value.to(dtype)).to(value.dtype)
 
@@ -180,12 +181,12 @@ def masked_softmax(scores: Tensor, keep: Tensor, *, own_key: bool, dtype: torch.
     if dtype is None:
         autocast = torch.is_autocast_enabled(scores.device.type)
         dtype = torch.promote_types(scores.dtype, torch.float32) if autocast else scores.dtype
-    compute = _compute_dtype(scores)
+    compute = compute_dtype(scores)
     with torch.autocast(scores.device.type, enabled=False):
         if scores.dim() == 3:
             keep = keep.repeat_interleave(scores.shape[0] // keep.shape[0], dim=0)
         seen = visible(keep.to(compute), own_key=own_key)  # (B, 1 or L, K)
-        return _masked_weights(scores.to(compute), seen if scores.dim() == 3 else seen[:, None]).to(dtype)
+        return masked_weights(scores.to(compute), seen if scores.dim() == 3 else seen[:, None]).to(dtype)
 
 
 def visible(keep: Tensor, *, own_key: bool) -> Tensor:
@@ -196,7 +197,7 @@ def visible(keep: Tensor, *, own_key: bool) -> Tensor:
     return torch.where(diagonal, 1.0, keep[:, None, :])
 
 
-def _masked_weights(scores: Tensor, seen: Tensor) -> Tensor:
+def masked_weights(scores: Tensor, seen: Tensor) -> Tensor:
     """exp(score) · seen, normalised over the keys; a row that may see nothing gives 0, as with SDPA."""
     top = scores.detach().masked_fill(seen == 0, -math.inf).amax(dim=-1, keepdim=True)
     top = top.masked_fill(top == -math.inf, 0)
@@ -230,7 +231,7 @@ class _MaskedAttention(torch.autograd.Function):
         query, key, value, keep, attn_mask, output, log_sum_exp = ctx.saved_tensors
         operands = (grad, query, key, value, output, log_sum_exp)
         with torch.autocast(query.device.type, enabled=False):
-            blocks = tuple(_blocks(query, key))
+            blocks = tuple(score_blocks(query, key))
             if len(blocks) == 1:  # without the cost of cutting and copying, which counts where all is small
                 *grads, grad_keep, slopes = _backward_block(operands, keep, attn_mask, ctx.own_key, ctx.scale)
                 grad_mask = slopes.sum_to_size(attn_mask.shape).to(attn_mask.dtype) if ctx.needs_input_grad[4] else None
@@ -240,7 +241,7 @@ class _MaskedAttention(torch.autograd.Function):
             grad_keep = torch.zeros_like(keep)
             grad_mask = torch.zeros_like(attn_mask) if ctx.needs_input_grad[4] else None
             for images, heads in blocks:
-                bias = None if attn_mask is None else _mask_block(attn_mask, images, heads)
+                bias = None if attn_mask is None else mask_block(attn_mask, images, heads)
                 *block, block_keep, slopes = _backward_block(
                     [tensor[images, heads] for tensor in operands], keep[images], bias, ctx.own_key, ctx.scale
                 )
@@ -248,7 +249,7 @@ class _MaskedAttention(torch.autograd.Function):
                     whole[images, heads] = part
                 grad_keep[images] += block_keep
                 if grad_mask is not None:
-                    target = _mask_block(grad_mask, images, heads)
+                    target = mask_block(grad_mask, images, heads)
                     target += slopes.sum_to_size(target.shape).to(target.dtype)
         return *grads, grad_keep, grad_mask, None, None
 
@@ -263,16 +264,16 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
             ),
         )
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-    dtype = _compute_dtype(query)
+    dtype = compute_dtype(query)
     log_sum_exp = query.new_empty(query.shape[:-1], dtype=dtype)
     with torch.autocast(query.device.type, enabled=False):
-        for images, heads in _blocks(query, key):
+        for images, heads in score_blocks(query, key):
             scores = query[images, heads].to(dtype) @ key[images, heads].to(dtype).transpose(-1, -2) * scale
-            log_sum_exp[images, heads] = (scores + _mask_block(bias, images, heads)).logsumexp(dim=-1)
+            log_sum_exp[images, heads] = (scores + mask_block(bias, images, heads)).logsumexp(dim=-1)
     return output, log_sum_exp
 
 
-def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
+def score_blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
     """Slices of images and heads whose scores are worked on together."""
     num_images, num_heads = query.shape[:2]
     if torch.compiler.is_compiling():  # the compiler fuses and schedules by itself
@@ -286,7 +287,7 @@ def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(image, image + images), slice(head, head + heads)
 
 
-def _mask_block(mask: Tensor, images: slice, heads: slice) -> Tensor:
+def mask_block(mask: Tensor, images: slice, heads: slice) -> Tensor:
     """The part of a (B or 1, H or 1, L or 1, K) mask that belongs to a block."""
     return mask[images if mask.shape[0] > 1 else slice(None), heads if mask.shape[1] > 1 else slice(None)]
 
@@ -300,7 +301,7 @@ def _backward_block(
     ∂a_ij = G_ij t_ij, ∂keep_j = Σ_{i≠j} t_ij. G is a factor of columns but for the diagonal, so it
     multiplies what the products take or give, never a matrix of scores.
     """
-    dtype, keep_dtype, compute = operands[1].dtype, keep.dtype, _compute_dtype(operands[1])
+    dtype, keep_dtype, compute = operands[1].dtype, keep.dtype, compute_dtype(operands[1])
     grad, query, key, value, output, log_sum_exp = (tensor.to(compute) for tensor in operands)
     shape = query.shape[:2]
     keep_column = keep.to(compute)[:, None, :, None].expand(*shape, -1, 1).flatten(0, 1)  # (b·h, K, 1)

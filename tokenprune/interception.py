@@ -135,7 +135,7 @@ class Masking(Interception):
             raise InterceptionError("causal attention cannot be masked; no ViT is known to use it.")
         key, value = call.key, call.value
         if call.enable_gqa:  # each key and value serves several heads of queries
-            key, value = (_for_each_query_head(tensor, call.query) for tensor in (key, value))
+            key, value = (for_each_query_head(tensor, call.query) for tensor in (key, value))
         return attend(
             call.query,
             key,
@@ -260,14 +260,18 @@ class GatherInterception(Interception):
         return func(*args, **kwargs)
 
     def attention(self, call: AttentionCall) -> Tensor:
-        assert self.positions is not None
+        return self.cut(call).run()
+
+    def cut(self, call: AttentionCall) -> AttentionCall:
+        """The call with a bias for the keys that are there, if it has one for all tokens."""
         bias = call.attn_mask
-        if bias is not None and sizes(bias)[-1] == self.length != sizes(call.key)[-2]:
-            call = call._replace(attn_mask=gather_mask(bias, self.positions))
-        return call.run()
+        if self.positions is None or bias is None or not sizes(bias)[-1] == self.length != sizes(call.key)[-2]:
+            return call
+        return call._replace(attn_mask=gather_mask(bias, self.positions))
 
 
-def _for_each_query_head(tensor: Tensor, query: Tensor) -> Tensor:
+def for_each_query_head(tensor: Tensor, query: Tensor) -> Tensor:
+    """Keys or values that serve several heads of queries each, once for each of these."""
     return tensor.repeat_interleave(query.shape[-3] // tensor.shape[-3], dim=-3)
 
 

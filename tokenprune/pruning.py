@@ -26,14 +26,17 @@ class Decisions(NamedTuple):
     Attributes:
         keep: (B, N) each.
         masks: The same, or ``None`` while nothing is pruned.
+        received: (B, N) each, what the stage's scorer was told of the attention in the block before;
+            ``None`` where it does not ask.
     """
 
     keep: tuple[Tensor, ...] = ()
     masks: tuple[Tensor | None, ...] = ()
+    received: tuple[Tensor | None, ...] = ()
 
     def upto(self, stage: int) -> Decisions:
         """Those of the stages up to one, that one included."""
-        return Decisions(self.keep[: stage + 1], self.masks[: stage + 1])
+        return Decisions(self.keep[: stage + 1], self.masks[: stage + 1], self.received[: stage + 1])
 
 
 class Pruning:
@@ -58,7 +61,14 @@ class Pruning:
         return Layout(self.backbone.num_prefix_tokens, num_patches, self.backbone.num_suffix_tokens)
 
     def mask(
-        self, stage: int, module: Stage, plan: Plan, trace: Trace, decided: Decisions, tokens: Tensor
+        self,
+        stage: int,
+        module: Stage,
+        plan: Plan,
+        trace: Trace,
+        decided: Decisions,
+        tokens: Tensor,
+        received: Tensor | None,
     ) -> Decisions:
         """Have a stage decide in `mask` execution, on tokens (B, L, C), after what was decided before."""
         before = decided.keep[stage - 1] if stage > 0 else None
@@ -66,11 +76,13 @@ class Pruning:
             keep = tokens.new_ones(tokens.shape[0], trace.num_patches) if before is None else before
             mask = decided.masks[stage - 1] if stage > 0 else None
         else:
-            candidates = _candidates(tokens, self._layout(tokens, trace.num_patches), before, None, trace)
+            candidates = _candidates(tokens, self._layout(tokens, trace.num_patches), before, None, trace, received)
             mask = keep = module.mask(candidates, plan.num_keep(trace.num_patches)[stage])
-        return Decisions((*decided.keep, keep), (*decided.masks, mask))
+        return Decisions((*decided.keep, keep), (*decided.masks, mask), (*decided.received, received))
 
-    def gather(self, stage: int, module: Stage, plan: Plan, trace: Trace, tokens: Tensor) -> Tensor:
+    def gather(
+        self, stage: int, module: Stage, plan: Plan, trace: Trace, tokens: Tensor, received: Tensor | None
+    ) -> Tensor:
         """Have a stage decide in `gather` execution, and remove: of tokens (B, K, C) those that go on.
 
         With ``put_back`` the tokens that a block is given are all of them, (B, L, C).
@@ -84,7 +96,8 @@ class Pruning:
             trace.indices.append(everything if before is None else before)
             return tokens
         layout = self._layout(tokens, num_left)
-        chosen = module.gather(_candidates(tokens, layout, None, before, trace), num_keep)  # (B, num_keep)
+        candidates = _candidates(tokens, layout, None, before, trace, received)
+        chosen = module.gather(candidates, num_keep)  # (B, num_keep)
         trace.indices.append(chosen if before is None else before.gather(1, chosen))
         return select(tokens, layout.positions(chosen))
 
@@ -151,7 +164,12 @@ class Pruning:
 
 
 def _candidates(
-    tokens: Tensor, layout: Layout, keep: Tensor | None, indices: Tensor | None, trace: Trace
+    tokens: Tensor,
+    layout: Layout,
+    keep: Tensor | None,
+    indices: Tensor | None,
+    trace: Trace,
+    received: Tensor | None,
 ) -> Candidates:
     return Candidates(
         patches=layout.patches(tokens),
@@ -160,4 +178,5 @@ def _candidates(
         indices=indices,
         num_patches=trace.num_patches,
         grid=trace.grid,
+        attention=received,
     )

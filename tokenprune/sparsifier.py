@@ -149,12 +149,15 @@ class Sparsifier(nn.Module):
         for index in range(first, len(blocks)):
             names = tuple(inspect.signature(blocks[index].forward).parameters)
             yield blocks[index].register_forward_pre_hook(partial(self._before_block, index, names), with_kwargs=True)
-            stage = self._stage_before(index)
-            for attention in self.backbone.attention_modules(index):
-                yield attention.register_forward_pre_hook(partial(self._before_attention, stage))
-                yield attention.register_forward_hook(partial(self._after_attention, stage), always_call=True)
             # In front of hooks that collect hidden states, so that these see what the next block sees.
-            yield blocks[index].register_forward_hook(partial(self._after_block, stage), prepend=True)
+            after_block = partial(self._after_block, self._stage_before(index))
+            yield blocks[index].register_forward_hook(after_block, prepend=True)
+        for index in range(len(blocks)):
+            watcher = self._watcher_of(index)
+            for attention in self.backbone.attention_modules(index) if index >= first or watcher is not None else ():
+                before_attention = partial(self._before_attention, self._stage_before(index), watcher)
+                yield attention.register_forward_pre_hook(before_attention)
+                yield attention.register_forward_hook(self._after_attention, always_call=True)
         for module, keyword in self.backbone.length_inputs:
             yield module.register_forward_pre_hook(partial(self._before_counting, keyword), with_kwargs=True)
         for mixer in self.backbone.weight_mixers:
@@ -166,6 +169,12 @@ class Sparsifier(nn.Module):
     def _stage_before(self, index: int) -> int:
         """The last stage in front of block ``index`` or of one before it."""
         return sum(start <= index for start in self._plan.stages) - 1
+
+    def _watcher_of(self, index: int) -> int | None:
+        """The stage behind block ``index`` whose scorer goes by its attention, if there is one."""
+        number = self._stage_before(index + 1)
+        starts = number >= 0 and self._plan.stages[number] == index + 1
+        return number if starts and cast(Stage, self.stages[number]).scorer.needs_attention else None
 
     # State of one forward pass. Decisions are kept by stage: activation checkpointing runs a block
     # again, in the backward pass, and must then find what was in force when it ran first.
@@ -253,6 +262,7 @@ class Sparsifier(nn.Module):
                 "scorers do not learn."
             )
         self._pruning.forget()
+        self._attention.close()
         self.trace = Trace(
             execution=execution,
             num_patches=num_patches,
@@ -290,7 +300,9 @@ class Sparsifier(nn.Module):
                 pruning.wait(tokens)
             if starts:
                 self._check_grad(block)
-                decisions = pruning.mask(number, stage, self._plan, trace, self._current_decisions(), tokens)
+                decided = self._current_decisions()
+                received = decided.received[number] if _recomputing() else self._attention.take_received()
+                decisions = pruning.mask(number, stage, self._plan, trace, decided, tokens, received)
                 if not _recomputing():
                     self._decisions = decisions
                     trace._keep.append(decisions.keep[-1])
@@ -298,27 +310,41 @@ class Sparsifier(nn.Module):
         self._check_not_recomputed(block)
         if starts:
             pruning.side_inputs.forget()
-            tokens = pruning.gather(number, stage, self._plan, trace, pruning.find(block, args, kwargs))
+            tokens, received = pruning.find(block, args, kwargs), self._attention.take_received()
+            tokens = pruning.gather(number, stage, self._plan, trace, tokens, received)
         elif waits:
             tokens = pruning.left(pruning.find(block, args, kwargs), trace.indices[number], trace)
         if starts or waits:
             args, kwargs = pruning.replace(args, kwargs, tokens)
         return pruning.shorten(args, kwargs, names, trace.indices[number], trace)
 
-    def _before_attention(self, stage: int, attention: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before_attention(self, stage: int, watcher: int | None, attention: nn.Module, args: tuple[Any, ...]) -> None:
         mask = self._mask_of(stage)
         if mask is not None:
             self._check_grad(attention)
             self._attended = True
             self._attention.mask(mask)
-        elif self._attention.cuts and self._gathers():
+        elif stage >= 0 and self._attention.cuts and self._gathers():
             assert self.trace is not None
             self._check_not_recomputed(attention)
             layout = self._pruning.full_layout(self.trace.num_patches)
             self._attention.cut(attention, self.trace.indices[stage], layout, self._pruning.side_inputs.tables())
+        if watcher is not None and self._asks(watcher):
+            assert self.trace is not None
+            left = self.trace.indices[stage] if stage >= 0 and self._gathers() else None
+            self._attention.watch(self.trace.num_patches if left is None else sizes(left)[1])
 
-    def _after_attention(self, stage: int, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_attention(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._attention.leave(attention, failed=output is None)  # None: an exception is passing through
+
+    def _asks(self, number: int) -> bool:
+        """Whether a stage's scorer will be asked in this pass; what it was told is kept for recomputations."""
+        running = self.enabled and self.trace is not None and not _recomputing()
+        return (
+            running
+            and self._plan.keep_probabilities[number] < 1
+            and cast(Stage, self.stages[number]).scorer.needs_attention
+        )
 
     def _before_counting(
         self, keyword: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -338,7 +364,7 @@ class Sparsifier(nn.Module):
         if not self.enabled or self.trace is None or self.trace.execution != "mask":
             return None
         masks = self._current_decisions().masks
-        return masks[stage] if stage < len(masks) else None
+        return masks[stage] if 0 <= stage < len(masks) else None
 
     def _after_block(self, stage: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         mask = self._mask_of(stage)

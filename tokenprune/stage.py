@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.decisions import sample, top_k
+from tokenprune.errors import StateError
 from tokenprune.scorers import Candidates, Scorer
 
 
@@ -40,6 +41,11 @@ class Stage(nn.Module):
         return top_k(self._scores(candidates).detach(), candidates.keep, num_keep)
 
     def _scores(self, candidates: Candidates) -> Tensor:
+        if self.scorer.needs_attention and candidates.attention is None:
+            raise StateError(
+                f"{type(self.scorer).__name__} goes by the attention of the block before its stage, which is not "
+                "looked at since the scorer was put there later; pass it as tokenprune.sparsify(…, scorer=…)."
+            )
         scores: Tensor = self.scorer(candidates)
         expected = candidates.patches.shape[:2]
         if scores.shape != expected:

@@ -11,7 +11,7 @@ from torch import nn
 
 from tokenprune.backbone import Backbone
 from tokenprune.discovery import describe
-from tokenprune.errors import StateError, UnsupportedModelError
+from tokenprune.errors import PlanError, StateError, UnsupportedModelError
 from tokenprune.plan import Plan
 from tokenprune.scorers import Scorer, ScorerBuilder, ScorerContext, scorer_builder
 from tokenprune.sparsifier import Sparsifier
@@ -43,7 +43,8 @@ def sparsify(
             the multiples of depth // 4, such as 3, 6, 9 of 12 blocks.
         keep_ratio: A number ρ keeps ρ, ρ², ρ³ … of the original patch tokens; a sequence gives one
             such fraction a stage. In (0, 1].
-        scorer: ``"predictor"`` (learned, DynamicViT's), ``"random"``, ``"static"``, or a callable
+        scorer: ``"predictor"`` (learned, DynamicViT's), ``"cls_attention"`` (nothing to learn: what a
+            token receives in the block before the stage), ``"random"``, ``"static"``, or a callable
             that takes a `ScorerContext` and returns a new `Scorer`.
         pruned: What becomes of pruned tokens; ``"drop"`` is all there is.
         backbone: What the model looks like, where no adapter says.
@@ -53,7 +54,7 @@ def sparsify(
 
     Raises:
         PlanError: Stages or ratios make no plan for this model.
-        UnsupportedModelError: The model cannot be sparsified; the message says why.
+        UnsupportedModelError: The model cannot be sparsified, or not with this scorer; the message says why.
         StateError: It is sparsified already.
         ValueError, TypeError: The scorer or ``pruned`` is unknown.
 
@@ -75,6 +76,8 @@ def sparsify(
     for built in scorers:
         if not isinstance(built, Scorer):
             raise TypeError(f"scorer={scorer!r} built a {type(built).__name__}; expected a tokenprune.Scorer.")
+    if any(built.needs_attention for built in scorers):
+        _check_attention(plan, backbone, scorer)
     sparsifier = Sparsifier(plan, backbone, scorers)
     for index, stage in zip(plan.stages, sparsifier.stages, strict=True):
         parameter = next(backbone.blocks[index].parameters(), None)
@@ -129,6 +132,20 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is not None and not isinstance(model._modules.get("tokenprune"), Sparsifier):
             return unwrap(inner)
     return model
+
+
+def _check_attention(plan: Plan, backbone: Backbone, scorer: str | ScorerBuilder) -> None:
+    if plan.stages[0] == 0:
+        raise PlanError(
+            f"stages={plan.stages}: scorer={scorer!r} goes by the attention of the block before a stage, and there is "
+            "none before block 0; move the stage, or take another scorer."
+        )
+    if backbone.weight_mixers:
+        mixer = type(backbone.weight_mixers[0]).__name__
+        raise UnsupportedModelError(
+            f"scorer={scorer!r} goes by attention, whose weights this model mixes over the heads afterwards (by a "
+            f"{mixer}), so what a token receives cannot be told; take another scorer."
+        )
 
 
 def _check_model(model: nn.Module) -> None:

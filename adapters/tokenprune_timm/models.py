@@ -50,6 +50,7 @@ def describe(model: nn.Module) -> Backbone:
         patch_size=patch_size,
         grid_size=None if patch_size is None else _grid(_image_size(model), patch_size),
         settings=settings,
+        class_token=any(name.endswith("cls_token") for name, _ in model.named_parameters()),
         grid_methods=tuple(method for method in _GRID_METHODS if callable(getattr(type(model), method, None))),
     )
 

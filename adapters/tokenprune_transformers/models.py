@@ -112,6 +112,7 @@ def describe(model: nn.Module) -> Backbone:
         family = {**family, "length_inputs": [(module, "dim_size") for module in biases]}
     patch_size = None if getattr(config, "patch_size", None) is None else pair(config.patch_size)
     size = image_size(tower, config)
+    own_names = [name.rpartition(".")[2] for name, _ in tower.named_parameters()]
     dense = {"put_back": True} if any(part in one for part in (*_DENSE, "VJEPA2Model") for one in names) else {}
     return Backbone(
         **structure._asdict(),
@@ -119,6 +120,7 @@ def describe(model: nn.Module) -> Backbone:
         patch_size=patch_size,
         grid_size=None if patch_size is None else (size[0] // patch_size[0], size[1] // patch_size[1]),
         settings=settings,
+        class_token=any(name.startswith(("cls_", "class_")) for name in own_names),
         tower=tower if composite else None,
         leave_pruned=bool(names & {*_TAKING_ANY_NUMBER}),
     )

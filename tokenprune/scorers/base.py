@@ -24,6 +24,9 @@ class Candidates(NamedTuple):
             all N in order.
         num_patches: N, the patch tokens of the image before any pruning.
         grid: Rows and columns of patches in the image, ``None`` where unknown.
+        attention: (B, n), for scorers with ``needs_attention``: what each patch token received in the
+            block before, the mean over heads of the class token's attention weights or, where there is
+            no class token, of those of all tokens left. Tokens pruned earlier have 0. No gradient.
     """
 
     patches: Tensor
@@ -32,6 +35,7 @@ class Candidates(NamedTuple):
     indices: Tensor | None
     num_patches: int
     grid: tuple[int, int] | None
+    attention: Tensor | None = None
 
 
 class ScorerContext(NamedTuple):
@@ -53,10 +57,13 @@ class Scorer(nn.Module):
 
     A subclass implements `forward`. With ``probabilistic = True`` a score is the log-odds of keeping
     the token, log p − log(1 − p), and in training decisions are sampled from it, with a gradient.
-    With ``False`` scores only rank, and the top k are kept in training too.
+    With ``False`` scores only rank, and the top k are kept in training too. With
+    ``needs_attention = True`` the attention of the block before the stage is looked at, and
+    `Candidates` carries what each token received.
     """
 
     probabilistic: bool = False
+    needs_attention: bool = False
 
     def forward(self, candidates: Candidates) -> Tensor:
         """Score the candidates.
