@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from recipes.digits.model import WEIGHTS, build_model
 from recipes.digits.presets import DIGITS_SPARSE, learning_rates
 from recipes.dynamicvit import SparseSettings
 from recipes.dynamicvit import fine_tune as fine_tune_sparse
+from recipes.engine.fitting import read_results
 from recipes.engine.logbook import read_log
 
 STEPS_PER_EPOCH = 100
@@ -81,7 +81,9 @@ class SparseResult:
 
     def model(self) -> nn.Module:
         """The fine-tuned model."""
-        model: nn.Module = tokenprune.sparsify(build_model(), keep_ratio=self.config.keep_ratio, scorer=self.config.scorer)
+        model: nn.Module = tokenprune.sparsify(
+            build_model(), keep_ratio=self.config.keep_ratio, scorer=self.config.scorer
+        )
         model.load_state_dict(load_file(self.folder / "model.safetensors"))
         return model
 
@@ -99,12 +101,13 @@ def fine_tune(config: SparseConfig, data: Path, output: Path, dense_weights: Pat
         Interrupted: Ctrl-C was pressed; the same call goes on where it stopped.
     """
     settings = config.settings(data, output, dense_weights)
-    results = settings.output / "results.json"
-    if not results.exists():
+    if read_results(settings) is None:
         fine_tune_sparse(settings, description=f"{config.scorer}, ρ {config.keep_ratio:g}")
+    made = read_results(settings)
+    assert made is not None
     return SparseResult(
         config=config,
         folder=settings.output,
-        accuracy=json.loads(results.read_text())["scores"]["top1"],
+        accuracy=made["scores"]["top1"],
         kept=[round(line["kept_3"], 4) for line in read_log(settings.output, "training")],
     )

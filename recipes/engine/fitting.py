@@ -9,7 +9,6 @@ from importlib.metadata import version
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
@@ -19,7 +18,8 @@ from recipes.engine.data import loader, number_of_classes, open_images
 from recipes.engine.evaluation import evaluate, is_sparsified
 from recipes.engine.models import data_config, dense_model
 from recipes.engine.randomness import seed_everything
-from recipes.engine.settings import TrainingSettings
+from recipes.engine.settings import TrainingSettings, check_continuation
+from recipes.engine.tables import Table
 from recipes.engine.training import LossFunction, images_a_step, make_accelerator, train
 
 
@@ -64,6 +64,7 @@ def fit(
     description: str,
     model_options: Mapping[str, Any] | None = None,
     console: Console | None = None,
+    count: Callable[[nn.Module, tuple[int, int, int]], dict[str, float]] | None = None,
 ) -> Outcome:
     """Train what ``prepare`` makes of the dense model, and write results and weights to ``settings.output``.
 
@@ -75,6 +76,7 @@ def fit(
         description: What the progress bar says.
         model_options: Further arguments of the dense model.
         console: Where the table of results goes; nowhere if not given.
+        count: Counts multiply-adds in place of `gmacs`, where the model is made cheaper by something else.
 
     Raises:
         SettingsError, DataError, Interrupted, FloatingPointError: As `recipes.engine.training.train`.
@@ -99,11 +101,11 @@ def fit(
         frozen_epochs=job.frozen_epochs,
         find_unused_parameters=job.find_unused_parameters,
     )
-    outcome = Outcome(model=model, scores=scores, gmacs=gmacs(model, config["input_size"]))
+    outcome = Outcome(model=model, scores=scores, gmacs=(count or gmacs)(model, config["input_size"]))
     if accelerator.is_main_process:
         _write(outcome, settings)
         if console is not None:
-            console.print(_table(outcome))
+            console.print(_table(outcome).rich())
     accelerator.wait_for_everyone()
     return outcome
 
@@ -127,6 +129,20 @@ def gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, float
     return {"dense": report.dense_gmacs, "sparse": report.sparse_gmacs}
 
 
+def read_results(settings: TrainingSettings) -> dict[str, Any] | None:
+    """What ``results.json`` of a run that is complete holds; ``None`` if the run is yet to be made.
+
+    Raises:
+        SettingsError: The run there was made with other settings.
+    """
+    results = settings.output / "results.json"
+    if not results.exists():
+        return None
+    check_continuation(settings, (settings.output / "settings.yaml").read_text())
+    found: dict[str, Any] = json.loads(results.read_text())
+    return found
+
+
 def _write(outcome: Outcome, settings: TrainingSettings) -> None:
     results = {
         "settings": settings.to_dict(),
@@ -142,15 +158,14 @@ def _write(outcome: Outcome, settings: TrainingSettings) -> None:
 
 
 def _table(outcome: Outcome) -> Table:
-    table = Table("path", "top-1", "top-5", "GMACs", "kept a stage")
+    table = Table(title="", columns=("path", "top-1", "top-5", "GMACs", "kept a stage"))
     kept = " / ".join(f"{value:.0%}" for name, value in outcome.scores.items() if name.startswith("kept_"))
-    rows = [("sparse", ""), ("dense", "dense_")] if "sparse" in outcome.gmacs else [("dense", "")]
-    for path, prefix in rows:
+    # A model that is cheaper without stages has no dense path of its own.
+    paths = [("dense", "dense_" if "sparse" in outcome.gmacs else "")]
+    if "sparse" in outcome.gmacs:
+        paths.insert(0, ("sparse", ""))
+    for path, prefix in paths:
         top1, top5 = (outcome.scores.get(f"{prefix}{name}") for name in ("top1", "top5"))
-        table.add_row(
-            path,
-            *("–" if value is None else f"{value:.2%}" for value in (top1, top5)),
-            f"{outcome.gmacs[path]:.4g}",
-            kept if path == "sparse" else "",
-        )
+        shown = ["–" if value is None else f"{value:.2%}" for value in (top1, top5)]
+        table.add(path, *shown, f"{outcome.gmacs[path]:.4g}", kept if path == "sparse" else "")
     return table

@@ -1,0 +1,183 @@
+"""DynamicViT's ablations: which strategy, which score, how many stages, which losses; ends in four tables.
+
+DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034), Tables 2
+to 4. Every row starts from the same dense model and costs about the same multiply-adds, those of ρ = 0.7.
+
+python -m recipes.ablation --digits      # on the digits, some minutes a row
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.console import Console
+from typer import Option
+
+from recipes.dense import SMOKE_HELP
+from recipes.digits.presets import DIGITS_SPARSE, make_images
+from recipes.dynamicvit import SMOKE, SparseSettings, fine_tune
+from recipes.engine.checkpoints import write_whole
+from recipes.engine.command_line import Preset, command
+from recipes.engine.fitting import evaluate_dense, read_results
+from recipes.engine.settings import SettingsError
+from recipes.engine.tables import Table
+from recipes.structural import fine_tune_downsampled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of a table.
+
+    Attributes:
+        label: What the table calls it.
+        run: Name of the run; rows of several tables share one.
+        changes: What it changes of the settings.
+        structural: Whether tokens are pooled instead of pruned.
+    """
+
+    label: str
+    run: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    structural: bool = False
+
+
+DYNAMIC = Row(label="predictor", run="dynamic")
+TABLES: dict[str, tuple[Row, ...]] = {
+    "Strategy": (
+        Row(label="structural: 2 × 2 average pooling", run="structural", structural=True),
+        Row(label="static: learned, the same positions for every image", run="static", changes={"scorer": "static"}),
+        replace(DYNAMIC, label="dynamic: learned, by the image"),
+    ),
+    "Score": (
+        Row(label="random", run="random", changes={"scorer": "random"}),
+        Row(label="class attention", run="cls-attention", changes={"scorer": "cls_attention"}),
+        DYNAMIC,
+    ),
+    "Stages": (
+        Row(label="one", run="one-stage", changes={"num_stages": 1, "keep_ratio": [0.25]}),
+        Row(label="two", run="two-stages", changes={"num_stages": 2, "keep_ratio": [0.6]}),
+        replace(DYNAMIC, label="three"),
+    ),
+    "Losses": (
+        replace(DYNAMIC, label="all"),
+        Row(label="without token distillation", run="no-distill", changes={"distill_weight": 0.0}),
+        Row(label="without KL", run="no-kl", changes={"kl_weight": 0.0}),
+        Row(label="without both", run="no-teacher", changes={"kl_weight": 0.0, "distill_weight": 0.0}),
+        Row(label="λ_ratio = 1", run="ratio-1", changes={"ratio_weight": 1.0}),
+        Row(label="λ_ratio = 4", run="ratio-4", changes={"ratio_weight": 4.0}),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationSettings(SparseSettings):
+    """Settings that all rows share; what a row changes is not to be set."""
+
+    model: Annotated[str, Option(help="timm's name of the dense model.")] = "deit_small_patch16_224"
+    depth: Annotated[int, Option(min=4, help="Blocks of the model, to spread one or two stages over.")] = 12
+    seeds: Annotated[int, Option(min=1, help="Runs of every row, with seeds from --seed on.")] = 3
+    static_learning_rate: Annotated[
+        float | None, Option(min=0, help="Of the static scores, where it is not the predictors'.")
+    ] = None
+    output: Annotated[Path, Option(help="Where runs, tables and the picture go.")] = Path("runs/ablation")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("keep_ratio", "stages"):
+            if getattr(self, name) is not None:
+                raise SettingsError(f"{name} is what the rows of the ablation differ in; leave it out.")
+        if self.scorer != "predictor":
+            raise SettingsError(f"scorer={self.scorer!r}: scorers are what the rows of the ablation differ in.")
+
+    def of_row(self, row: Row, seed: int) -> SparseSettings:
+        """The settings of one run."""
+        shared = {item.name: getattr(self, item.name) for item in fields(SparseSettings)}
+        changes = dict(row.changes)
+        num_stages = changes.pop("num_stages", None)
+        if num_stages is not None:
+            changes["stages"] = [self.depth * (stage + 1) // (num_stages + 1) for stage in range(num_stages)]
+        if changes.get("scorer") == "static" and self.static_learning_rate is not None:
+            backbone = self.learning_rate * self.backbone_factor
+            changes |= {
+                "learning_rate": self.static_learning_rate,
+                "backbone_factor": backbone / self.static_learning_rate,
+            }
+        # A run that was made is read, so that the ablation goes on where it was stopped.
+        return SparseSettings(
+            **{**shared, **changes, "seed": seed, "output": self.output / f"{row.run}-seed{seed}", "resume": True}
+        )
+
+
+def run_ablation(settings: AblationSettings, *, console: Console | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Make every run that is not made yet, print the tables, and write ``ablation.json`` and ``ablation.md``."""
+    dense = evaluate_dense(settings)["top1"]
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for name, rows in TABLES.items():
+        tables[name] = []
+        for row in rows:
+            runs = [_run(settings.of_row(row, settings.seed + number), row) for number in range(settings.seeds)]
+            tables[name].append(
+                {
+                    "label": row.label,
+                    "top1": [run["scores"]["top1"] for run in runs],
+                    "gmacs": runs[0]["gmacs"]["sparse"],
+                }
+            )
+    _report(tables, dense, settings, console)
+    return tables
+
+
+def _run(settings: SparseSettings, row: Row) -> dict[str, Any]:
+    made = read_results(settings)
+    if made is None:
+        make = fine_tune_downsampled if row.structural else fine_tune
+        make(settings, description=f"{row.run}, seed {settings.seed}")
+        made = read_results(settings)
+        assert made is not None
+    return made
+
+
+def _report(
+    tables: dict[str, list[dict[str, Any]]], dense: float, settings: AblationSettings, console: Console | None
+) -> None:
+    drawn = []
+    for name, rows in tables.items():
+        table = Table(title=name, columns=(name.lower(), "top-1, mean", "lowest … highest", "below dense", "GMACs"))
+        for row in rows:
+            mean = statistics.mean(row["top1"])
+            table.add(
+                row["label"],
+                f"{mean:.2%}",
+                f"{min(row['top1']):.2%} … {max(row['top1']):.2%}",
+                f"{100 * (dense - mean):.2f}",
+                f"{row['gmacs']:.4g}",
+            )
+        drawn.append(table)
+        if console is not None:
+            console.print(table.rich())
+    report = {"dense_top1": dense, "tables": tables, "settings": settings.to_dict()}
+    head = f"Dense: {dense:.2%}. {settings.seeds} seed(s); points below dense are of the mean.\n\n"
+    text = head + "\n".join(f"**{table.title}**\n\n{table.markdown()}" for table in drawn)
+    write_whole(settings.output / "ablation.json", lambda file: file.write_text(json.dumps(report, indent=2) + "\n"))
+    write_whole(settings.output / "ablation.md", lambda file: file.write_text(text))
+
+
+PRESETS = {
+    "smoke": Preset(help=SMOKE_HELP, settings={**SMOKE, "model": "deit_tiny_patch16_224", "seeds": 1, "epochs": 1}),
+    "digits": Preset(
+        help="The digits, made if they are not there, and their trained dense model.",
+        settings={**DIGITS_SPARSE, "static_learning_rate": 0.4},
+        prepare=make_images,
+    ),
+}
+app = command(
+    AblationSettings, lambda settings: run_ablation(settings, console=Console()), help_text=__doc__, presets=PRESETS
+)
+
+if __name__ == "__main__":
+    app()

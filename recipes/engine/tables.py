@@ -1,0 +1,42 @@
+"""Tables that are printed on a terminal and written as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import rich.table
+
+
+@dataclass
+class Table:
+    """Rows of text under named columns; the first column is aligned to the left.
+
+    Attributes:
+        title: What stands above.
+        columns: Their names.
+        rows: The cells, a row at a time.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add(self, *cells: str) -> None:
+        """Add a row, a cell for each column."""
+        assert len(cells) == len(self.columns)
+        self.rows.append(cells)
+
+    def rich(self) -> rich.table.Table:
+        """For a terminal."""
+        table = rich.table.Table(title=self.title)
+        for index, name in enumerate(self.columns):
+            table.add_column(name, justify="right" if index else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For a page."""
+        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
