@@ -125,9 +125,7 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         if teacher is None and (self._loss_weights["kl_weight"] or self._loss_weights["distill_weight"]):
             teacher = unsparsify(copy.deepcopy(model)).requires_grad_(False)
         # Where both of its weights are 0, nobody asks the teacher, and no memory is spent on one.
-        return DynamicViTLoss(
-            nn.Identity() if teacher is None else teacher, criterion=criterion, **self._loss_weights
-        )
+        return DynamicViTLoss(nn.Identity() if teacher is None else teacher, criterion=criterion, **self._loss_weights)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model from ``model_init``, and a loss whose teacher fits it."""
