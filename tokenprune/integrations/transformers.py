@@ -17,12 +17,18 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from tokenprune.errors import StateError
+from tokenprune.integrations.averages import Averages
+from tokenprune.integrations.checks import (
+    PAPER_LEARNING_RATE_SCALE,
+    check_arguments,
+    check_classifies,
+    check_sparsified,
+    use_non_reentrant_checkpointing,
+)
 from tokenprune.losses import DynamicViTLoss, logits_of
-from tokenprune.sparsifier import Sparsifier
 from tokenprune.trace import Trace
 from tokenprune.verbs import dense, unsparsify
 
-PAPER_LEARNING_RATE_SCALE = 0.01
 PAPER_FROZEN_SHARE = 5 / 30
 
 
@@ -72,6 +78,7 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
     """
 
     optimizer: Any
+    label_names: list[str]
 
     def __init__(
         self,
@@ -95,31 +102,33 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             raise ValueError(f"freeze_epochs={freeze_epochs} is negative; 0 lets the backbone learn from the start.")
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher={type(teacher).__name__}: expected the dense model, a torch.nn.Module.")
-        _check_arguments(args, options, criterion, backbone_learning_rate_scale)
+        check_arguments(args, options, criterion, backbone_learning_rate_scale)
         self.backbone_learning_rate_scale = backbone_learning_rate_scale
         self.freeze_epochs = freeze_epochs
         self.evaluate_dense = evaluate_dense
         self._teacher = teacher
         self._criterion = criterion
         self._loss_weights = {"kl_weight": kl_weight, "distill_weight": distill_weight, "ratio_weight": ratio_weight}
-        self._training_averages, self._evaluation_averages = _Averages(), _Averages()
+        self._training_averages, self._evaluation_averages = Averages(), Averages()
         self._backbone_frozen = False
         self._groups_are_ours = False
         if model is not None:
             self.dynamicvit_loss = self._make_loss(model, args)
-        _use_non_reentrant_checkpointing(args)
+        use_non_reentrant_checkpointing(args)
         super().__init__(model, args, **options)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or getattr(args, "parallelism_config", None) is not None:
             raise ValueError("SparseTrainer does not shard models; train with DistributedDataParallel (the default).")
         self.dynamicvit_loss.to(self.args.device)
         # `compute_loss` scales the loss itself, and has the Trainer count the labels of all accumulated batches.
         self.model_accepts_loss_kwargs = True
+        if self.args.label_names is None and not self.label_names:  # the model's forward takes none
+            self.label_names = ["labels"]
 
     def _make_loss(self, model: nn.Module, args: TrainingArguments) -> DynamicViTLoss:
-        _check_sparsified(model)
+        check_sparsified(model)
         criterion = self._criterion
         if criterion is None:
-            _check_classifies(model)
+            check_classifies(model)
             criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing_factor)
         teacher = self._teacher
         if teacher is None and (self._loss_weights["kl_weight"] or self._loss_weights["distill_weight"]):
@@ -149,23 +158,22 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
                 f"optim={str(self.args.optim)!r} arranges the parameters in its own way, so predictors and backbone "
                 "cannot have two learning rates; choose another, such as 'adamw_torch'."
             )
-        predictors = {id(parameter) for parameter in self.model.tokenprune.parameters()}
+        backbone = {id(parameter) for parameter in self._backbone_parameters()}
         # Predictors come first: the Trainer logs the learning rate of the first group.
         optimizer.param_groups[:] = [
-            *_part(optimizer, "predictors", 1.0, lambda parameter: id(parameter) in predictors),
-            *_part(
-                optimizer,
-                "backbone",
-                self.backbone_learning_rate_scale,
-                lambda parameter: id(parameter) not in predictors,
-            ),
+            *_part(optimizer, "predictors", found - backbone, 1.0),
+            *_part(optimizer, "backbone", backbone, self.backbone_learning_rate_scale),
         ]
         self._groups_are_ours = True
         return optimizer
 
+    def _backbone_parameters(self) -> Iterator[nn.Parameter]:
+        predictors = {id(parameter) for parameter in self.model.tokenprune.parameters()}
+        return (parameter for parameter in self.model.parameters() if id(parameter) not in predictors)
+
     def train(self, *args: Any, **options: Any) -> Any:
         """Train, with averages that start anew."""
-        self._training_averages = _Averages()
+        self._training_averages = Averages()
         return super().train(*args, **options)
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
@@ -174,10 +182,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         self._backbone_frozen = self._in_frozen_epochs()
         if self._backbone_frozen:
             # Not requires_grad=False: DistributedDataParallel settles what learns before the first step.
-            predictors = {id(parameter) for parameter in self.model.tokenprune.parameters()}
-            for parameter in self.model.parameters():
-                if id(parameter) not in predictors:
-                    parameter.grad = None
+            for parameter in self._backbone_parameters():
+                parameter.grad = None
         return loss
 
     def _in_frozen_epochs(self) -> bool:
@@ -242,7 +248,7 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         """Log, and with a training loss also its parts, kept ratios and the backbone's learning rate."""
         if "loss" in logs and self._training_averages:
             logs.update(self._training_averages.read(self.accelerator))
-            self._training_averages = _Averages()
+            self._training_averages = Averages()
             if self._groups_are_ours and "learning_rate" in logs:
                 scale = 0.0 if self._backbone_frozen else self.backbone_learning_rate_scale
                 logs["backbone_learning_rate"] = scale * logs["learning_rate"]
@@ -268,7 +274,7 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Predict a whole data set; the kept ratio of each stage is among the metrics."""
-        self._evaluation_averages = _Averages()
+        self._evaluation_averages = Averages()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._evaluation_averages:
             kept = self._evaluation_averages.read(self.accelerator)
@@ -302,37 +308,14 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         super()._issue_warnings_after_load(load_result)
 
 
-class _Averages:
-    """Weighted means of named scalars, summed on the device and read seldom."""
-
-    def __init__(self) -> None:
-        self._names: tuple[str, ...] = ()
-        self._sums: Tensor | None = None  # one a name, and last the weights
-
-    def __bool__(self) -> bool:
-        return self._sums is not None
-
-    def add(self, values: Mapping[str, Tensor], weight: Tensor | float) -> None:
-        numbers = torch.stack([value.detach().float() for value in values.values()])
-        added = torch.cat([numbers, numbers.new_ones(1)]) * weight
-        self._names, self._sums = tuple(values), added if self._sums is None else self._sums + added
-
-    def read(self, accelerator: Any) -> dict[str, float]:
-        """The means over all that was added, in all processes; each of them must ask."""
-        *sums, weight = accelerator.reduce(self._sums, "sum").tolist()
-        return {name: value / weight for name, value in zip(self._names, sums, strict=True)}
-
-
 def _kept_ratios(trace: Trace) -> dict[str, Tensor]:
     return {f"kept_ratio_{index}": keep.mean() for index, keep in enumerate(trace.keep)}
 
 
-def _part(
-    optimizer: torch.optim.Optimizer, name: str, scale: float, belongs: Callable[[nn.Parameter], bool]
-) -> Iterator[dict[str, Any]]:
-    """Of every parameter group those parameters that belong, at a fraction of its learning rate."""
+def _part(optimizer: torch.optim.Optimizer, name: str, members: set[int], scale: float) -> Iterator[dict[str, Any]]:
+    """Of every parameter group the parameters with these ids, at a fraction of its learning rate."""
     for group in optimizer.param_groups:
-        parameters = [parameter for parameter in group["params"] if belongs(parameter)]
+        parameters = [parameter for parameter in group["params"] if id(parameter) in members]
         if parameters:
             yield {**group, "params": parameters, "lr": group["lr"] * scale, "name": name}
 
@@ -354,59 +337,3 @@ def _own_names(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del model.__dict__["save_pretrained"]
-
-
-def _check_arguments(
-    args: TrainingArguments, options: Mapping[str, Any], criterion: Any, backbone_learning_rate_scale: float
-) -> None:
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process would take nn.DataParallel, whose replicas cannot be pruned; start one "
-            "process a GPU with torchrun or accelerate launch, or show the process one GPU only."
-        )
-    if options.get("compute_loss_func") is not None:
-        raise ValueError("compute_loss_func would replace the loss; pass criterion=… for its classification part.")
-    if criterion is not None and args.label_smoothing_factor:
-        raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} is for the default criterion; smooth the labels in "
-            "your own, or leave one of them out."
-        )
-    if (options.get("optimizers") or (None,))[0] is not None and (
-        backbone_learning_rate_scale != PAPER_LEARNING_RATE_SCALE
-    ):
-        raise ValueError(
-            "an optimizer of your own has its own learning rates; leave backbone_learning_rate_scale out, or let "
-            "args.optim name the optimizer."
-        )
-
-
-def _use_non_reentrant_checkpointing(args: TrainingArguments) -> None:
-    """Newer versions of transformers say activation checkpointing, older ones gradient checkpointing."""
-    for name in ("activation_checkpointing", "gradient_checkpointing"):
-        if getattr(args, name, False):
-            options = dict(getattr(args, f"{name}_kwargs") or {})
-            if options.setdefault("use_reentrant", False):
-                raise ValueError(
-                    f"{name}_kwargs={options}: re-entrant checkpointing loses the gradients of the keep decisions; "
-                    'pass {"use_reentrant": False}, or nothing.'
-                )
-            setattr(args, f"{name}_kwargs", options)
-
-
-def _check_sparsified(model: nn.Module) -> None:
-    # Not through wrappers: what holds the model may save it without the predictors.
-    modules: Mapping[str, Any] = getattr(model, "_modules", {})
-    if not isinstance(modules.get("tokenprune"), Sparsifier):
-        raise StateError(
-            f"this {type(model).__name__} is not sparsified; call tokenprune.sparsify(model) first, and pass the model "
-            "itself, not a wrapper around it."
-        )
-
-
-def _check_classifies(model: nn.Module) -> None:
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    if problem not in (None, "single_label_classification"):
-        raise ValueError(
-            f"config.problem_type={problem!r}: the default criterion is cross-entropy over classes; pass criterion=…, "
-            "and kl_weight=0 if the logits are no classes that exclude each other."
-        )
