@@ -558,7 +558,7 @@ def test_ways_to_run_it_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
     settings = arguments(tmp_path)
     with monkeypatch.context() as two_gpus:
         two_gpus.setattr(transformers.TrainingArguments, "n_gpu", 2)
-        with pytest.raises(ValueError, match="2 GPUs in one process.*torchrun or accelerate launch"):
+        with pytest.raises(ValueError, match=r"2 GPUs in one process.*torchrun or accelerate launch"):
             SparseTrainer(sparse_model(), settings)
     post_process = transformers.Trainer.create_accelerator_and_postprocess
 

@@ -325,7 +325,7 @@ def _own_names(model: nn.Module) -> Iterator[None]:
     """While it lasts, ``model.save_pretrained`` writes weights under the names of the model's ``state_dict``.
 
     From version 5 on, transformers writes them under the names of the checkpoints that were published
-    first, which the Trainer cannot load again (https://github.com/huggingface/transformers/issues/48805).
+    first, which the Trainer cannot load again (transformers issue 48805).
     ``from_pretrained`` reads both.
     """
     save: Any = getattr(model, "save_pretrained", None)
