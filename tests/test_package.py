@@ -34,6 +34,13 @@ print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
     assert "tokenprune" in loaded and not loaded & unwanted
 
 
+def test_integrations_are_imported_by_nobody_else() -> None:
+    script = (
+        "import sys, tokenprune; print([name for name in sys.modules if name.startswith('tokenprune.integrations')])"
+    )
+    assert run_python("-c", script).strip() == "[]"
+
+
 def test_importing_is_silent() -> None:
     assert run_python("-W", "error", "-c", "import tokenprune") == ""
 

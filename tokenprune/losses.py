@@ -99,7 +99,7 @@ class DynamicViTLoss(nn.Module):
         """
         sparsifier = sparsifier_of(model)
         keep = _decisions(sparsifier)
-        logits = _logits(outputs)
+        logits = logits_of(outputs)
         zero = logits.new_zeros(())
         parts = {"classification": self.criterion(logits, targets), "kl": zero, "distill": zero, "ratio": zero}
         if self.kl_weight or self.distill_weight:
@@ -125,9 +125,9 @@ class DynamicViTLoss(nn.Module):
     def _teach(self, inputs: Any, tokens_module: str) -> tuple[Tensor, Tensor | None]:
         """The teacher's logits, and its final tokens: what its module of that name puts out."""
         if not self.distill_weight:
-            return _logits(_call(self.teacher, inputs)), None
+            return logits_of(_call(self.teacher, inputs)), None
         with _captured(unwrap(self.teacher), tokens_module) as captured:
-            logits = _logits(_call(self.teacher, inputs))
+            logits = logits_of(_call(self.teacher, inputs))
         return logits, captured[-1]
 
 
@@ -159,7 +159,12 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
-def _logits(outputs: Any) -> Tensor:
+def logits_of(outputs: Any) -> Tensor:
+    """The logits (B, K) among what a classifier returned.
+
+    Raises:
+        ValueError: There are none, or not of that shape.
+    """
     if isinstance(outputs, Mapping):
         outputs = outputs.get("logits", outputs)
     logits = getattr(outputs, "logits", outputs)
