@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import timm
-import tokenprune_timm.lvvit  # registers its models
+import tokenprune_timm.lvvit  # noqa: F401 - registers its models
 import torch
 from torch import nn
 

@@ -22,7 +22,8 @@ class Adapter(Protocol):
 
     An entry point's name is the root package of the classes it describes, its value the module.
     Importing the module must not import that library; the model that is handed over already has.
-    It may have a function ``from_state_dict(state, *, num_heads)`` as well, see `Builder`. Beside it a file ``supported.json`` may list the models that its tests have proved.
+    Beside it a file ``supported.json`` may list the models that its tests have proved, and in it there may
+    be a function ``from_state_dict``, see `Builder`.
     """
 
     def describe(self, model: nn.Module) -> Backbone:

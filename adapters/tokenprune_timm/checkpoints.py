@@ -11,13 +11,8 @@ from torch import Tensor, nn
 
 from tokenprune import CheckpointError
 
-# DeiT's entry points by width and image size; others of its depth are built as DeiT-S with other sizes.
-_DEIT = {
-    (192, 224): "deit_tiny_patch16_224",
-    (384, 224): "deit_small_patch16_224",
-    (768, 224): "deit_base_patch16_224",
-    (768, 384): "deit_base_patch16_384",
-}
+# DeiT's entry points by width; another width is one of DeiT-S's sizes that is given, as its depth is.
+_DEIT = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
 _LVVIT = {(240, 12): "lvvit_t", (384, 16): "lvvit_s", (512, 20): "lvvit_m", (768, 24): "lvvit_l"}
 _HEAD_WIDTH = 64
 
@@ -33,6 +28,7 @@ def from_state_dict(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn
         CheckpointError: They are of neither, or the sizes do not fit together.
     """
     import timm
+
     import tokenprune_timm.lvvit  # registers its models
 
     is_lvvit = any(name.startswith(("aux_head.", "patch_embed.conv")) for name in state)
@@ -51,8 +47,8 @@ def from_state_dict(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn
         # The published model's, unless the user says so: the heads of LV-ViT-T are not 64 wide.
         heads = {} if num_heads is None else {"num_heads": _checked_heads(num_heads, width)}
     else:
-        name = _DEIT.get((width, image_size[0]), "deit_small_patch16_224")
-        heads = {"num_heads": _checked_heads(num_heads or width // _HEAD_WIDTH, width)}
+        name = _DEIT.get(width, _DEIT[384])
+        heads = {"num_heads": _checked_heads(width // _HEAD_WIDTH if num_heads is None else num_heads, width)}
     hidden = _shape(state, "blocks.0.mlp.fc1.weight", 2)[0]
     model: nn.Module = timm.create_model(
         name,
@@ -83,7 +79,7 @@ def _check_keys(state: Mapping[str, Tensor], cls: type[nn.Module], depth: int) -
     if missing or unexpected:
         raise CheckpointError(
             "the weights are neither DeiT's nor LV-ViT's, of which official checkpoints are; compared with those of a "
-            f"{cls.__name__} of {max(depth, 1)} blocks there are",
+            f"{cls.__name__} of {max(depth, 1)} block(s) there are",
             missing=missing,
             unexpected=unexpected,
         )

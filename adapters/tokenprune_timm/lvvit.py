@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm, PatchEmbed, resample_abs_pos_embed
+from timm.layers import LayerNorm, PatchEmbed, resample_abs_pos_embed, to_2tuple
 from timm.models import VisionTransformer, build_model_with_cfg, clean_state_dict, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -50,8 +50,7 @@ class ConvStem(PatchEmbed):  # type: ignore[misc]
         super().__init__(img_size, patch_size, in_chans, embed_dim, **options, **place)
         if any(side % 2 for side in self.patch_size):
             raise ValueError(f"patch_size={patch_size}: LV-ViT's stem halves the image first; it takes an even size.")
-        bias = self.proj.bias is not None
-        del self.proj  # it comes last, and on fewer pixels
+        del self._modules["proj"]  # it comes last, and works on fewer pixels
         self.conv1 = nn.Conv2d(in_chans, stem_channels, 7, stride=2, padding=3, bias=False, **place)
         self.bn1 = nn.BatchNorm2d(stem_channels, **place)
         self.conv2 = nn.Conv2d(stem_channels, stem_channels, 3, padding=1, bias=False, **place)
@@ -59,7 +58,7 @@ class ConvStem(PatchEmbed):  # type: ignore[misc]
         self.conv3 = nn.Conv2d(stem_channels, stem_channels, 3, padding=1, bias=False, **place)
         self.bn3 = nn.BatchNorm2d(stem_channels, **place)
         kernel = tuple(side // 2 for side in self.patch_size)
-        self.proj = nn.Conv2d(stem_channels, embed_dim, kernel, stride=kernel, bias=bias, **place)
+        self.proj = nn.Conv2d(stem_channels, embed_dim, kernel, stride=kernel, bias=options.get("bias", True), **place)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Make the stem take images of another size.
@@ -67,7 +66,7 @@ class ConvStem(PatchEmbed):  # type: ignore[misc]
         Raises:
             ValueError: Another patch size is asked for, which would take another projection.
         """
-        if patch_size is not None and nn.modules.utils._pair(patch_size) != tuple(self.patch_size):
+        if patch_size is not None and to_2tuple(patch_size) != tuple(self.patch_size):
             raise ValueError(
                 f"patch_size={patch_size}: the patches of a built LV-ViT stay {self.patch_size[0]} x "
                 f"{self.patch_size[1]} pixels; build one with patch_size={patch_size}."
