@@ -52,10 +52,14 @@ def load_dynamicvit(
         FileNotFoundError: There is no such file.
     """
     state = read_state(source)
-    _refuse_our_own(state)
+    if any(_OURS.match(name) for name in state):
+        raise CheckpointError(
+            "this is the state dict of a model that tokenprune sparsified, not one in the authors' layout; sparsify a "
+            "model as that one was, and call model.load_state_dict(state)."
+        )
     dense = {name: tensor for name, tensor in state.items() if not name.startswith(_PREDICTORS)}
     model = model_of(dense, num_heads=num_heads)
-    num_stages = 1 + max((int(match[1]) for match in map(_STAGE.match, state) if match), default=-1)
+    num_stages = _num_stages(state)
     if num_stages == 0:
         raise CheckpointError(
             f"this is the checkpoint of a dense {type(model).__name__}, without predictors. Load it into its model as "
@@ -77,12 +81,14 @@ _STAGE = re.compile(rf"{re.escape(_PREDICTORS)}(\d+)\.")
 _OURS = re.compile(r"tokenprune\.stages\.(\d+)\.scorer\.")
 
 
-def _refuse_our_own(state: Iterable[str]) -> None:
-    if any(_OURS.match(name) for name in state):
+def _num_stages(state: Iterable[str]) -> int:
+    found = {int(match[1]) for match in map(_STAGE.match, state) if match}
+    if gaps := [number for number in range(max(found, default=-1)) if number not in found]:
         raise CheckpointError(
-            "this is the state dict of a model that tokenprune sparsified, not one in the authors' layout; sparsify a "
-            "model as that one was, and call model.load_state_dict(state)."
+            f"there are predictors of stages {sorted(found)} and none of those between.",
+            missing=[f"{_PREDICTORS}{number}.*" for number in gaps],
         )
+    return len(found)
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
