@@ -32,7 +32,7 @@ LAYOUTS = {
     "DeiT-S": Layout(width=384, depth=12, heads=6, image_size=224, classes=1000),
     "LV-ViT-T": LVVIT_T,
     "LV-ViT-S": Layout(
-        width=384, depth=16, heads=6, image_size=80, classes=5, mlp_ratio=3, stem_channels=64, divisor=2.0
+        width=384, depth=16, heads=6, image_size=40, patch_size=8, classes=5, mlp_ratio=3, stem_channels=64, divisor=2.0
     ),
 }
 State = dict[str, Tensor]
