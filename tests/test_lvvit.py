@@ -75,13 +75,16 @@ def test_keys_are_those_of_the_official_checkpoints() -> None:
 
 
 @pytest.mark.parametrize("mode", ["eval", "training"])
+@pytest.mark.parametrize(("options", "weight"), [({}, 0.5), ({"aux_weight": 0.2}, 0.2)], ids=str)
 @torch.no_grad()
-def test_output_is_class_logits_and_half_the_largest_token_logits(mode: str) -> None:
-    model = small().train(mode == "training")
+def test_output_is_class_logits_and_half_the_largest_token_logits(
+    options: dict[str, float], weight: float, mode: str
+) -> None:
+    model = small(**options).train(mode == "training")
     images = torch.randn(2, 3, 32, 32)
     tokens = model.forward_features(images)
     expected = torch.stack([
-        model.head(image[0]) + 0.5 * torch.stack([model.aux_head(token) for token in image[1:]]).max(dim=0).values
+        model.head(image[0]) + weight * torch.stack([model.aux_head(token) for token in image[1:]]).max(dim=0).values
         for image in tokens
     ])  # fmt: skip
     torch.testing.assert_close(model(images), expected)
@@ -147,6 +150,8 @@ def test_what_timm_models_do() -> None:
     assert model(torch.randn(2, 1, 64, 32)).shape == (2, 32) and model.pos_embed.shape == (1, 9, 32)
     assert small(dynamic_img_size=True)(torch.randn(2, 3, 48, 64)).shape == (2, 7)
     assert small(dynamic_img_size=True, dynamic_img_pad=True)(torch.randn(2, 3, 41, 64)).shape == (2, 7)
+    normed = small(embed_norm_layer="layernorm")
+    assert normed.patch_embed(torch.randn(2, 3, 32, 32)).std(dim=-1).allclose(torch.ones(()), atol=0.05)
     features = small(features_only=True)(torch.randn(2, 3, 32, 32))
     assert [tuple(feature.shape) for feature in features] == [(2, 32, 2, 2)] * 3
 

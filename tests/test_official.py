@@ -160,7 +160,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a dense DeiT": (
         lambda: _dense("deit_tiny_patch16_224"),
-        "a dense VisionTransformer, without predictors. Load …sparsify(model), and train it…missing keys: score_predic",
+        "a dense VisionTransformer, without predictors. Load …tokenprune.sparsify(model), and train it.\n"
+        "  missing keys: score_predictor.0.in_conv.0.weight, …and 18 more",
     ),
     "a dense LV-ViT": (lambda: _dense("lvvit_t", img_size=32), "a dense LVViT, without predictors"),
     "a distilled DeiT": (

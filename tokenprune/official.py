@@ -11,10 +11,15 @@ from torch import Tensor, nn
 
 from tokenprune.discovery import model_of
 from tokenprune.errors import CheckpointError
+from tokenprune.scorers import Predictor
 from tokenprune.state_files import read_state
 from tokenprune.verbs import sparsify
 
 _NUM_DEFAULT_STAGES = 3
+# Where stage s has its predictor's weights in the authors' files, and where in ours.
+_PREDICTORS = "score_predictor."
+_STAGE = re.compile(r"score_predictor\.(\d+)\.")
+_OURS = re.compile(r"tokenprune\.stages\.(\d+)\.scorer\.")
 
 
 def load_dynamicvit(
@@ -64,7 +69,11 @@ def load_dynamicvit(
         raise CheckpointError(
             f"this is the checkpoint of a dense {type(model).__name__}, without predictors. Load it into its model as "
             "usual, sparsify that with tokenprune.sparsify(model), and train it.",
-            missing=[f"{_PREDICTORS}0.in_conv.0.weight", "…"],
+            missing=[
+                f"{_PREDICTORS}{stage}.{name}"
+                for stage in range(_NUM_DEFAULT_STAGES)
+                for name in Predictor(embed_dim=4).state_dict()
+            ],
         )
     if stages is None and num_stages != _NUM_DEFAULT_STAGES:
         raise CheckpointError(
@@ -76,16 +85,11 @@ def load_dynamicvit(
     return model.eval()
 
 
-_PREDICTORS = "score_predictor."
-_STAGE = re.compile(rf"{re.escape(_PREDICTORS)}(\d+)\.")
-_OURS = re.compile(r"tokenprune\.stages\.(\d+)\.scorer\.")
-
-
 def _num_stages(state: Iterable[str]) -> int:
     found = {int(match[1]) for match in map(_STAGE.match, state) if match}
-    if gaps := [number for number in range(max(found, default=-1)) if number not in found]:
+    if gaps := sorted(set(range(len(found))) - found):
         raise CheckpointError(
-            f"there are predictors of stages {sorted(found)} and none of those between.",
+            f"there are predictors of stages {sorted(found)}, and not of every one from 0 on.",
             missing=[f"{_PREDICTORS}{number}.*" for number in gaps],
         )
     return len(found)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm, PatchEmbed, resample_abs_pos_embed, to_2tuple
+from timm.layers import Format, LayerNorm, PatchEmbed, nchw_to, resample_abs_pos_embed, to_2tuple
 from timm.models import VisionTransformer, build_model_with_cfg, clean_state_dict, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -80,8 +80,11 @@ class ConvStem(PatchEmbed):  # type: ignore[misc]
         x = F.relu(self.bn3(self.conv3(x)))
         x = self.proj(x)  # (B, C, rows, columns)
         if self.flatten:
-            return x.flatten(2).transpose(1, 2)  # (B, N, C)
-        return x.permute(0, 2, 3, 1)  # (B, rows, columns, C), which timm asks for where sizes are dynamic
+            x = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        elif self.output_fmt != Format.NCHW:
+            x = nchw_to(x, self.output_fmt)  # (B, rows, columns, C) where the image size is dynamic
+        tokens: Tensor = self.norm(x)
+        return tokens
 
     def _fit(self, x: Tensor) -> Tensor:
         """The images, padded where the model pads; an error where their size is not one it takes."""
