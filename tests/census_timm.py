@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import timm
+import tokenprune_timm.lvvit  # noqa: F401 - registers its models
 import torch
 from torch import nn
 
@@ -118,6 +119,10 @@ def _gemma(arguments: Arguments) -> Arguments:
     return {**_vit(arguments), **sizes}
 
 
+def _lvvit(arguments: Arguments) -> Arguments:
+    return {**_vit(arguments), "stem_channels": 8}
+
+
 def _volo(arguments: Arguments) -> Arguments:
     return {
         "layers": (1, 2, 4, 2),
@@ -140,6 +145,7 @@ FLAT: dict[str, Changes] = {
     "convit": _convit,
     "deepseek_vit": _encoder,
     "gemma4_vit": _gemma,
+    "lvvit": _lvvit,
     "qwen3_vit": _encoder,
     "vitamin": _transformer,
 }

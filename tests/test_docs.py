@@ -14,10 +14,22 @@ from typer.testing import CliRunner
 
 from recipes.digits.__main__ import app
 from tests import supported_models
+from tests.official import Layout
 from tokenprune.scorers import base
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Files that the pages load and that are downloads: made here, with random weights.
+DOWNLOADS: dict[str, dict[str, tuple[str, Layout]]] = {
+    "official-checkpoints": {
+        "dynamic_deit_small_0.7.pth": ("model", Layout(width=384, depth=12, heads=6, image_size=224, classes=1000)),
+        "lvvit_s-26M-224-83.3.pth.tar": (
+            "state_dict",
+            Layout(width=384, depth=16, heads=6, image_size=224, classes=1000, mlp_ratio=3, stem_channels=64,
+                   num_stages=0),
+        ),
+    },
+}  # fmt: skip
 WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
 
 
@@ -31,7 +43,8 @@ def test_every_block_of_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch,
     create_model = timm.create_model
 
     def untrained(name: str, pretrained: bool = False, **options: Any) -> torch.nn.Module:
-        return create_model(name, **options)
+        from_file = pretrained and "pretrained_cfg_overlay" in options
+        return create_model(name, pretrained=from_file, **options)
 
     def from_config(name: str) -> torch.nn.Module:
         config = transformers.ViTConfig(hidden_size=192, intermediate_size=384, num_attention_heads=3)
@@ -41,6 +54,8 @@ def test_every_block_of_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(transformers.AutoModelForImageClassification, "from_pretrained", staticmethod(from_config))
     monkeypatch.setattr(base, "_BUILDERS", dict(base._BUILDERS))  # a page may register a scorer
     monkeypatch.chdir(tmp_path)
+    for name, (nest, layout) in DOWNLOADS.get(page.stem, {}).items():
+        torch.save({nest: layout.state()}, name)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for number, block in enumerate(blocks(page, "python")):
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)

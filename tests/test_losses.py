@@ -16,6 +16,7 @@ from tests.zoo import BY_NAME, Case, every_model
 from tokenprune import DynamicViTLoss
 
 TIMM = BY_NAME["timm class token"]
+LVVIT, HEADS = BY_NAME["timm LV-ViT"], ("head", "aux_head")
 
 
 def student_and_teacher(case: Case = TIMM) -> tuple[nn.Module, nn.Module]:
@@ -52,6 +53,88 @@ def test_parts_are_their_formulas() -> None:
     total = expected["classification"] + 0.5 * expected["kl"] + 0.5 * expected["distill"] + 2 * expected["ratio"]
     torch.testing.assert_close(parts["loss"], total, rtol=1e-4, atol=1e-5)
     assert list(parts) == ["loss", "classification", "kl", "distill", "ratio"]
+
+
+def test_parts_with_a_head_on_patch_tokens_are_their_formulas() -> None:
+    model, teacher = student_and_teacher(LVVIT)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    loss, images, targets = DynamicViTLoss(teacher, heads=HEADS), LVVIT.images(), torch.tensor([1, 5, 2])
+    parts = loss(model, images, model(images), targets)
+    keep, tokens = model.tokenprune.trace.keep, model.tokenprune.trace.tokens
+
+    def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+        return (student.softmax(-1) * (student.log_softmax(-1) - teacher.log_softmax(-1))).sum()
+
+    with torch.no_grad():
+        taught = teacher.forward_features(images)
+    class_logits = model.head(tokens[:, 0])
+    kept = [(image, 1 + position) for image, position in keep[-1].nonzero().tolist()]
+    assert 3 <= len(kept) < 3 * 36
+    expected = {
+        "classification": F.cross_entropy(class_logits, targets),
+        "kl": sum(divergence(class_logits[image], teacher.head(taught[image, 0])) for image in range(3)) / 3,
+        "distill": sum(divergence(model.aux_head(tokens[at]), teacher.aux_head(taught[at])) for at in kept) / len(kept),
+        "ratio": sum(((ratio - d.mean(1)) ** 2).mean() for ratio, d in zip((0.6, 0.36), keep, strict=True)) / 2,
+    }
+    for name, value in expected.items():
+        assert value > 1e-3
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6)
+    total = expected["classification"] + 0.5 * expected["kl"] + 0.5 * expected["distill"] + 2 * expected["ratio"]
+    torch.testing.assert_close(parts["loss"], total, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [None, HEADS], ids=str)
+def test_a_step_with_a_head_on_patch_tokens(heads: tuple[str, str] | None) -> None:
+    model, teacher = student_and_teacher(LVVIT)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    loss, images = DynamicViTLoss(teacher, heads=heads).train(), LVVIT.images()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss(model, images, model(images), torch.tensor([1, 5, 2]))["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+    optimizer.step()
+    assert all(p.grad is None for p in teacher.parameters()) and not teacher.training
+    # Its batch norms, too: they are those of the teacher, and see no batch of the student's.
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_heads_alone_and_the_weights_of_zero() -> None:
+    model, teacher = student_and_teacher(LVVIT)
+    images, targets = LVVIT.images(), torch.tensor([1, 5, 2])
+    outputs = model(images)
+    parts = DynamicViTLoss(teacher, heads=HEADS, distill_weight=0)(model, images, outputs, targets)
+    assert parts["distill"] == 0 and parts["kl"] > 0
+    model.set_token_training()  # what it returns does not matter where heads say how tokens become logits
+    torch.manual_seed(1)
+    pair = model(images)
+    loss = DynamicViTLoss(teacher, heads=HEADS)
+    torch.testing.assert_close(loss(model, images, pair, targets)["classification"], F.cross_entropy(pair[0], targets))
+
+
+def test_heads_that_are_not_there_are_refused() -> None:
+    model, teacher = student_and_teacher()
+    images, targets = TIMM.images(), torch.tensor([1, 5, 2])
+    with pytest.raises(ValueError, match=r"heads: VisionTransformer has no module 'aux_head'; name the modules"):
+        DynamicViTLoss(teacher, heads=HEADS)
+    with pytest.raises(ValueError, match=r"heads: VisionTransformer has no module 'aux_head'"):
+        DynamicViTLoss(LVVIT.model(), heads=HEADS)(model, images, model(images), targets)
+    case = BY_NAME["timm no class token, average"]
+    model, teacher = student_and_teacher(case)
+    with pytest.raises(ValueError, match=r"heads=\('head', 'head'\): this model has no class token"):
+        DynamicViTLoss(teacher, heads=("head", "head"))(model, images, model(images), targets)
+
+
+def test_looking_on_without_gradients() -> None:
+    model, teacher = student_and_teacher()
+    images, targets = TIMM.images(), torch.tensor([1, 5, 2])
+    with torch.no_grad():
+        outputs = model(images)
+        with pytest.raises(tokenprune.StateError, match="left no final tokens to distill: it ran under no_grad"):
+            DynamicViTLoss(teacher)(model, images, outputs, targets)
+        parts = DynamicViTLoss(teacher, distill_weight=0)(model, images, outputs, targets)
+    assert parts["kl"] > 0
 
 
 @every_model

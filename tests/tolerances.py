@@ -23,3 +23,6 @@ CENSUS_IDENTITY = 1e-5
 
 CENSUS_MASK_EQUALS_GATHER = 2e-5
 """As above, in single precision, relative. Rounding gives up to a few 1e-6; wrong positions no more than 4e-4."""
+
+OFFICIAL = 1e-5
+"""Logits of about 1 against the official inference written out, in single precision, through up to 16 blocks."""

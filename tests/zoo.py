@@ -19,6 +19,7 @@ from timm.models.vision_transformer import (
     ParallelThingsBlock,
     ResPostBlock,
 )
+from tokenprune_timm.lvvit import LVViT
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer as TorchvisionVisionTransformer
 
@@ -109,6 +110,13 @@ def _timm(cls: type[nn.Module] = VisionTransformer, **options: Any) -> Callable[
     return lambda: cls(**{**sizes, **options})
 
 
+def _lvvit() -> nn.Module:
+    model = _timm(LVViT, stem_channels=8)()
+    for norm in (model.patch_embed.bn1, model.patch_embed.bn2, model.patch_embed.bn3):
+        norm.running_var.fill_(0.04)  # no parameter: next to 1, redrawn weights let next to nothing of an image through
+    return model
+
+
 def _transformers(name: str, config_name: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import transformers
@@ -158,6 +166,7 @@ TIMM = [
     Case("timm parallel things blocks", _timm(block_fn=ParallelThingsBlock), 1),
     Case("timm differential parallel blocks", _timm(block_fn=DiffParallelScalingBlock), 1),
     Case("timm differential attention", _timm(attn_layer=DiffAttention), 1),
+    Case("timm LV-ViT", _lvvit, 1),
     Case("timm non-square, dynamic size", _timm(dynamic_img_size=True), 1, image_size=(32, 64)),
 ]
 TRANSFORMERS = [

@@ -5,6 +5,7 @@ from tokenprune.backbone import Backbone, Setting, TokenTable
 from tokenprune.counting import FlopReport, flops
 from tokenprune.discovery import SupportedModel, supported
 from tokenprune.errors import (
+    CheckpointError,
     CountingError,
     InterceptionError,
     PlanError,
@@ -13,6 +14,7 @@ from tokenprune.errors import (
     UnsupportedModelError,
 )
 from tokenprune.losses import DynamicViTLoss
+from tokenprune.official import load_dynamicvit
 from tokenprune.plan import Plan
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
 from tokenprune.sparsifier import Sparsifier
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Backbone",
     "Candidates",
+    "CheckpointError",
     "CountingError",
     "DynamicViTLoss",
     "FlopReport",
@@ -47,6 +50,7 @@ __all__ = [
     "dense",
     "flops",
     "functional",
+    "load_dynamicvit",
     "register_scorer",
     "sparsify",
     "supported",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from typing import Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokenprune.backbone import Backbone
-from tokenprune.errors import UnsupportedModelError
+from tokenprune.errors import CheckpointError, UnsupportedModelError
 
 ENTRY_POINT_GROUP = "tokenprune.adapters"
 
@@ -22,7 +22,8 @@ class Adapter(Protocol):
 
     An entry point's name is the root package of the classes it describes, its value the module.
     Importing the module must not import that library; the model that is handed over already has.
-    Beside it a file ``supported.json`` may list the models that its tests have proved.
+    Beside it a file ``supported.json`` may list the models that its tests have proved, and in it there may
+    be a function ``from_state_dict``, see `Builder`.
     """
 
     def describe(self, model: nn.Module) -> Backbone:
@@ -32,6 +33,46 @@ class Adapter(Protocol):
             UnsupportedModelError: The model cannot be described; the message says why.
         """
         ...
+
+
+class Builder(Protocol):
+    """An adapter that also builds dense models from nothing but their weights, for official checkpoints."""
+
+    def from_state_dict(self, state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module:
+        """The model that a state dict is of, with any weights: the caller loads them.
+
+        Args:
+            state: The dense model's weights under the names that its authors gave them.
+            num_heads: Heads of the attention; ``None`` means the adapter is to know.
+
+        Raises:
+            CheckpointError: The adapter knows no model with such weights, or needs ``num_heads``.
+        """
+        ...
+
+
+def model_of(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module:
+    """A dense model that a state dict is of, built by the first adapter that knows it; its weights are not loaded.
+
+    Raises:
+        CheckpointError: None does; the message has the reason of each that builds models.
+    """
+    refusals: dict[str, CheckpointError] = {}
+    for name, entry in sorted(_entries().items()):
+        adapter = _load(entry)
+        if not hasattr(adapter, "from_state_dict"):
+            continue
+        try:
+            return cast(Builder, adapter).from_state_dict(state, num_heads=num_heads)
+        except CheckpointError as error:
+            refusals[name] = error
+        except ModuleNotFoundError as error:
+            refusals[name] = CheckpointError(f"the model would be one of {name}, which is not installed ({error}).")
+    if not refusals:
+        raise CheckpointError("no installed adapter builds models from official checkpoints.")
+    if len(refusals) == 1:
+        raise next(iter(refusals.values()))
+    raise CheckpointError("\n".join(["no adapter knows a model with these weights.", *map(str, refusals.values())]))
 
 
 def describe(model: nn.Module) -> Backbone:

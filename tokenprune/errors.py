@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 
 class TokenpruneError(Exception):
     """Base of every exception that tokenprune raises on purpose."""
@@ -23,5 +25,24 @@ class InterceptionError(TokenpruneError, RuntimeError):
     """A masked forward pass reached code whose attention could not be masked."""
 
 
+class CheckpointError(TokenpruneError, ValueError):
+    """A checkpoint cannot be read, or is not of the model that is wanted.
+
+    Attributes:
+        missing: Keys that should be in it and are not.
+        unexpected: Keys that are in it and should not be.
+    """
+
+    def __init__(self, message: str, *, missing: Iterable[str] = (), unexpected: Iterable[str] = ()) -> None:
+        self.missing, self.unexpected = tuple(missing), tuple(unexpected)
+        lists = (("missing", self.missing), ("unexpected", self.unexpected))
+        super().__init__("\n".join([message, *(f"  {name} keys: {_listed(keys)}" for name, keys in lists if keys)]))
+
+
 class CountingError(TokenpruneError, RuntimeError):
     """An operator does multiply-adds that cannot be counted."""
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

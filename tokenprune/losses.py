@@ -31,7 +31,14 @@ class DynamicViTLoss(nn.Module):
     - ``ratio``: squared difference between a stage's keep ratio and the share of tokens an image
       keeps there, mean over images and stages.
 
-    Deviation: ``kl`` is the divergence as the paper writes it; the authors' code swaps the two.
+    With ``heads``, for a model that classifies its patch tokens too (token labeling, arXiv 2104.10858) and adds
+    both up in its output:
+
+    - ``classification`` and ``kl`` are taken on the logits of the first token alone;
+    - ``distill``: KL(student ‖ teacher) of the class probabilities of the final patch tokens, mean over
+      the tokens kept at the last stage; 0 if none is.
+
+    Deviation: KL divergences are as the paper writes them; the authors' code swaps the two.
 
     Args:
         teacher: The dense model, as it was before it was sparsified: a copy made with
@@ -42,10 +49,13 @@ class DynamicViTLoss(nn.Module):
         kl_weight: λ_KL.
         distill_weight: λ_distill.
         ratio_weight: λ_ratio; the paper takes 2, and 5 for DeiT-B.
+        heads: Names, in student and teacher alike, of the module that classifies the first final token, (B, C) to
+            (B, K), and of the one that classifies patch tokens, (B, N, C) to (B, N, K). ``None`` for a model with
+            the usual one head.
 
     Raises:
         StateError: The teacher is a sparsified model.
-        ValueError: A weight is negative.
+        ValueError: A weight is negative, or the teacher has no modules of these names.
     """
 
     def __init__(
@@ -56,6 +66,7 @@ class DynamicViTLoss(nn.Module):
         kl_weight: float = 0.5,
         distill_weight: float = 0.5,
         ratio_weight: float = 2.0,
+        heads: tuple[str, str] | None = None,
     ) -> None:
         super().__init__()
         for name, weight in (("kl", kl_weight), ("distill", distill_weight), ("ratio", ratio_weight)):
@@ -66,11 +77,14 @@ class DynamicViTLoss(nn.Module):
                 "the teacher is sparsified; pass the dense model: teacher = copy.deepcopy(model) before "
                 "tokenprune.sparsify(model)."
             )
+        for name in heads or ():
+            _head(teacher, name)
         self.teacher = teacher.eval()
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.kl_weight = kl_weight
         self.distill_weight = distill_weight
         self.ratio_weight = ratio_weight
+        self.heads = heads
 
     def train(self, mode: bool = True) -> DynamicViTLoss:
         """Set the training mode, which the teacher ignores."""
@@ -85,7 +99,8 @@ class DynamicViTLoss(nn.Module):
             model: The sparsified model, possibly wrapped (DDP, `torch.compile`), in training mode.
             inputs: What it was called with: a tensor, a tuple of positional arguments or a mapping
                 of keyword arguments.
-            outputs: What it returned: logits (B, K), or something with ``logits``.
+            outputs: What it returned: logits (B, K), or something with ``logits``; not read where ``heads``
+                say how final tokens become logits.
             targets: What the criterion takes, (B,) class indices or (B, K) probabilities as a rule.
 
         Returns:
@@ -99,7 +114,9 @@ class DynamicViTLoss(nn.Module):
         """
         sparsifier = sparsifier_of(model)
         keep = _decisions(sparsifier)
-        logits = logits_of(outputs)
+        if self.heads is not None and not sparsifier.backbone.num_prefix_tokens:
+            raise ValueError(f"heads={self.heads}: this model has no class token for the first of them.")
+        logits = logits_of(outputs) if self.heads is None else self._class_logits(model, _final_tokens(sparsifier))
         zero = logits.new_zeros(())
         parts = {"classification": self.criterion(logits, targets), "kl": zero, "distill": zero, "ratio": zero}
         if self.kl_weight or self.distill_weight:
@@ -107,10 +124,9 @@ class DynamicViTLoss(nn.Module):
             if self.kl_weight:
                 parts["kl"] = _kl_divergence(logits, teacher_logits)
             if self.distill_weight:
-                assert sparsifier.trace is not None and sparsifier.trace.tokens is not None
-                parts["distill"] = _token_distillation(
-                    sparsifier.trace.tokens, teacher_tokens, keep[-1], sparsifier.backbone.num_suffix_tokens
-                )
+                tokens = _final_tokens(sparsifier)
+                student, teacher = _patches(tokens, teacher_tokens, keep[-1], sparsifier.backbone.num_suffix_tokens)
+                parts["distill"] = _mean_over_kept(self._token_errors(model, student, teacher), keep[-1])
         if self.ratio_weight:
             parts["ratio"] = _ratio(keep, sparsifier.plan.keep_ratios)
         total = (
@@ -124,11 +140,25 @@ class DynamicViTLoss(nn.Module):
     @torch.no_grad()
     def _teach(self, inputs: Any, tokens_module: str) -> tuple[Tensor, Tensor | None]:
         """The teacher's logits, and its final tokens: what its module of that name puts out."""
-        if not self.distill_weight:
+        if not self.distill_weight and self.heads is None:
             return logits_of(_call(self.teacher, inputs)), None
         with _captured(unwrap(self.teacher), tokens_module) as captured:
-            logits = logits_of(_call(self.teacher, inputs))
-        return logits, captured[-1]
+            outputs = _call(self.teacher, inputs)
+        tokens = captured[-1]
+        return logits_of(outputs) if self.heads is None else self._class_logits(self.teacher, tokens), tokens
+
+    def _class_logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """What the first head of a model makes of its final tokens."""
+        assert self.heads is not None
+        return logits_of(_head(model, self.heads[0])(tokens[:, 0]))
+
+    def _token_errors(self, model: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
+        """How far the student's final patch tokens are from the teacher's, (B, N); tokens (B, N, C) each."""
+        if self.heads is None:
+            return (student - teacher).float().square().mean(dim=-1)
+        with torch.no_grad():
+            taught = _head(self.teacher, self.heads[1])(teacher)  # (B, N, K)
+        return _divergences(_head(model, self.heads[1])(student), taught)
 
 
 def _decisions(sparsifier: Sparsifier) -> tuple[Tensor, ...]:
@@ -174,6 +204,26 @@ def logits_of(outputs: Any) -> Tensor:
     return logits
 
 
+def _final_tokens(sparsifier: Sparsifier) -> Tensor:
+    assert sparsifier.trace is not None
+    if sparsifier.trace.tokens is None:
+        raise StateError(
+            "the last forward pass left no final tokens to distill: it ran under no_grad. Pass distill_weight=0, and "
+            "no heads, to a loss that only looks on."
+        )
+    return sparsifier.trace.tokens
+
+
+def _head(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return unwrap(model).get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"heads: {type(unwrap(model)).__name__} has no module {name!r}; name the modules, in student and teacher "
+            "alike, that classify the first final token and the patch tokens."
+        ) from None
+
+
 def _tokens_module(model: nn.Module, sparsifier: Sparsifier) -> str:
     """The name, within the model, of the module whose output is the final tokens."""
     backbone = sparsifier.backbone
@@ -204,28 +254,39 @@ def _captured(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
 
 def _kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(student ‖ teacher) of softmax probabilities, mean over the batch; logits (B, K) each."""
+    return _divergences(student, teacher).mean()
+
+
+def _divergences(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(student ‖ teacher) of the softmax probabilities of each row of logits, (…, K) to (…)."""
     if student.shape != teacher.shape:
         raise ValueError(
             f"logits of student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape."
         )
-    return F.kl_div(
-        F.log_softmax(teacher.float(), dim=-1), F.log_softmax(student.float(), dim=-1), reduction="batchmean",
+    pointwise = F.kl_div(
+        F.log_softmax(teacher.float(), dim=-1), F.log_softmax(student.float(), dim=-1), reduction="none",
         log_target=True,
     )  # fmt: skip
+    return pointwise.sum(dim=-1)
 
 
-def _token_distillation(student: Tensor, teacher: Tensor | None, keep: Tensor, num_suffix_tokens: int) -> Tensor:
-    """Squared error of final patch tokens, mean over kept tokens and channels; tokens (B, P + N + Q, C) each."""
+def _patches(student: Tensor, teacher: Tensor | None, keep: Tensor, num_suffix_tokens: int) -> tuple[Tensor, Tensor]:
+    """The patch tokens, (B, N, C) each, of final tokens (B, P + N + Q, C) each."""
     if teacher is None or student.shape != teacher.shape:
         got = None if teacher is None else tuple(teacher.shape)
         raise ValueError(
             f"final tokens of student {tuple(student.shape)} and teacher {got} differ in shape; pass distill_weight=0 "
             "for a teacher of another architecture, and do not drop patches in training while distilling tokens."
         )
-    kept = keep.detach()
     end = student.shape[1] - num_suffix_tokens
-    error = (student - teacher)[:, end - kept.shape[1] : end].float().square().mean(dim=-1)  # (B, N)
-    return (error * kept).sum() / kept.sum().clamp(min=1)
+    start = end - keep.shape[1]
+    return student[:, start:end], teacher[:, start:end]
+
+
+def _mean_over_kept(errors: Tensor, keep: Tensor) -> Tensor:
+    """The mean over kept tokens of errors (B, N), with decisions (B, N) that get no gradient from it."""
+    kept = keep.detach()
+    return (errors * kept).sum() / kept.sum().clamp(min=1)
 
 
 def _ratio(keep: tuple[Tensor, ...], keep_ratios: tuple[float, ...]) -> Tensor:

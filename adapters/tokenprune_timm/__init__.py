@@ -1,9 +1,11 @@
 """Describes timm's Vision Transformers to tokenprune.
 
 Whatever is a flat list of blocks with global attention is found by its structure; the few families
-that differ otherwise are described in `models`.
+that differ otherwise are described in `models`. LV-ViT, which timm lacks, is in `lvvit`, to be imported by
+whoever wants its models registered with timm.
 """
 
+from tokenprune_timm.checkpoints import from_state_dict
 from tokenprune_timm.models import describe
 
-__all__ = ["describe"]
+__all__ = ["describe", "from_state_dict"]
