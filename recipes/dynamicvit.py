@@ -69,8 +69,6 @@ def fine_tune(
             raise SettingsError(str(error)) from error
         sparsifier = attached(sparse)
         freeze_embeddings(sparse)
-        if settings.activation_checkpointing:
-            cast(Any, sparse).set_grad_checkpointing()
         scorers = set(sparsifier.parameters())
         return Job(
             model=sparse,

@@ -200,6 +200,70 @@ def test_a_tar_of_images_is_read(folder: Path, tmp_path: Path) -> None:
     assert len(images) == 70 and images[0][0].size == (64, 64)
 
 
+@pytest.fixture(scope="module")
+def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The image folder as a WebDataset of two shards a split."""
+    root = tmp_path_factory.mktemp("shards")
+    info: dict[str, Any] = {"splits": {}}
+    for split in ("train", "validation"):
+        images = sorted((folder / split).glob("*/*.png"))
+        names = [f"{split}-{shard}.tar" for shard in range(2)]
+        for shard, name in enumerate(names):
+            with tarfile.open(root / name, "w") as tar:
+                for image in images[shard::2]:
+                    tar.add(image, arcname=f"{image.stem}.png")
+                    label = root / "label"
+                    label.write_text(image.parent.name)
+                    tar.add(label, arcname=f"{image.stem}.cls")
+        lengths = [len(images[shard::2]) for shard in range(2)]
+        info["splits"][split] = {
+            "name": split,
+            "filenames": names,
+            "num_samples": len(images),
+            "shard_lengths": lengths,
+        }
+    (root / "_info.json").write_text(json.dumps(info))
+    return root
+
+
+def streamed(shards: Path, output: Path, **changes: Any) -> SparseSettings:
+    return sparse(shards, output, **{"dataset": "wds/digits", "num_classes": 10, "num_workers": 1, **changes})
+
+
+def test_streams_need_workers_and_a_number_of_classes(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="num_workers from 1"):
+        fine_tune(streamed(shards, tmp_path / "run", num_workers=0))
+    with pytest.raises(DataError, match="does not tell its number of classes"):
+        fine_tune(streamed(shards, tmp_path / "run", num_classes=None))
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_run_on_streamed_tars_goes_on_alike(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    whole = fine_tune(streamed(shards, tmp_path / "whole")).model.state_dict()
+    save = Checkpoints.save
+
+    def save_and_stop(self: Checkpoints, accelerator: Any, step: int, kind: str = "last") -> None:
+        save(self, accelerator, step, kind)
+        if step == stop:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Checkpoints, "save", save_and_stop)
+        fine_tune(streamed(shards, tmp_path / "run", checkpoint_every=1))
+    resumed = fine_tune(streamed(shards, tmp_path / "run", checkpoint_every=1, resume=True)).model.state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_a_hugging_face_data_set_is_read(folder: Path, tmp_path: Path) -> None:
+    settings = TrainingSettings(**{**TINY, "dataset": f"hfds/{folder}", "data_dir": tmp_path, "output": tmp_path})
+    images = open_images(settings, training=True)
+    assert len(images) == 70 and number_of_classes(images, settings) == 10
+    pixels, label = images[0]
+    assert pixels.size == (64, 64) and label == 0
+
+
 def test_the_number_of_classes_comes_from_the_data(folder: Path) -> None:
     settings = TrainingSettings(**{**TINY, "data_dir": folder, "output": folder, "num_classes": 7})
     images = open_images(settings, training=True)

@@ -115,9 +115,12 @@ def open_images(settings: TrainingSettings, *, training: bool) -> Any:
         )
     except Exception as error:  # timm and the readers behind it raise what they like, AssertionError among it
         raise DataError(
-            f"timm cannot open split {split!r} of {settings.data_dir} (dataset={settings.dataset!r}): {error}"
+            f"timm cannot open split {split!r} of {settings.data_dir} (dataset={settings.dataset!r}): "
+            f"{type(error).__name__}: {error}"
         ) from error
     if isinstance(samples, IterableDataset):
+        if settings.num_workers == 0:
+            raise DataError(f"dataset={settings.dataset!r} is a stream; it takes worker processes: num_workers from 1.")
         return samples
     return Images(samples, seed=settings.seed, max_damaged=settings.max_damaged)
 
@@ -171,7 +174,7 @@ def loader(
         num_workers=settings.num_workers,
         pin_memory=torch.cuda.is_available(),
         use_prefetcher=False,
-        persistent_workers=settings.num_workers > 0,
+        persistent_workers=settings.num_workers > 0 and not isinstance(images, IterableDataset),
     )
     return made
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from safetensors.torch import save_file
@@ -88,6 +88,8 @@ def fit(
     dense = dense_model(settings, num_classes, **(model_options or {}))
     config = data_config(settings, dense)
     job = prepare(dense, images_a_step(accelerator, settings))
+    if settings.activation_checkpointing:
+        cast(Any, job.model).set_grad_checkpointing()
     model, scores = train(
         accelerator,
         job.model,

@@ -231,7 +231,9 @@ def _claim_output(accelerator: Accelerator, checkpoints: Checkpoints, settings: 
 def _prepared(accelerator: Accelerator, loader: DataLoader[Any] | None) -> Any:
     """The loader, shared out among the processes; timm's streamed data sets share themselves out."""
     if loader is not None and isinstance(loader.dataset, IterableDataset):
-        return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
+        return prepare_data_loader(
+            loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
     return None if loader is None else accelerator.prepare(loader)
 
 
@@ -242,6 +244,8 @@ def _epoch(
     for owner in (loader, loader.dataset):
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
+    # Workers that read a stream are started anew in every epoch, with seeds that are drawn here.
+    seed_everything(settings.seed, epoch, accelerator.process_index, 2)
     first = done * settings.accumulation
     rest = accelerator.skip_first_batches(loader, first) if first else loader
     for index, (images, targets) in enumerate(first_batches(rest, steps * settings.accumulation - first), start=first):
