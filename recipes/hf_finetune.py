@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import EvalPrediction, Trainer, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -27,6 +27,7 @@ from recipes.huggingface.models import (
     classifier_to_train,
     freeze_embeddings,
     image_processor,
+    keep_names,
     tiny_classifier,
     trained_classifier,
 )
@@ -75,6 +76,7 @@ def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
     }
     try:
         trainer = _dense_trainer(model, settings, options) if settings.dense else _trainer(model, settings, options)
+        counts = gmacs(model, config["input_size"])  # now, so that a model that cannot be pruned is not trained first
     except (ValueError, TypeError, tokenprune.TokenpruneError) as error:
         raise SettingsError(str(error)) from error
     if trainer.is_world_process_zero():
@@ -83,7 +85,7 @@ def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
-    outcome = Outcome(model=model, scores=scores(metrics), gmacs=gmacs(model, config["input_size"]))
+    outcome = Outcome(model=model, scores=scores(metrics), gmacs=counts)
     if trainer.is_world_process_zero():
         write_results(outcome, settings, libraries=("transformers", "datasets", "accelerate"))
         if console is not None:
@@ -116,7 +118,7 @@ def _in_the_order_of(model: Any, images: Images) -> Images:
     return images.labelled(learned) if set(learned) == set(images.classes) else images
 
 
-def _trainer(model: nn.Module, settings: HfSettings, options: dict[str, Any]) -> Trainer:
+def _trainer(model: Any, settings: HfSettings, options: dict[str, Any]) -> Trainer:
     teacher = None
     if settings.teacher is not None:
         teacher = trained_classifier(settings.teacher, model.config.num_labels)
@@ -141,7 +143,8 @@ def _trainer(model: nn.Module, settings: HfSettings, options: dict[str, Any]) ->
     )
 
 
-def _dense_trainer(model: nn.Module, settings: HfSettings, options: dict[str, Any]) -> Trainer:
+def _dense_trainer(model: Any, settings: HfSettings, options: dict[str, Any]) -> Trainer:
+    keep_names(model)
     return Trainer(model, training_arguments(settings, len(options["train_dataset"])), **options)
 
 

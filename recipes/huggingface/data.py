@@ -59,7 +59,6 @@ class Images:
             input_config: From `input_config`.
             input_name: What the model calls its images.
         """
-        size = input_config["input_size"]
         augmented = create_transform(
             **{**input_config, "crop_pct": None},
             is_training=True,
@@ -72,10 +71,10 @@ class Images:
             re_mode="pixel",
         )
         centred = create_transform(**input_config, is_training=False)
-        assert len(size) == 3
-        return tuple(  # type: ignore[return-value]
-            split.with_transform(Prepare(transform, self.image_column, self.label_column, input_name))
-            for split, transform in ((self.training, augmented), (self.validation, centred))
+        columns = self.image_column, self.label_column
+        return (
+            self.training.with_transform(Prepare(augmented, *columns, input_name)),
+            self.validation.with_transform(Prepare(centred, *columns, input_name)),
         )
 
 
@@ -149,8 +148,8 @@ def input_config(processor: Any, model_config: Any) -> dict[str, Any]:
     return {
         "input_size": (3, *size),
         "interpolation": Image.Resampling(said.get("resample") or Image.Resampling.BICUBIC).name.lower(),
-        "mean": (said.get("image_mean") or IMAGENET_DEFAULT_MEAN) if normalized else (0.0, 0.0, 0.0),
-        "std": (said.get("image_std") or IMAGENET_DEFAULT_STD) if normalized else (1.0, 1.0, 1.0),
+        "mean": tuple(said.get("image_mean") or IMAGENET_DEFAULT_MEAN) if normalized else (0.0, 0.0, 0.0),
+        "std": tuple(said.get("image_std") or IMAGENET_DEFAULT_STD) if normalized else (1.0, 1.0, 1.0),
         "crop_pct": cropped[0] / resized[0] if cropped and resized else 1.0,
     }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +75,17 @@ def freeze_embeddings(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(_EMBEDDINGS):
             parameter.requires_grad_(False)
+
+
+def keep_names(model: Any) -> None:
+    """Have ``model.save_pretrained`` write weights under the names of the model's ``state_dict``.
+
+    From version 5 on, transformers writes them under the names of the checkpoints that were published first, which the
+    Trainer passes over when it loads the best or the last checkpoint again (transformers issue 48805).
+    ``from_pretrained`` reads both.
+    """
+    if "save_original_format" in inspect.signature(model.save_pretrained).parameters:
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
 
 
 def _config(name: str) -> Any:
