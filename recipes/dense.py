@@ -49,7 +49,10 @@ def train_dense(
     console: Console | None = None,
     description: str | None = None,
 ) -> Outcome:
-    """Train with cross-entropy; arguments and errors are those of `recipes.engine.fitting.fit`."""
+    """Train with cross-entropy; weights for other classes get a new head.
+
+    Other arguments and errors are those of `recipes.engine.fitting.fit`.
+    """
 
     def prepare(model: nn.Module, images_a_step: int) -> Job:
         rate = settings.learning_rate * images_a_step / 1024
@@ -60,7 +63,12 @@ def train_dense(
         )
 
     return fit(
-        settings, prepare, description=description or settings.model, model_options=model_options, console=console
+        settings,
+        prepare,
+        description=description or settings.model,
+        model_options=model_options,
+        new_head=True,
+        console=console,
     )
 
 

@@ -38,11 +38,20 @@ class SparseSettings(PruningSettings, TrainingSettings):
 def fine_tune(
     settings: SparseSettings,
     *,
+    heads: tuple[str, str] | None = None,
     model_options: Mapping[str, Any] | None = None,
     console: Console | None = None,
     description: str | None = None,
 ) -> Outcome:
-    """Sparsify the dense model and train it against itself; see `recipes.engine.fitting.fit`."""
+    """Sparsify the dense model and train it against itself.
+
+    Args:
+        settings: All that decides the run.
+        heads: The two heads of a model that classifies its patch tokens too; see `tokenprune.DynamicViTLoss`.
+        model_options: As for `recipes.engine.fitting.fit`, which says what is raised.
+        console: Likewise.
+        description: Likewise; model and ratio if not given.
+    """
 
     def prepare(model: nn.Module, images_a_step: int) -> Job:
         teacher = copy.deepcopy(model)
@@ -55,7 +64,7 @@ def fine_tune(
         scorers = set(sparsifier.parameters())
         return Job(
             model=sparse,
-            loss_function=Objective(teacher, settings),
+            loss_function=Objective(teacher, settings, heads),
             parameter_groups=parameter_groups(
                 sparse,
                 learning_rate=settings.learning_rate * images_a_step / 1024,
@@ -79,7 +88,7 @@ def fine_tune(
 class Objective(nn.Module):
     """DynamicViT's loss, beside it in the log the share of patch tokens that every stage keeps."""
 
-    def __init__(self, teacher: nn.Module, settings: SparseSettings) -> None:
+    def __init__(self, teacher: nn.Module, settings: SparseSettings, heads: tuple[str, str] | None = None) -> None:
         super().__init__()
         self.loss = tokenprune.DynamicViTLoss(
             teacher,
@@ -87,6 +96,7 @@ class Objective(nn.Module):
             kl_weight=settings.kl_weight,
             distill_weight=settings.distill_weight,
             ratio_weight=settings.ratio_weight,
+            heads=heads,
         )
 
     def forward(self, model: nn.Module, inputs: Tensor, outputs: Any, targets: Tensor) -> dict[str, Tensor]:

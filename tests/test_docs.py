@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from recipes.digits.__main__ import app
 from tests import supported_models
 from tests.official import Layout
 from tokenprune.scorers import base
@@ -61,19 +61,31 @@ def test_every_block_of_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch,
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
 
 
+def commands(page: Path) -> list[list[str]]:
+    """The words of every shell command on a page, those behind a backslash with the line before."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [line.partition("#")[0].replace(".venv/bin/", "").split() for line in lines]
+
+
 def test_commands_on_the_pages_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    help_text = {name: CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
-                 for name in ("demo", "dense", "study")}  # fmt: skip
+    seen = set()
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
-        for line in "".join(blocks(page, "bash")).splitlines():
-            command = line.partition("#")[0].replace(".venv/bin/", "").split()
-            if command[:1] == ["make"]:
-                assert command[1] in targets, line
-            if command[:3] == ["python", "-m", "recipes.digits"]:
-                assert all(word in help_text[command[3]] for word in command[4:] if word.startswith("--")), line
-            if command[:2] == ["python", "-m"]:
-                assert any((ROOT / command[2].replace(".", "/")).with_suffix(suffix).exists() for suffix in ("", ".py"))
+        for words in commands(page):
+            if words[:1] == ["make"]:
+                assert words[1] in targets, words
+            if "-m" not in words:
+                continue
+            name, *arguments = words[words.index("-m") + 1 :]
+            module = importlib.import_module(name)
+            if hasattr(module, "__path__"):
+                module = importlib.import_module(f"{name}.__main__")
+            if name.startswith("recipes.") and arguments:
+                seen.add(name)
+                subcommand = [] if arguments[0].startswith("-") else arguments[:1]
+                text = CliRunner().invoke(module.app, [*subcommand, "--help"], env={"COLUMNS": "200"}).output
+                assert not [word for word in arguments if word.startswith("--") and word not in text], words
+    assert {"recipes.deit", "recipes.dense", "recipes.digits"} <= seen
 
 
 def test_the_page_of_supported_models_is_up_to_date() -> None:

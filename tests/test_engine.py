@@ -276,10 +276,26 @@ def test_the_number_of_classes_comes_from_the_data(folder: Path) -> None:
 def test_weights_for_other_classes_are_refused(folder: Path, tmp_path: Path) -> None:
     torch.save(timm.create_model("test_vit", img_size=64, num_classes=7).state_dict(), tmp_path / "dense.pth")
     settings = sparse(folder, tmp_path / "run", checkpoint=tmp_path / "dense.pth")
-    with pytest.raises(SettingsError, match=r"do not fit .* 10 classes .* python -m recipes.dense"):
+    with pytest.raises(SettingsError, match=r"do not fit .* 10 classes .*: they are for 7. .* python -m recipes.dense"):
         fine_tune(settings)
     with pytest.raises(SettingsError, match="timm's weights of test_vit do not fit"):
         fine_tune(sparse(folder, tmp_path / "run", pretrained=True))
+    (tmp_path / "dense.pth").write_bytes((tmp_path / "dense.pth").read_bytes()[:1000])
+    with pytest.raises(SettingsError, match=r"dense\.pth do not fit"):
+        fine_tune(settings)
+
+
+def test_dense_weights_for_other_classes_get_a_new_head(folder: Path, tmp_path: Path) -> None:
+    before = timm.create_model("test_vit", img_size=64, num_classes=7).state_dict()
+    torch.save({"model": before}, tmp_path / "dense.pth")
+    settings = DenseSettings(
+        **{**TINY, "data_dir": folder, "output": tmp_path, "checkpoint": tmp_path / "dense.pth", "ema_decay": 0.0,
+           "learning_rate": 1e-9, "min_learning_rate": 0.0}
+    )  # fmt: skip
+    after = train_dense(settings).model.state_dict()
+    assert after["head.weight"].shape == (10, 64)
+    # Steps of 2e-11 change nothing in float32 but what is zero.
+    assert torch.allclose(after["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"], atol=1e-8)
 
 
 # Steps

@@ -32,6 +32,7 @@ from tokenprune.tokens import output_tokens, sizes
 from tokenprune.trace import Trace
 
 Execution = Literal["auto", "mask", "gather"]
+Pruned = Literal["drop", "preserve"]
 
 
 class Sparsifier(nn.Module):
@@ -42,16 +43,18 @@ class Sparsifier(nn.Module):
     Attributes:
         stages: The stages, each with its scorer.
         backbone: What the model looks like.
+        pruned: What becomes of pruned tokens, as `sparsify` was told.
         trace: The record of the last forward pass; ``None`` before the first one and after an
             unpruned one.
         enabled: Whether the model runs pruned; see `disabled`.
     """
 
-    def __init__(self, plan: Plan, backbone: Backbone, scorers: Sequence[Scorer]) -> None:
+    def __init__(self, plan: Plan, backbone: Backbone, scorers: Sequence[Scorer], *, pruned: Pruned = "drop") -> None:
         super().__init__()
         self.stages = nn.ModuleList([Stage(scorer) for scorer in scorers])
         self.trace: Trace | None = None
-        self.backbone = backbone
+        self.backbone = backbone.preserving() if pruned == "preserve" else backbone
+        self.pruned: Pruned = pruned
         self._plan = plan
         self._execution: Execution = "auto"
         self.enabled = True

@@ -63,6 +63,7 @@ def fit(
     *,
     description: str,
     model_options: Mapping[str, Any] | None = None,
+    new_head: bool = False,
     console: Console | None = None,
     count: Callable[[nn.Module, tuple[int, int, int]], dict[str, float]] | None = None,
 ) -> Outcome:
@@ -75,6 +76,7 @@ def fit(
         prepare: Called with the dense model and the number of images that a step takes; returns the `Job`.
         description: What the progress bar says.
         model_options: Further arguments of the dense model.
+        new_head: Whether weights for other classes are taken, with a new head.
         console: Where the table of results goes; nowhere if not given.
         count: Counts multiply-adds in place of `gmacs`, where the model is made cheaper by something else.
 
@@ -85,7 +87,7 @@ def fit(
     training, validation = open_images(settings, training=True), open_images(settings, training=False)
     num_classes = number_of_classes(training, settings)
     seed_everything(settings.seed)
-    dense = dense_model(settings, num_classes, **(model_options or {}))
+    dense = dense_model(settings, num_classes, new_head=new_head, **(model_options or {}))
     config = data_config(settings, dense)
     job = prepare(dense, images_a_step(accelerator, settings))
     if settings.activation_checkpointing:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
-from timm.models import load_checkpoint
+from timm.models import load_state_dict
 from torch import nn
 
 from recipes.engine.settings import SettingsError, TrainingSettings
 
 
-def dense_model(settings: TrainingSettings, num_classes: int, **options: Any) -> nn.Module:
+def dense_model(settings: TrainingSettings, num_classes: int, *, new_head: bool = False, **options: Any) -> nn.Module:
     """The dense model that the settings name, with their weights.
 
     Args:
         settings: ``model``, ``width``, ``image_size``, ``checkpoint``, ``pretrained``, ``drop_path``.
         num_classes: Classes of the data.
+        new_head: Where the weights are for another number of classes, start with a new head.
         options: Further arguments of the model.
 
     Raises:
@@ -29,21 +33,32 @@ def dense_model(settings: TrainingSettings, num_classes: int, **options: Any) ->
         options["img_size"] = settings.image_size
     if settings.drop_path:
         options["drop_path_rate"] = settings.drop_path
-    pretrained = settings.pretrained and settings.checkpoint is None
-    if pretrained:
-        known = timm.get_pretrained_cfg(settings.model)
-        if known is not None and known.num_classes != num_classes:
-            raise SettingsError(_other_classes(settings, f"timm's weights of {settings.model}", num_classes))
+    known = timm.get_pretrained_cfg(settings.model)
+    pretrained = settings.checkpoint is not None or settings.pretrained
+    source = str(settings.checkpoint or f"timm's weights of {settings.model}")
     try:
+        if known is not None and settings.checkpoint is not None:
+            learned = _classes_in(settings.checkpoint, known.classifier)
+            # timm fits position embedding, first convolution and head of a file as it does those of its own weights.
+            options["pretrained_cfg_overlay"] = {"file": str(settings.checkpoint), "num_classes": learned}
+        else:
+            learned = None if known is None else known.num_classes
+        if pretrained and learned not in (None, num_classes) and not new_head:
+            raise SettingsError(_do_not_fit(settings, source, num_classes, f"they are for {learned}"))
         model: nn.Module = timm.create_model(settings.model, pretrained=pretrained, num_classes=num_classes, **options)
-    except RuntimeError as error:
-        raise SettingsError(f"timm cannot make model={settings.model!r}: {error}") from error
-    if settings.checkpoint is not None:
-        try:
-            load_checkpoint(model, str(settings.checkpoint), weights_only=True)
-        except RuntimeError as error:
-            raise SettingsError(_other_classes(settings, str(settings.checkpoint), num_classes, error)) from error
+    except (RuntimeError, OSError, UnpicklingError, SafetensorError) as error:
+        if settings.checkpoint is None:
+            raise SettingsError(f"timm cannot make model={settings.model!r}: {error}") from error
+        last = str(error).strip().splitlines()[-1].strip()
+        raise SettingsError(_do_not_fit(settings, source, num_classes, last)) from error
     return model
+
+
+def _classes_in(checkpoint: Path, classifier: Any) -> int | None:
+    """How many classes the weights in a file tell apart; ``None`` if there is no head of this name."""
+    name = classifier if isinstance(classifier, str) else (classifier or ("head",))[0]
+    weight = load_state_dict(str(checkpoint), weights_only=True).get(f"{name}.weight")
+    return None if weight is None else int(weight.shape[0])
 
 
 def num_heads(width: int) -> int:
@@ -58,9 +73,8 @@ def data_config(settings: TrainingSettings, model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def _other_classes(settings: TrainingSettings, source: str, num_classes: int, error: Exception | None = None) -> str:
-    said = "" if error is None else f" ({str(error).splitlines()[-1].strip()})"
+def _do_not_fit(settings: TrainingSettings, source: str, num_classes: int, why: str) -> str:
     return (
-        f"{source} do not fit model={settings.model!r} with the {num_classes} classes of {settings.data_dir}{said}. "
+        f"{source} do not fit model={settings.model!r} with the {num_classes} classes of {settings.data_dir}: {why}. "
         "The dense model must have learned these classes before it is sparsified: python -m recipes.dense does that."
     )
