@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, cast
@@ -18,7 +18,7 @@ from recipes.engine.data import loader, number_of_classes, open_images
 from recipes.engine.evaluation import evaluate, is_sparsified
 from recipes.engine.models import data_config, dense_model
 from recipes.engine.randomness import seed_everything
-from recipes.engine.settings import TrainingSettings, check_continuation
+from recipes.engine.settings import Settings, TrainingSettings, check_continuation
 from recipes.engine.tables import Table
 from recipes.engine.training import LossFunction, images_a_step, make_accelerator, train
 
@@ -107,26 +107,36 @@ def fit(
     )
     outcome = Outcome(model=model, scores=scores, gmacs=(count or gmacs)(model, config["input_size"]))
     if accelerator.is_main_process:
-        _write(outcome, settings)
+        state = {name: tensor.detach().contiguous().cpu() for name, tensor in outcome.model.state_dict().items()}
+        write_whole(settings.output / "model.safetensors", lambda partial: save_file(state, partial))
+        write_results(outcome, settings)
         if console is not None:
-            console.print(_table(outcome).rich())
+            console.print(results_table(outcome).rich())
     accelerator.wait_for_everyone()
     return outcome
 
 
 def evaluate_dense(settings: TrainingSettings) -> dict[str, float]:
     """Accuracy of the dense model that the settings start from; see `recipes.engine.evaluation.evaluate`."""
+    num_classes = number_of_classes(open_images(settings, training=False), settings)
+    return evaluate_model(dense_model(settings, num_classes), settings)
+
+
+def evaluate_model(model: nn.Module, settings: TrainingSettings) -> dict[str, float]:
+    """Accuracy of a model on the settings' validation split; see `recipes.engine.evaluation.evaluate`."""
     accelerator = make_accelerator(settings)
     images = open_images(settings, training=False)
-    model = dense_model(settings, number_of_classes(images, settings)).to(accelerator.device)
     batches = loader(images, settings, data_config(settings, model), training=False)
-    return evaluate(accelerator, model, accelerator.prepare(batches), batches=settings.validation_batches)
+    return evaluate(
+        accelerator, model.to(accelerator.device), accelerator.prepare(batches), batches=settings.validation_batches
+    )
 
 
 def gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, float]:
     """10⁹ multiply-adds an image of a dense model, or of both paths of a sparsified one."""
     if not is_sparsified(model):
-        report = tokenprune.flops(tokenprune.sparsify(model, keep_ratio=1.0, scorer="random"), input_size)
+        # Any stage does, as the dense path is counted; every model has a first block.
+        report = tokenprune.flops(tokenprune.sparsify(model, [0], 1.0, scorer="random"), input_size)
         tokenprune.unsparsify(model)
         return {"dense": report.dense_gmacs}
     report = tokenprune.flops(model, input_size)
@@ -147,21 +157,21 @@ def read_results(settings: TrainingSettings) -> dict[str, Any] | None:
     return found
 
 
-def _write(outcome: Outcome, settings: TrainingSettings) -> None:
+def write_results(outcome: Outcome, settings: Settings, *, libraries: Sequence[str] = ("timm", "accelerate")) -> None:
+    """Write ``results.json``: settings, scores, multiply-adds, and the versions of what was used."""
     results = {
         "settings": settings.to_dict(),
         "scores": dict(outcome.scores),
         "gmacs": dict(outcome.gmacs),
-        "versions": {name: version(name) for name in ("tokenprune", "torch", "timm", "accelerate")},
+        "versions": {name: version(name) for name in ("tokenprune", "torch", *libraries)},
     }
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in outcome.model.state_dict().items()}
-    write_whole(settings.output / "model.safetensors", lambda partial: save_file(state, partial))
     write_whole(
         settings.output / "results.json", lambda partial: partial.write_text(json.dumps(results, indent=2) + "\n")
     )
 
 
-def _table(outcome: Outcome) -> Table:
+def results_table(outcome: Outcome) -> Table:
+    """Accuracy and multiply-adds of both paths, or of a model's only one."""
     table = Table(title="", columns=("path", "top-1", "top-5", "GMACs", "kept a stage"))
     kept = " / ".join(f"{value:.0%}" for name, value in outcome.scores.items() if name.startswith("kept_"))
     # A model that is cheaper without stages has no dense path of its own.
