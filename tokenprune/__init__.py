@@ -5,15 +5,18 @@ from tokenprune.backbone import Backbone, Setting, TokenTable
 from tokenprune.counting import FlopReport, flops
 from tokenprune.discovery import SupportedModel, supported
 from tokenprune.errors import (
+    CheckpointError,
     CountingError,
     InterceptionError,
     PlanError,
     StateError,
     TokenpruneError,
+    UnknownModelError,
     UnsupportedModelError,
 )
 from tokenprune.losses import DynamicViTLoss
 from tokenprune.plan import Plan
+from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
 from tokenprune.sparsifier import Sparsifier
 from tokenprune.timing import ThroughputReport, throughput
@@ -26,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Backbone",
     "Candidates",
+    "CheckpointError",
     "CountingError",
     "DynamicViTLoss",
     "FlopReport",
@@ -42,12 +46,16 @@ __all__ = [
     "TokenTable",
     "TokenpruneError",
     "Trace",
+    "UnknownModelError",
     "UnsupportedModelError",
     "VerificationReport",
     "dense",
     "flops",
+    "from_pretrained",
     "functional",
+    "push_to_hub",
     "register_scorer",
+    "save_pretrained",
     "sparsify",
     "supported",
     "throughput",

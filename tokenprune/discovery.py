@@ -23,6 +23,15 @@ class Adapter(Protocol):
     An entry point's name is the root package of the classes it describes, its value the module.
     Importing the module must not import that library; the model that is handed over already has.
     Beside it a file ``supported.json`` may list the models that its tests have proved.
+
+    Optional, so that models can be saved and found by name (see the docs page "Write an adapter"):
+
+    - ``identity(model) -> dict``: what ``build`` needs, as an object of JSON. Raises `UnsupportedModelError`.
+    - ``build(identity, *, pretrained=False) -> nn.Module``: a model like it, with weights that mean nothing or the
+      public ones. Raises `UnsupportedModelError`.
+    - ``load(name, *, pretrained=False, image_size=None) -> nn.Module``: the model of a name, folder or Hub id.
+      Raises `LookupError` where it is none of the library's.
+    - ``names() -> Iterable[str]``: names that ``load`` takes, to suggest one.
     """
 
     def describe(self, model: nn.Module) -> Backbone:
@@ -40,12 +49,36 @@ def describe(model: nn.Module) -> Backbone:
     Raises:
         UnsupportedModelError: No adapter knows the class, or its adapter refuses it.
     """
+    library = library_of(model)
+    if library is None:
+        raise UnsupportedModelError(_unknown(model, _entries()))
+    return adapter(library).describe(model)
+
+
+def library_of(model: nn.Module) -> str | None:
+    """Root package of the library whose adapter knows the class of ``model``, or one of its bases."""
     entries = _entries()
-    for base in type(model).__mro__:
-        entry = entries.get(base.__module__.partition(".")[0])
-        if entry is not None:
-            return _load(entry).describe(model)
-    raise UnsupportedModelError(_unknown(model, entries))
+    packages = (base.__module__.partition(".")[0] for base in type(model).__mro__)
+    return next((package for package in packages if package in entries), None)
+
+
+def libraries() -> tuple[str, ...]:
+    """Root packages of the libraries that have an adapter, whether or not they are installed."""
+    return tuple(sorted(_entries()))
+
+
+def adapter(library: str) -> Adapter:
+    """The adapter of a library.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    entries = _entries()
+    if library not in entries:
+        raise UnsupportedModelError(
+            f"no adapter for {library!r} is installed; there are some for {', '.join(sorted(entries)) or 'nothing'}."
+        )
+    return cast(Adapter, entries[library].load())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +131,6 @@ def _proved(library: str, entry: EntryPoint) -> Iterator[SupportedModel]:
 
 def _entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
-
-
-def _load(entry: EntryPoint) -> Adapter:
-    return cast(Adapter, entry.load())
 
 
 def _unknown(model: nn.Module, entries: dict[str, EntryPoint]) -> str:

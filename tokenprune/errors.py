@@ -25,3 +25,11 @@ class InterceptionError(TokenpruneError, RuntimeError):
 
 class CountingError(TokenpruneError, RuntimeError):
     """An operator does multiply-adds that cannot be counted."""
+
+
+class CheckpointError(TokenpruneError, ValueError):
+    """A saved model is damaged, incomplete, of a later version or of another model, or cannot be saved."""
+
+
+class UnknownModelError(TokenpruneError, LookupError):
+    """A name is that of no model, neither a saved one nor one of a library's."""

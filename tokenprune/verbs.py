@@ -13,7 +13,7 @@ from tokenprune.backbone import Backbone
 from tokenprune.discovery import describe
 from tokenprune.errors import StateError, UnsupportedModelError
 from tokenprune.plan import Plan
-from tokenprune.scorers import Scorer, ScorerBuilder, ScorerContext, scorer_builder
+from tokenprune.scorers import Scorer, ScorerBuilder, ScorerContext, scorer_builder, scorer_name
 from tokenprune.sparsifier import Sparsifier
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -75,7 +75,7 @@ def sparsify(
     for built in scorers:
         if not isinstance(built, Scorer):
             raise TypeError(f"scorer={scorer!r} built a {type(built).__name__}; expected a tokenprune.Scorer.")
-    sparsifier = Sparsifier(plan, backbone, scorers)
+    sparsifier = Sparsifier(plan, backbone, scorers, scorer_name=scorer_name(scorer))
     for index, stage in zip(plan.stages, sparsifier.stages, strict=True):
         parameter = next(backbone.blocks[index].parameters(), None)
         if parameter is not None:

@@ -4,6 +4,8 @@ Whatever is a flat list of blocks with global attention is found by its structur
 that differ otherwise are described in `models`.
 """
 
+from tokenprune_timm.identity import build, identity
 from tokenprune_timm.models import describe
+from tokenprune_timm.names import load, names
 
-__all__ = ["describe"]
+__all__ = ["build", "describe", "identity", "load", "names"]

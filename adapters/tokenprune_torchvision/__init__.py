@@ -8,6 +8,10 @@ from __future__ import annotations
 from torch import nn
 
 from tokenprune import Backbone, UnsupportedModelError
+from tokenprune_torchvision.identity import build, identity
+from tokenprune_torchvision.names import load, names
+
+__all__ = ["build", "describe", "identity", "load", "names"]
 
 
 def describe(model: nn.Module) -> Backbone:

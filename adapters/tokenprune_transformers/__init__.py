@@ -4,6 +4,8 @@ Whatever is a flat list of blocks with global attention is found by its structur
 that differ otherwise are described in `models`, and what to feed them in `example_inputs`.
 """
 
+from tokenprune_transformers.identity import build, identity
 from tokenprune_transformers.models import describe
+from tokenprune_transformers.names import load
 
-__all__ = ["describe"]
+__all__ = ["build", "describe", "identity", "load"]
