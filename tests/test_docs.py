@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from recipes.digits.__main__ import app
 from tests import supported_models
+from tokenprune.cli import app as cli
 from tokenprune.scorers import base
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,12 @@ def test_every_block_of_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch,
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
 
 
+def tokenprune_help(command: str) -> str:
+    result = CliRunner().invoke(cli, [command, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, command
+    return result.output
+
+
 def test_commands_on_the_pages_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     help_text = {name: CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
@@ -57,6 +64,8 @@ def test_commands_on_the_pages_exist() -> None:
                 assert command[1] in targets, line
             if command[:3] == ["python", "-m", "recipes.digits"]:
                 assert all(word in help_text[command[3]] for word in command[4:] if word.startswith("--")), line
+            if command[:1] == ["tokenprune"]:
+                assert all(word in tokenprune_help(command[1]) for word in command[2:] if word.startswith("--")), line
             if command[:2] == ["python", "-m"]:
                 assert any((ROOT / command[2].replace(".", "/")).with_suffix(suffix).exists() for suffix in ("", ".py"))
 

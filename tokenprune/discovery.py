@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, packages_distributions, version
 from importlib.resources import files
 from typing import Protocol, cast
 
@@ -65,6 +65,27 @@ def library_of(model: nn.Module) -> str | None:
 def libraries() -> tuple[str, ...]:
     """Root packages of the libraries that have an adapter, whether or not they are installed."""
     return tuple(sorted(_entries()))
+
+
+def installed_version(library: str) -> str | None:
+    """The version of a library that is installed, found without loading it; ``None`` if it is not."""
+    names = (library, *packages_distributions().get(library, ()))
+    for name in names:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def proved_version(library: str) -> str | None:
+    """The version of a library on which its adapter's tests proved the models; ``None`` where none is recorded."""
+    entry = _entries().get(library)
+    file = None if entry is None else files(entry.module) / "supported.json"
+    if file is None or not file.is_file():
+        return None
+    recorded: str | None = json.loads(file.read_text(encoding="utf-8")).get("library_version")
+    return recorded
 
 
 def adapter(library: str) -> Adapter:

@@ -4,8 +4,8 @@ Whatever is a flat list of blocks with global attention is found by its structur
 that differ otherwise are described in `models`.
 """
 
-from tokenprune_timm.identity import build, identity
+from tokenprune_timm.loading import load, names
 from tokenprune_timm.models import describe
-from tokenprune_timm.names import load, names
+from tokenprune_timm.rebuilding import build, identity
 
 __all__ = ["build", "describe", "identity", "load", "names"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import nn
 
 from tokenprune import Backbone, UnsupportedModelError
-from tokenprune_torchvision.identity import build, identity
-from tokenprune_torchvision.names import load, names
+from tokenprune_torchvision.loading import load, names
+from tokenprune_torchvision.rebuilding import build, identity
 
 __all__ = ["build", "describe", "identity", "load", "names"]
 

@@ -36,7 +36,7 @@ def load_from_library(name: str, *, pretrained: bool = False, image_size: tuple[
     reasons: list[str] = []
     for library in asked:
         load = getattr(adapter(library), "load", None)
-        if load is None:
+        if not callable(load):
             continue
         try:
             model: nn.Module = load(name, pretrained=pretrained, image_size=image_size)
@@ -54,7 +54,8 @@ def _suggestion(name: str) -> str:
     names: set[str] = set()
     for library in libraries():
         try:
-            names.update(getattr(adapter(library), "names", tuple)())
+            found = getattr(adapter(library), "names", None)
+            names.update(found() if callable(found) else ())
         except ImportError:  # not installed
             continue
     close = difflib.get_close_matches(name.rpartition(":")[2], sorted(names), n=3)

@@ -50,7 +50,7 @@ def identify(model: nn.Module, switches: Sequence[str] = ()) -> Identity:
     library = library_of(model)
     name = f"{type(model).__module__}.{type(model).__qualname__}"
     find = getattr(adapter(library), "identity", None) if library is not None else None
-    if library is None or find is None or getattr(adapter(library), "build", None) is None:
+    if library is None or not callable(find) or not callable(getattr(adapter(library), "build", None)):
         raise UnsupportedModelError(f"no installed adapter can build a {name}.")
     fields = find(model)
     try:
@@ -81,7 +81,7 @@ def build(library: str, fields: Mapping[str, Any], *, pretrained: bool = False) 
         UnsupportedModelError: There is no adapter for the library, it is not installed, or it refuses.
     """
     make = getattr(adapter(library), "build", None)
-    if make is None:
+    if not callable(make):
         raise UnsupportedModelError(f"the adapter for {library} cannot build models.")
     try:
         with torch.random.fork_rng(devices=[]):
