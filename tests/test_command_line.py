@@ -257,6 +257,20 @@ def test_a_saved_model_on_the_hub(monkeypatch: pytest.MonkeyPatch, sources: dict
     assert resolve.load_model("me/pruned").tokenprune.keep_ratio == pytest.approx((0.6, 0.36))
 
 
+def test_what_libraries_print_does_not_get_into_the_json(
+    monkeypatch: pytest.MonkeyPatch, sources: dict[str, str]
+) -> None:
+    load = resolve.load_model
+
+    def noisy(name: str, **options: Any) -> Any:
+        sys.stdout.write("downloading …")
+        return load(name, **options)
+
+    monkeypatch.setattr(resolve, "load_model", noisy)
+    result = run("flops", sources["a saved folder"], "--json")
+    assert json.loads(result.stdout)["reports"] and "downloading" in result.stderr
+
+
 def test_as_a_process_json_is_all_there_is_on_stdout(sources: dict[str, str]) -> None:
     command = [sys.executable, "-m", "tokenprune", "flops", sources["a saved folder"], "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)

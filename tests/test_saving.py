@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_a_wrapped_model_is_saved_like_the_one_inside(tmp_path: Path) -> None:
 
 
 def test_saving_and_loading_leave_random_numbers_and_the_model_alone(tmp_path: Path) -> None:
-    model = VIT.sparsified().train()
+    model = VIT.sparsified(scorer="random").train()
     before, hooks = torch.random.get_rng_state(), hook_counts(model)
     save(model, tmp_path, model_card=True)
     assert model.training and hook_counts(model) == hooks
@@ -512,6 +513,23 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
         tokenprune.save_pretrained(first, folder / "log.txt")
 
 
+def test_a_save_that_fails_while_moving_in_leaves_no_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = VIT.sparsified()
+    folder = save(model, tmp_path / "run")
+    replace = Path.replace
+
+    def fail(self: Path, target: Path) -> Path:
+        if target.name == "tokenprune.json":
+            raise OSError("power cut")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="power cut"):
+        save(model, folder)
+    with pytest.raises(tokenprune.CheckpointError, match=r"has no tokenprune\.json"):
+        tokenprune.from_pretrained(folder)
+
+
 # What transformers writes by itself
 
 
@@ -531,6 +549,53 @@ def test_what_transformers_saves_of_a_sparsified_model_loads_back(name: str, tmp
     dense = type(model).from_pretrained(tmp_path)
     with tokenprune.dense(model):
         assert same_outputs(model, dense, case)
+
+
+def test_a_tower_that_transformers_does_not_export_comes_back(tmp_path: Path) -> None:
+    from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
+    from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
+
+    case = BY_NAME["transformers SigLIP"]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2}
+    config = Idefics2VisionConfig(image_size=48, patch_size=8, **sizes)
+    model = tokenprune.sparsify(Idefics2VisionTransformer(config).eval(), (2, 4), 0.6)
+    assert same_outputs(model, tokenprune.from_pretrained(save(model, tmp_path)), case)
+
+
+def test_no_folder_of_this_machine_is_written_down(tmp_path: Path) -> None:
+    dense: Any = BY_NAME["transformers ViT classifier"].model()
+    dense.save_pretrained(tmp_path / "dense")
+    model = tokenprune.sparsify(type(dense).from_pretrained(tmp_path / "dense"), (2, 4))
+    save(model, tmp_path / "sparse")
+    assert str(tmp_path) not in (tmp_path / "sparse" / "tokenprune.json").read_text()
+    model.config._name_or_path = "google/vit-base-patch16-224"
+    tokenprune.save_pretrained(model, tmp_path / "sparse")
+    assert "base_model: google/vit-base-patch16-224" in (tmp_path / "sparse" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("class", "os.path.PurePath", "has no model 'os.path.PurePath'"),
+        ("class", "transformers.models.nothing.Model", "has no model"),
+        ("config", {"hidden_size": "wide"}, "does not build this ViTForImageClassification"),
+    ],
+)
+def test_an_identity_that_is_none_is_refused(path: str, value: Any, message: str, tmp_path: Path) -> None:
+    save(BY_NAME["transformers ViT classifier"].sparsified(), tmp_path)
+    manifest(**{f"model__identity__{path}": value})(tmp_path)
+    with pytest.raises(tokenprune.CheckpointError, match=message):
+        tokenprune.from_pretrained(tmp_path)
+
+
+def test_a_library_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(VIT.sparsified(), tmp_path)
+    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not there
+    with pytest.raises(tokenprune.CheckpointError, match="timm is needed to build this model"):
+        tokenprune.from_pretrained(tmp_path)
+    manifest(model__library="keras")(tmp_path)
+    with pytest.raises(tokenprune.CheckpointError, match="no adapter for 'keras' is installed"):
+        tokenprune.from_pretrained(tmp_path)
 
 
 def test_shards_and_dtypes_of_transformers_load_back(tmp_path: Path) -> None:

@@ -32,8 +32,6 @@ def identity(model: nn.Module) -> dict[str, Any]:
     if isinstance(name, str) and timm.is_model(name):
         found["architecture"] = name
         found["pretrained_cfg"] = {k: _plain(v) for k, v in cfg.items() if k not in _FILES and _is_plain(v)}
-        hub_id = cfg.get("hf_hub_id")
-        found["hub_id"] = hub_id if isinstance(hub_id, str) and "/" in hub_id.strip("/") else None
     elif getattr(timm.models, cls, None) is type(model):
         found["class"] = cls
     else:
@@ -138,7 +136,9 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "qkv_bias": lambda model: model.blocks[0].attn.qkv.bias is not None,
     "proj_bias": lambda model: model.blocks[0].attn.proj.bias is not None,
     "qk_norm": _has("blocks.0.attn.q_norm"),
-    "init_values": lambda model: getattr(model.blocks[0].ls1, "init_values", None),
+    "init_values": lambda model: (
+        getattr(model.blocks[0].ls1, "init_values", 1e-5) if _has("blocks.0.ls1")(model) else None
+    ),
     "class_token": lambda model: model.cls_token is not None,
     "reg_tokens": lambda model: model.num_reg_tokens,
     "no_embed_class": lambda model: model.no_embed_class,

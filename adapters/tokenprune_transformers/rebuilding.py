@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from tokenprune import UnsupportedModelError
+
+_OWN = "transformers.models."  # nothing outside of it is imported because a file says so
 
 
 def identity(model: nn.Module) -> dict[str, Any]:
@@ -19,15 +22,17 @@ def identity(model: nn.Module) -> dict[str, Any]:
     """
     import transformers
 
-    cls = type(model).__name__
-    if not isinstance(model, transformers.PreTrainedModel) or getattr(transformers, cls, None) is not type(model):
-        raise UnsupportedModelError(f"{cls} is not one of transformers' own models.")
+    name = type(model).__name__
+    if getattr(transformers, name, None) is not type(model):  # some towers are known in their own files alone
+        name = f"{type(model).__module__}.{name}"
+    if not isinstance(model, transformers.PreTrainedModel) or _model_class(name) is not type(model):
+        raise UnsupportedModelError(f"{name} is not one of transformers' own models.")
     config: Any = model.config
     fields = json.loads(config.to_json_string(use_diff=False))
     # A folder on the machine that loaded it would mean nothing elsewhere.
     origin = str(fields.pop("_name_or_path", None) or getattr(config, "_name_or_path", None) or "")
     public = origin.count("/") == 1 and not origin.startswith((".", "/", "~")) and not Path(origin).exists()
-    return {"class": cls, "config": fields, "hub_id": origin if public else None}
+    return {"class": name, "config": fields, "hub_id": origin if public else None}
 
 
 def build(identity: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
@@ -56,7 +61,14 @@ def build(identity: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
 def _model_class(name: str) -> Any:
     import transformers
 
-    cls = getattr(transformers, name, None)
+    file, _, name_there = name.rpartition(".")
+    if file.startswith(_OWN):
+        try:
+            cls = getattr(import_module(file), name_there, None)
+        except ModuleNotFoundError:
+            cls = None
+    else:
+        cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise UnsupportedModelError(f"transformers {transformers.__version__} has no model {name!r}.")
     return cls

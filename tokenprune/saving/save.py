@@ -58,8 +58,9 @@ def save_pretrained(
     sparsifier, inner, folder = sparsifier_of(model), unwrap(model), Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give the folder in which to save.")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # models and scorers are built to compare, and random ones counted
         manifest = _manifest(inner, sparsifier, scorers_only)
+        text = card.card(inner, manifest) if model_card and card.may_write(folder) else None
     state = {name: tensor for name, tensor in inner.state_dict().items() if name != f"{_PREFIX}_extra_state"}
     if scorers_only:
         state = {name: tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
@@ -70,8 +71,8 @@ def save_pretrained(
     try:
         weights.write(aside / WEIGHTS, state)
         (aside / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        if model_card and card.may_write(folder):
-            (aside / card.FILE).write_text(card.card(inner, manifest), encoding="utf-8")
+        if text is not None:
+            (aside / card.FILE).write_text(text, encoding="utf-8")
         _move_in(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
