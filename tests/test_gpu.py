@@ -81,6 +81,7 @@ def test_compiled(case: Case, training: bool) -> None:
             assert_close(case.run(compiled, images), case.run(model, images), MASK_EQUALS_GATHER[torch.float32])
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU does not count")
 def test_throughput_counts_peak_memory() -> None:
     model = BY_NAME["timm class token"].sparsified().to(DEVICE)
     report = tokenprune.throughput(model, (3, 48, 48), batch_size=64, pairs=2, warmup=1)

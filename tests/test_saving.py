@@ -697,6 +697,7 @@ def test_pushed_to_the_hub_and_fetched_from_it(tmp_path: Path, monkeypatch: pyte
     model = VIT.sparsified()
     assert tokenprune.push_to_hub(model, "me/pruned", private=True, revision="dev") == "commit/of/me/pruned"
     assert hub.calls[0] == {"private": True, "exist_ok": True} and hub.calls[1]["revision"] == "dev"
+    assert 'from_pretrained("me/pruned")' in (tmp_path / "me" / "pruned" / "README.md").read_text()
     names = sorted(file.name for file in (tmp_path / "me" / "pruned").iterdir())
     assert names == ["README.md", "tokenprune.json", "tokenprune.safetensors"]
     loaded = tokenprune.from_pretrained("me/pruned", revision="dev", token="t")

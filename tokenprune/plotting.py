@@ -35,6 +35,7 @@ def flops_curve(reports: Sequence[FlopReport], *, title: str = "") -> Figure:
         )
     axes.set(xlabel="patch tokens left after the last stage", ylabel="GMACs of one image", title=title)
     axes.set_ylim(bottom=0)
+    axes.margins(x=0.15)  # room for the last label
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.legend()
     return figure

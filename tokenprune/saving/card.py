@@ -13,6 +13,8 @@ from tokenprune.saving.manifest import Manifest
 from tokenprune.verbs import sparsifier_of
 
 FILE = "README.md"
+SOURCE = "<this folder or repository>"
+"""Stands in a card for where the model is, which a folder does not know of itself."""
 _MARK = "<!-- written by tokenprune.save_pretrained; take this line out to keep your own text -->"
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ def card(model: nn.Module, manifest: Manifest) -> str:
 
 
 def _call(manifest: Manifest) -> str:
-    arguments = ['"<this folder or repository>"']
+    arguments = [f'"{SOURCE}"']
     arguments += ["model=dense_model"] if manifest.identity is None else []
     arguments += ["scorer=build_scorer"] if manifest.record.scorer is None else []
     return ", ".join(arguments)

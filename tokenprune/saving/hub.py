@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from tokenprune.errors import CheckpointError
+from tokenprune.saving import card
 from tokenprune.saving.manifest import MANIFEST
 from tokenprune.saving.save import save_pretrained
 
@@ -49,6 +50,9 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         # Saved first: what cannot be saved makes no repository.
         saved = save_pretrained(model, Path(folder) / "model", scorers_only=scorers_only, model_card=model_card)
+        if model_card:
+            text = (saved / card.FILE).read_text(encoding="utf-8")
+            (saved / card.FILE).write_text(text.replace(card.SOURCE, repo_id), encoding="utf-8")
         api = HfApi(token=token)
         made = api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
