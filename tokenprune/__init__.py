@@ -11,11 +11,13 @@ from tokenprune.errors import (
     PlanError,
     StateError,
     TokenpruneError,
+    UnknownModelError,
     UnsupportedModelError,
 )
 from tokenprune.losses import DynamicViTLoss
 from tokenprune.official import load_dynamicvit
 from tokenprune.plan import Plan
+from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
 from tokenprune.sparsifier import Sparsifier
 from tokenprune.timing import ThroughputReport, throughput
@@ -45,13 +47,17 @@ __all__ = [
     "TokenTable",
     "TokenpruneError",
     "Trace",
+    "UnknownModelError",
     "UnsupportedModelError",
     "VerificationReport",
     "dense",
     "flops",
+    "from_pretrained",
     "functional",
     "load_dynamicvit",
+    "push_to_hub",
     "register_scorer",
+    "save_pretrained",
     "sparsify",
     "supported",
     "throughput",
