@@ -46,7 +46,7 @@ class TableSettings(Settings):
     # Accuracy
     checkpoint: Annotated[
         list[str] | None,
-        Option(help="row=path, repeatable: the output of a recipe, its model.safetensors, or an official checkpoint."),
+        Option(help="row=path, repeatable: the output of a recipe, weights in it, or an official checkpoint."),
     ] = None
     data_dir: Annotated[Path | None, Option(help="Image folder (or tars, or cache), as for recipes.deit.")] = None
     dataset: Annotated[str, Option(help="timm's name of the kind of data: '' folders and tars, hfds/…, wds/…")] = ""

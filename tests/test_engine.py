@@ -475,7 +475,7 @@ def command(module: str, folder: Path, output: Path, *arguments: str) -> list[st
 
 
 def weights_of(output: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = load_file(output / "model.safetensors")
+    found: dict[str, Tensor] = load_file(output / "tokenprune.safetensors")
     return found
 
 

@@ -12,7 +12,6 @@ import pytest
 import timm
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -117,8 +116,7 @@ def words(result: Any) -> str:
 
 
 def run_folder(model: nn.Module, folder: Path, **settings: Any) -> Path:
-    folder.mkdir()
-    save_file(model.state_dict(), folder / "model.safetensors")
+    tokenprune.save_pretrained(model, folder, model_card=False)
     (folder / "settings.yaml").write_text(yaml.safe_dump({"stages": None, "scorer": "predictor", **settings}))
     return folder
 
@@ -157,7 +155,7 @@ def test_forms_of_sparse_checkpoints(form: str, trained: nn.Module, tmp_path: Pa
     path = tmp_path / "official.pth"
     if form in ("folder", "file"):
         path = run_folder(trained, tmp_path / "run", keep_ratio=[0.7])
-        path = path / "model.safetensors" if form == "file" else path
+        path = path / "tokenprune.safetensors" if form == "file" else path
     else:
         torch.save({"model": official(trained)} if form == "nested official" else official(trained), path)
     model = weights_of(ROWS["deit_tiny/0.7"], path, 10)

@@ -69,7 +69,9 @@ def fit(
 ) -> Outcome:
     """Train what ``prepare`` makes of the dense model, and write results and weights to ``settings.output``.
 
-    ``results.json`` has settings, scores, multiply-adds and versions; ``model.safetensors`` the weights.
+    ``results.json`` has settings, scores, multiply-adds and versions. A sparse model's weights are written with
+    `tokenprune.save_pretrained`, so that `tokenprune.from_pretrained` takes the folder; a dense one's to
+    ``model.safetensors``.
 
     Args:
         settings: All that decides the run.
@@ -107,13 +109,20 @@ def fit(
     )
     outcome = Outcome(model=model, scores=scores, gmacs=(count or gmacs)(model, config["input_size"]))
     if accelerator.is_main_process:
-        state = {name: tensor.detach().contiguous().cpu() for name, tensor in outcome.model.state_dict().items()}
-        write_whole(settings.output / "model.safetensors", lambda partial: save_file(state, partial))
+        _save(outcome.model, settings)
         write_results(outcome, settings)
         if console is not None:
             console.print(results_table(outcome).rich())
     accelerator.wait_for_everyone()
     return outcome
+
+
+def _save(model: nn.Module, settings: TrainingSettings) -> None:
+    if is_sparsified(model):
+        tokenprune.save_pretrained(model, settings.output)
+        return
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    write_whole(settings.output / "model.safetensors", lambda partial: save_file(state, partial))
 
 
 def evaluate_dense(settings: TrainingSettings) -> dict[str, float]:

@@ -29,14 +29,14 @@ def weights_of(row: Row, path: Path, num_classes: int) -> nn.Module:
 
     Args:
         row: The row.
-        path: What a recipe wrote to its output (the folder, or ``model.safetensors`` in it), an official DynamicViT
+        path: What a recipe wrote to its output (the folder, or the weights in it), an official DynamicViT
             checkpoint, or, for a dense row, a checkpoint of the dense model.
         num_classes: Classes of the data.
 
     Raises:
         SettingsError: They are not the weights of this row's model.
     """
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = path / ("model.safetensors" if row.ratio == 1 else "tokenprune.safetensors") if path.is_dir() else path
     _check_run(row, file.parent / "settings.yaml")
     architecture = ARCHITECTURES[row.architecture]
     model: nn.Module = timm.create_model(architecture.model, num_classes=num_classes, **architecture.options)
