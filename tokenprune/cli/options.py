@@ -68,7 +68,7 @@ def sparsified(
     from tokenprune.sparsifier import Sparsifier
     from tokenprune.verbs import sparsifier_of, sparsify
 
-    size, chosen = _size(image_size), _stages(stages)
+    size, chosen = _size(image_size), stage_indices(stages)
     if scorer is not None:
         check_scorer(scorer)
     model = load_model(name, pretrained=pretrained, image_size=size).eval()
@@ -127,7 +127,12 @@ def _check_saved(saved: Any, stages: tuple[int, ...] | None, scorer: str | None)
         raise typer.BadParameter(f"--scorer {scorer}: the saved model has {saved.scorer or 'one of its own'}.")
 
 
-def _stages(text: str | None) -> tuple[int, ...] | None:
+def stage_indices(text: str | None) -> tuple[int, ...] | None:
+    """Block indices, ``None`` where none are given.
+
+    Raises:
+        typer.BadParameter: They are not numbers.
+    """
     try:
         return None if text is None else tuple(int(part) for part in text.split(","))
     except ValueError:
