@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import tokenprune
 from recipes.engine.checkpoints import write_whole
 from recipes.engine.command_line import Preset, command
-from recipes.engine.fitting import Outcome, gmacs, results_table, write_results
+from recipes.engine.fitting import Outcome, count_gmacs, results_table, write_results
 from recipes.engine.settings import SettingsError, check_continuation
 from recipes.huggingface.arguments import training_arguments
 from recipes.huggingface.data import Images, input_config, open_images
@@ -76,7 +76,9 @@ def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
     }
     try:
         trainer = _dense_trainer(model, settings, options) if settings.dense else _trainer(model, settings, options)
-        counts = gmacs(model, config["input_size"])  # now, so that a model that cannot be pruned is not trained first
+        counts = count_gmacs(
+            model, config["input_size"]
+        )  # now, so that a model that cannot be pruned is not trained first
     except (ValueError, TypeError, tokenprune.TokenpruneError) as error:
         raise SettingsError(str(error)) from error
     if trainer.is_world_process_zero():

@@ -65,7 +65,7 @@ def fit(
     model_options: Mapping[str, Any] | None = None,
     new_head: bool = False,
     console: Console | None = None,
-    count: Callable[[nn.Module, tuple[int, int, int]], dict[str, float]] | None = None,
+    gmacs: Mapping[str, float] | None = None,
 ) -> Outcome:
     """Train what ``prepare`` makes of the dense model, and write results and weights to ``settings.output``.
 
@@ -80,7 +80,7 @@ def fit(
         model_options: Further arguments of the dense model.
         new_head: Whether weights for other classes are taken, with a new head.
         console: Where the table of results goes; nowhere if not given.
-        count: Counts multiply-adds in place of `gmacs`, where the model is made cheaper by something else.
+        gmacs: Multiply-adds, filled by ``prepare``, of a model that is made cheaper by something else than stages.
 
     Raises:
         SettingsError, DataError, Interrupted, FloatingPointError: As `recipes.engine.training.train`.
@@ -107,7 +107,7 @@ def fit(
         frozen_epochs=job.frozen_epochs,
         find_unused_parameters=job.find_unused_parameters,
     )
-    outcome = Outcome(model=model, scores=scores, gmacs=(count or gmacs)(model, config["input_size"]))
+    outcome = Outcome(model=model, scores=scores, gmacs=gmacs or count_gmacs(model, config["input_size"]))
     if accelerator.is_main_process:
         _save(outcome.model, settings)
         write_results(outcome, settings)
@@ -141,7 +141,7 @@ def evaluate_model(model: nn.Module, settings: TrainingSettings) -> dict[str, fl
     )
 
 
-def gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, float]:
+def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, float]:
     """10⁹ multiply-adds an image of a dense model, or of both paths of a sparsified one."""
     if not is_sparsified(model):
         # Any stage does, as the dense path is counted; every model has a first block.
