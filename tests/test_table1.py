@@ -36,6 +36,7 @@ WIDTHS = {
 WIDTH_OF = {
     "deit_tiny": 192, "deit_256": 256, "deit_288": 288, "deit_320": 320, "deit_small": 384, "deit_base": 768
 }  # fmt: skip
+PAGE = Path(__file__).parent.parent / "docs" / "reproducing.md"
 QUICK = {("deit_tiny", 1.0), ("deit_small", 0.7), ("lvvit_t", 0.7)}
 TOLERANCE = 0.01  # of fractions: what the columns of figures with two decimals are held to
 
@@ -43,6 +44,10 @@ TOLERANCE = 0.01  # of fractions: what the columns of figures with two decimals 
 @lru_cache(maxsize=1)
 def built(architecture: Architecture) -> nn.Module:
     return sparse_model(architecture)
+
+
+def shown(value: float | None) -> str:
+    return "–" if value is None else str(value)
 
 
 # Multiply-adds
@@ -57,8 +62,10 @@ def built(architecture: Architecture) -> nn.Module:
 )
 def test_multiply_adds_of_every_row(name: str) -> None:
     row, architecture = ROWS[name], ARCHITECTURES[ROWS[name].architecture]
-    assert row.computed is not None
-    assert abs(deviation(multiply_adds(built(architecture), architecture, row.ratio), row.computed)) < TOLERANCE
+    gmacs = multiply_adds(built(architecture), architecture, row.ratio)
+    assert row.computed is not None and abs(deviation(gmacs, row.computed)) < TOLERANCE
+    figures = [architecture.title, f"{row.ratio:g}", *map(shown, (row.top1, row.gmacs)), f"{row.computed:.2f}"]
+    assert f"| `{name}` | {' | '.join(figures)} | {gmacs:.2f} |" in PAGE.read_text()
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def _save(model: nn.Module, settings: TrainingSettings) -> None:
 
 def evaluate_dense(settings: TrainingSettings) -> dict[str, float]:
     """Accuracy of the dense model that the settings start from; see `recipes.engine.evaluation.evaluate`."""
-    num_classes = number_of_classes(open_images(settings, training=False), settings)
+    num_classes = number_of_classes(open_images(settings, training=True), settings)  # as the weights were trained
     return evaluate_model(dense_model(settings, num_classes), settings)
 
 
