@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from recipes.digits.data import DigitsConfig, make_digits
 from recipes.digits.presets import DIGITS_SPARSE
 from recipes.dynamicvit import SparseSettings, fine_tune, freeze_embeddings
 from recipes.engine.checkpoints import Checkpoints, Interrupted, write_whole
-from recipes.engine.data import DataError, loader, number_of_classes, open_images
+from recipes.engine.data import DataError, class_indices, loader, number_of_classes, open_images
 from recipes.engine.evaluation import evaluate
 from recipes.engine.logbook import read_log
 from recipes.engine.models import num_heads
@@ -272,6 +273,15 @@ def test_the_number_of_classes_comes_from_the_data(folder: Path) -> None:
         number_of_classes(images, settings)
     with pytest.raises(DataError, match="does not tell its number of classes"):
         number_of_classes(object(), TrainingSettings(**{**TINY, "data_dir": folder, "output": folder}))
+
+
+def test_a_validation_split_that_lacks_a_class_keeps_the_numbers_of_the_others(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "validation" / "4")
+    settings = TrainingSettings(**{**TINY, "data_dir": tmp_path / "data", "output": tmp_path})
+    classes = class_indices(open_images(settings, training=True))
+    images = open_images(settings, training=False, classes=classes)
+    assert {images[index][1] for index in range(len(images))} == {0, 1, 2, 3, 5, 6, 7, 8, 9}
 
 
 def test_weights_for_other_classes_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 import tokenprune
 from recipes.engine.checkpoints import write_whole
-from recipes.engine.data import loader, number_of_classes, open_images
+from recipes.engine.data import class_indices, loader, number_of_classes, open_images
 from recipes.engine.evaluation import evaluate, is_sparsified
 from recipes.engine.models import data_config, dense_model
 from recipes.engine.randomness import seed_everything
@@ -86,7 +86,8 @@ def fit(
         SettingsError, DataError, Interrupted, FloatingPointError: As `recipes.engine.training.train`.
     """
     accelerator = make_accelerator(settings)
-    training, validation = open_images(settings, training=True), open_images(settings, training=False)
+    training = open_images(settings, training=True)
+    validation = open_images(settings, training=False, classes=class_indices(training))
     num_classes = number_of_classes(training, settings)
     seed_everything(settings.seed)
     dense = dense_model(settings, num_classes, new_head=new_head, **(model_options or {}))
@@ -127,14 +128,20 @@ def _save(model: nn.Module, settings: TrainingSettings) -> None:
 
 def evaluate_dense(settings: TrainingSettings) -> dict[str, float]:
     """Accuracy of the dense model that the settings start from; see `recipes.engine.evaluation.evaluate`."""
-    num_classes = number_of_classes(open_images(settings, training=True), settings)  # as the weights were trained
-    return evaluate_model(dense_model(settings, num_classes), settings)
+    training = open_images(settings, training=True)  # whose classes the weights were trained for
+    model = dense_model(settings, number_of_classes(training, settings))
+    return evaluate_model(model, settings, classes=class_indices(training))
 
 
-def evaluate_model(model: nn.Module, settings: TrainingSettings) -> dict[str, float]:
-    """Accuracy of a model on the settings' validation split; see `recipes.engine.evaluation.evaluate`."""
+def evaluate_model(
+    model: nn.Module, settings: TrainingSettings, *, classes: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Accuracy of a model on the settings' validation split; see `recipes.engine.evaluation.evaluate`.
+
+    ``classes`` are those that the model was trained for, where there is more than the validation split to tell them.
+    """
     accelerator = make_accelerator(settings)
-    images = open_images(settings, training=False)
+    images = open_images(settings, training=False, classes=classes)
     batches = loader(images, settings, data_config(settings, model), training=False)
     return evaluate(
         accelerator, model.to(accelerator.device), accelerator.prepare(batches), batches=settings.validation_batches
