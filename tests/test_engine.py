@@ -393,8 +393,8 @@ def losses_of(folder: Path, output: Path, **changes: Any) -> list[float]:
         ({"activation_checkpointing": True}, 1e-5),
         # bfloat16 has 8 bits; the losses are about 2.5, and a decision may fall otherwise.
         ({"mixed_precision": "bf16"}, 0.2),
-        # The same arithmetic in another order.
-        pytest.param({"compile": True}, 1e-3, marks=pytest.mark.slow),
+        # Compiled code draws other random numbers for the decisions.
+        pytest.param({"compile": True}, 0.2, marks=pytest.mark.slow),
     ],
 )
 def test_memory_precision_and_compilation_leave_the_losses(
