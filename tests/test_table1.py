@@ -131,7 +131,8 @@ def run_folder(model: nn.Module, folder: Path, **settings: Any) -> Path:
 def official(model: nn.Module) -> dict[str, Any]:
     """A state dict in the layout of the official checkpoints."""
     ours = re.compile(r"tokenprune\.stages\.(\d+)\.scorer\.")
-    return {ours.sub(r"score_predictor.\1.", name): tensor for name, tensor in model.state_dict().items()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_extra_state")}
+    return {ours.sub(r"score_predictor.\1.", name): tensor for name, tensor in state.items()}
 
 
 def test_the_table_with_a_checkpoint(trained: nn.Module, folder: Path, tmp_path: Path) -> None:
