@@ -407,6 +407,18 @@ def test_memory_precision_and_compilation_leave_the_losses(
     assert other != plain or "activation_checkpointing" in changes
 
 
+def test_a_run_in_bfloat16_ends_in_an_ordinary_model(folder: Path, tmp_path: Path) -> None:
+    restart_accelerate()
+    try:
+        outcome = fine_tune(sparse(folder, tmp_path / "run", ema_decay=0.0, mixed_precision="bf16"))
+    finally:
+        restart_accelerate()
+    assert "forward" not in vars(outcome.model)
+    images = torch.randn(2, 3, 64, 64)
+    again = tokenprune.from_pretrained(tmp_path / "run").eval()
+    assert torch.equal(outcome.model.eval()(images), again(images))
+
+
 @pytest.mark.parametrize("changes", [{"clip_gradient": 1e-6}, {"drop_path": 0.5}, {"ratio_weight": 5.0}, {"seed": 1}])
 def test_settings_change_the_run(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     # The backbone learns from the first step on, so that what it is given shows in the steps that follow.

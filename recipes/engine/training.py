@@ -211,6 +211,8 @@ def train(
                     raise Interrupted(f"Stopped after step {position.step} of {schedule.steps}.")
     for tracker in accelerator.trackers:
         tracker.finish()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
+    model.__dict__.pop("forward", None)  # Accelerate's autocast, or the method of the class that stood in for it
     return result_of, scores
 
 
