@@ -7,12 +7,14 @@ from tokenprune.discovery import SupportedModel, supported
 from tokenprune.errors import (
     CheckpointError,
     CountingError,
+    ExportError,
     InterceptionError,
     PlanError,
     StateError,
     TokenpruneError,
     UnsupportedModelError,
 )
+from tokenprune.exporting import ExportReport, export
 from tokenprune.losses import DynamicViTLoss
 from tokenprune.official import load_dynamicvit
 from tokenprune.plan import Plan
@@ -31,6 +33,8 @@ __all__ = [
     "CheckpointError",
     "CountingError",
     "DynamicViTLoss",
+    "ExportError",
+    "ExportReport",
     "FlopReport",
     "InterceptionError",
     "Plan",
@@ -48,6 +52,7 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationReport",
     "dense",
+    "export",
     "flops",
     "functional",
     "load_dynamicvit",

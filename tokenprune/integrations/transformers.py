@@ -108,7 +108,11 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         self.evaluate_dense = evaluate_dense
         self._teacher = teacher
         self._criterion = criterion
-        self._loss_weights: dict[str, Any] = {"kl_weight": kl_weight, "distill_weight": distill_weight, "ratio_weight": ratio_weight}
+        self._loss_weights: dict[str, Any] = {
+            "kl_weight": kl_weight,
+            "distill_weight": distill_weight,
+            "ratio_weight": ratio_weight,
+        }
         self._training_averages, self._evaluation_averages = Averages(), Averages()
         self._backbone_frozen = False
         self._groups_are_ours = False
