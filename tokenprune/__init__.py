@@ -12,12 +12,14 @@ from tokenprune.errors import (
     PlanError,
     StateError,
     TokenpruneError,
+    UnknownModelError,
     UnsupportedModelError,
 )
 from tokenprune.exporting import ExportReport, export
 from tokenprune.losses import DynamicViTLoss
 from tokenprune.official import load_dynamicvit
 from tokenprune.plan import Plan
+from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
 from tokenprune.sparsifier import Sparsifier
 from tokenprune.timing import ThroughputReport, throughput
@@ -49,14 +51,18 @@ __all__ = [
     "TokenTable",
     "TokenpruneError",
     "Trace",
+    "UnknownModelError",
     "UnsupportedModelError",
     "VerificationReport",
     "dense",
     "export",
     "flops",
+    "from_pretrained",
     "functional",
     "load_dynamicvit",
+    "push_to_hub",
     "register_scorer",
+    "save_pretrained",
     "sparsify",
     "supported",
     "throughput",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class Backbone:
             the outermost modules whose class is named after attention, otherwise the block.
         settings: What must be set on the model while it is sparsified.
         grid_methods: Names of methods of the model that reshape tokens into a grid; while tokens
-            are being pruned they refuse to run.
+            are being dropped they refuse to run. With ``"forward"`` among them, so does `sparsify`.
         tower: The part of the model whose forward pass runs the blocks and pools their tokens, where
             the model is more than that; ``None`` means the model itself.
         num_suffix_tokens: Tokens behind the patch tokens, such as detection tokens; never pruned.
@@ -110,7 +110,8 @@ class Backbone:
         weight_mixers: Modules that take finished attention weights (B, L, L, H) and mix them, so
             that pruned tokens must be masked once more.
         put_back: Whether pruned tokens are put back after every block, as they were before it,
-            because the model needs all of them between its blocks or behind the last one.
+            because the model needs all of them between its blocks or behind the last one; so it is in
+            any model that is sparsified with ``pruned="preserve"``.
         leave_pruned: Whether what follows the tower takes any number of tokens, so that in `mask`
             execution, too, the tower's output has the kept ones alone.
         grid_tokens: Whether blocks take and return (B, rows, columns, C), without other tokens, and
@@ -143,11 +144,24 @@ class Backbone:
     leave_pruned: bool = False
     grid_tokens: bool = False
 
+    def preserving(self) -> Backbone:
+        """The same model, with pruned tokens put back: whatever comes after a block gets all of them."""
+        return replace(self, put_back=True, leave_pruned=False, grid_methods=())
+
     def attention_modules(self, index: int) -> tuple[nn.Module, ...]:
         """The modules in which the attention of block ``index`` happens."""
         if self.attentions is not None:
             return tuple(self.attentions[index])
         return tuple(outermost_attention(self.blocks[index])) or (self.blocks[index],)
+
+    def input_size(self, model: nn.Module) -> tuple[int, int, int]:
+        """Channels, height and width of the images ``model`` was built for; 3, 224, 224 where nothing says."""
+        tower = model if self.tower is None else self.tower
+        convolution = next((module for module in tower.modules() if isinstance(module, nn.Conv2d)), None)
+        channels = 3 if convolution is None else convolution.in_channels
+        if self.grid_size is None or self.patch_size is None:
+            return channels, 224, 224
+        return channels, self.grid_size[0] * self.patch_size[0], self.grid_size[1] * self.patch_size[1]
 
     def check(self, model: nn.Module) -> None:
         """Refuse a description that does not fit ``model``.

@@ -92,14 +92,15 @@ def export(
 
     Raises:
         ValueError: ``path`` ends with something else, or the model has no output of a name.
-        FileNotFoundError: The folder does not exist.
+        FileNotFoundError, IsADirectoryError: The folder does not exist, or the file is one.
         ModuleNotFoundError: A package that writes and checks ONNX is missing.
         UnsupportedModelError: The model is on the meta device.
         ExportError: The model cannot run on such images or cannot be exported, or the file disagrees
             with it. No file is left, and an older one is untouched.
     """
     path = Path(path)
-    write = _writer(path)
+    check_path(path)
+    write = _WRITERS[path.suffix]
     inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     candidates = random_inputs(inner, images=(_CANDIDATES, *input_size))["images"]
     with _as_it_runs(inner), torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
@@ -142,11 +143,14 @@ _Run = Callable[[Tensor], dict[str, Tensor]]
 _Write = Callable[[Any, Path, _Names], _Run]
 
 
-def _writer(path: Path) -> _Write:
-    """What writes files of that suffix and gives back what runs them, everything checked that can be beforehand."""
-    writers: dict[str, _Write] = {".onnx": _write_onnx, ".pt2": _write_program}
-    if path.suffix not in writers:
-        raise ValueError(f"{path}: the name must end with {' or '.join(writers)}, which say what is written.")
+def check_path(path: Path) -> None:
+    """Refuse what `export` could not write to, before anything is done.
+
+    Raises:
+        ValueError, FileNotFoundError, IsADirectoryError, ModuleNotFoundError: As `export` says.
+    """
+    if path.suffix not in _WRITERS:
+        raise ValueError(f"{path}: the name must end with {' or '.join(_WRITERS)}, which say what is written.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first.")
     if path.is_dir():
@@ -154,9 +158,8 @@ def _writer(path: Path) -> _Write:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if path.suffix == ".onnx" and missing:
         raise ModuleNotFoundError(
-            f"ONNX files need {', '.join(missing)}: pip install 'tokenprune[export]'.", name=missing[0]
+            f"{path}: ONNX files need {', '.join(missing)}: pip install 'tokenprune[export]'.", name=missing[0]
         )
-    return writers[path.suffix]
 
 
 def _write_onnx(program: torch.export.ExportedProgram, file: Path, names: _Names) -> _Run:
@@ -188,6 +191,10 @@ def _write_program(program: torch.export.ExportedProgram, file: Path, names: _Na
     torch.export.save(program, file)
     module = torch.export.load(file).module()
     return lambda images: dict(_tensors(module(images), ""))
+
+
+_WRITERS: dict[str, _Write] = {".onnx": _write_onnx, ".pt2": _write_program}
+"""What writes files of a suffix, and gives back what runs them."""
 
 
 class _Outputs(nn.Module):

@@ -22,6 +22,6 @@ class GridMethod:
         if self.sparsifier.enabled and any(ratio < 1 for ratio in self.sparsifier.keep_ratio):
             raise StateError(
                 f"{type(self.model).__name__}.{self.name} needs the full grid of tokens, and this model drops some. "
-                "Call it inside tokenprune.dense(model)."
+                'Sparsify it with pruned="preserve", or call the method inside tokenprune.dense(model).'
             )
         return getattr(type(self.model), self.name)(self.model, *args, **kwargs)

@@ -46,6 +46,7 @@ class Pruning:
         self.backbone = backbone
         self.side_inputs = SideInputs(backbone.token_inputs)
         self._waiting: Tensor | None = None
+        self._grid: tuple[int, ...] | None = None
 
     def forget(self) -> None:
         """Forget what belongs to a forward pass."""
@@ -54,7 +55,11 @@ class Pruning:
 
     def find(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The tokens (B, L, C) among the arguments of a block."""
-        return find_tokens(block, args, kwargs, as_grid=self.backbone.grid_tokens)
+        tokens = find_tokens(block, args, kwargs, as_grid=self.backbone.grid_tokens)
+        if not self.backbone.grid_tokens:
+            return tokens
+        self._grid = tuple(sizes(tokens)[1:3])
+        return tokens.flatten(1, 2)
 
     def full_layout(self, num_patches: int) -> Layout:
         """The layout of the sequence that the first block gets."""
@@ -106,7 +111,9 @@ class Pruning:
         if not self.backbone.put_back:
             return tokens
         self._waiting = tokens
-        return tokens if indices is None else select(tokens, self._layout(tokens, trace.num_patches).positions(indices))
+        if indices is None or sizes(indices)[1] == trace.num_patches:
+            return tokens
+        return select(tokens, self._layout(tokens, trace.num_patches).positions(indices))
 
     def wait(self, tokens: Tensor) -> None:
         """Keep all tokens (B, L, C) of a block for `complete`."""
@@ -138,17 +145,23 @@ class Pruning:
         """All tokens after a block: those that it gave, and those that waited as they were before it.
 
         Args:
-            tokens: What the block gave, (B, L, C) in `mask` and (B, K, C) in `gather` execution.
+            tokens: What the block gave, (B, L, C) in `mask` and (B, K, C) in `gather` execution; or grids.
             keep: (B, N), in `mask` execution; ``None`` while nothing is pruned.
             indices: (B, n), in `gather` execution.
 
         Returns:
-            (B, L, C), or ``None`` if none waited.
+            (B, L, C), or a grid of them where the block takes grids; ``None`` if none waited.
         """
         waiting, self._waiting = self._waiting, None
         if waiting is None:
             return None
-        if indices is not None:
+        if self._grid is None:
+            return self._completed(tokens, waiting, keep, indices)
+        completed: Tensor = self._completed(tokens.flatten(1, 2), waiting, keep, indices).unflatten(1, self._grid)
+        return completed
+
+    def _completed(self, tokens: Tensor, waiting: Tensor, keep: Tensor | None, indices: Tensor | None) -> Tensor:
+        if indices is not None and sizes(tokens)[1] < sizes(waiting)[1]:
             num_others = sizes(tokens)[1] - sizes(indices)[1]
             layout = self._layout(waiting, sizes(waiting)[1] - num_others)
             return put_back(tokens, layout.positions(indices), waiting)

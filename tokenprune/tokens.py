@@ -87,7 +87,7 @@ def find_tokens(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         got = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
         wanted = "(B, rows, columns, C)" if as_grid else "(B, L, C)"
         raise StateError(f"{type(block).__name__} got {got} where tokens of shape {wanted} were expected.")
-    return tokens.flatten(1, 2) if as_grid else tokens
+    return tokens
 
 
 def replace_tokens(

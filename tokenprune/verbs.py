@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -13,8 +13,8 @@ from tokenprune.backbone import Backbone
 from tokenprune.discovery import describe
 from tokenprune.errors import PlanError, StateError, UnsupportedModelError
 from tokenprune.plan import Plan
-from tokenprune.scorers import Scorer, ScorerBuilder, ScorerContext, scorer_builder
-from tokenprune.sparsifier import Sparsifier
+from tokenprune.scorers import Scorer, ScorerBuilder, ScorerContext, scorer_builder, scorer_name
+from tokenprune.sparsifier import Pruned, Sparsifier
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,7 +25,7 @@ def sparsify(
     keep_ratio: float | Sequence[float] = 0.7,
     *,
     scorer: str | ScorerBuilder = "predictor",
-    pruned: Literal["drop"] = "drop",
+    pruned: Pruned = "drop",
     backbone: Backbone | None = None,
 ) -> Model:
     """Let a Vision Transformer drop the tokens it does not need.
@@ -46,7 +46,11 @@ def sparsify(
         scorer: ``"predictor"`` (learned, DynamicViT's), ``"cls_attention"`` (nothing to learn: what a
             token receives in the block before the stage), ``"random"``, ``"static"``, or a callable
             that takes a `ScorerContext` and returns a new `Scorer`.
-        pruned: What becomes of pruned tokens; ``"drop"`` is all there is.
+        pruned: What becomes of pruned tokens. ``"drop"``: they are gone for good. ``"preserve"``: later
+            blocks run without them all the same, but behind every block they are put back at their
+            places, as they were when they were pruned, so that feature maps, hidden states and dense
+            heads get every token. Models that need that by themselves, such as those with a dense head of
+            transformers, get it either way.
         backbone: What the model looks like, where no adapter says.
 
     Returns:
@@ -54,20 +58,24 @@ def sparsify(
 
     Raises:
         PlanError: Stages or ratios make no plan for this model.
-        UnsupportedModelError: The model cannot be sparsified, or not with this scorer; the message says why.
+        UnsupportedModelError: The model cannot be sparsified, or not in this way; the message says why.
         StateError: It is sparsified already.
         ValueError, TypeError: The scorer or ``pruned`` is unknown.
 
     Whatever is raised, the model is left exactly as it was.
     """
     _check_model(model)
-    if pruned != "drop":
-        raise ValueError(f"pruned={pruned!r}: choose 'drop'.")
+    if pruned not in ("drop", "preserve"):
+        raise ValueError(f"pruned={pruned!r}: choose 'drop' or 'preserve'.")
     build_scorer = scorer_builder(scorer)
     backbone = describe(model) if backbone is None else backbone
     if not isinstance(backbone, Backbone):
         raise TypeError(f"backbone={type(backbone).__name__}: expected a tokenprune.Backbone that describes the model.")
     backbone.check(model)
+    if pruned == "drop" and "forward" in backbone.grid_methods:
+        raise UnsupportedModelError(
+            f'{type(model).__name__} puts out feature maps, which need every token; pass pruned="preserve".'
+        )
     plan = Plan.build(depth=len(backbone.blocks), stages=stages, keep_ratio=keep_ratio)
     scorers = [
         build_scorer(ScorerContext(backbone.embed_dim, probability, backbone.grid_size))
@@ -78,7 +86,7 @@ def sparsify(
             raise TypeError(f"scorer={scorer!r} built a {type(built).__name__}; expected a tokenprune.Scorer.")
     if any(built.needs_attention for built in scorers):
         _check_attention(plan, backbone, scorer)
-    sparsifier = Sparsifier(plan, backbone, scorers)
+    sparsifier = Sparsifier(plan, backbone, scorers, pruned=pruned, scorer_name=scorer_name(scorer))
     for index, stage in zip(plan.stages, sparsifier.stages, strict=True):
         parameter = next(backbone.blocks[index].parameters(), None)
         if parameter is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -23,11 +24,8 @@ def describe(model: nn.Module) -> Backbone:
         UnsupportedModelError: It has no flat list of blocks with global attention, or a part that
             pruned tokens break.
     """
-    name = type(model).__name__
     if type(model).__module__.startswith("timm.models._features"):
-        raise UnsupportedModelError(
-            f"timm's {name} puts out feature maps, which need every token; sparsify a classifier."
-        )
+        return _feature_maps(model)
     families = (_FAMILIES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _FAMILIES)
     options: dict[str, Any] = next(families, _plain)(model)
     settings = tuple(
@@ -53,6 +51,16 @@ def describe(model: nn.Module) -> Backbone:
         class_token=any(name.endswith("cls_token") for name, _ in model.named_parameters()),
         grid_methods=tuple(method for method in _GRID_METHODS if callable(getattr(type(model), method, None))),
     )
+
+
+def _feature_maps(model: nn.Module) -> Backbone:
+    """What ``features_only=True`` wraps around a model, to get feature maps from its ``forward_intermediates``."""
+    wrapped = getattr(model, "model", None)
+    if wrapped is None:
+        raise UnsupportedModelError(
+            f"timm's {type(model).__name__} takes a model apart; sparsify one that feature_cls='getter' leaves whole."
+        )
+    return replace(describe(wrapped), grid_methods=("forward",))
 
 
 def _plain(model: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,10 @@ from __future__ import annotations
 from torch import nn
 
 from tokenprune import Backbone, UnsupportedModelError
+from tokenprune_torchvision.loading import load, names
+from tokenprune_torchvision.rebuilding import build, identity
+
+__all__ = ["build", "describe", "identity", "load", "names"]
 
 
 def describe(model: nn.Module) -> Backbone:

@@ -12,11 +12,11 @@ class ClassAttention(Scorer):
 
     From the class token; in models without one from all tokens that are left. The "class attention"
     row of DynamicViT's ablation (arXiv 2106.02034), and the score of Not All Patches are What You Need:
-    Expediting Vision Transformers via Token Reorganizations (EViT, arXiv 2202.07800), Eq. 2. There is
+    Expediting Vision Transformers via Token Reorganizations (EViT, arXiv 2202.07800). There is
     nothing to train, so it prunes a trained model at once; the model can be fine-tuned around it.
 
-    Deviation: EViT prunes inside of a block, between its attention and its MLP; here tokens are pruned
-    between blocks, as by every other scorer.
+    Deviation: EViT prunes inside of a block, between its attention and its MLP, and fuses what it
+    prunes into one token; here tokens are pruned between blocks, as by every other scorer.
     """
 
     needs_attention = True
