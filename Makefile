@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/ready
 
-.PHONY: demo test test-all test-oldest check docs benchmarks clean
+.PHONY: demo test test-all test-oldest check docs benchmarks benchmarks-gpu clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.digits demo $(ARGS)
@@ -37,6 +37,9 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.engine
+
+benchmarks-gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build runs

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, cast
 
@@ -13,7 +14,115 @@ import typer
 from torch import Tensor, nn
 
 import tokenprune
-from benchmarks.measuring import Device, DType, Name, Pairs, Ratio, environment, measure_pairs, measure_rounds, report
+from benchmarks.measuring import (
+    Device,
+    DType,
+    Name,
+    Pairs,
+    Ratio,
+    environment,
+    input_size,
+    measure_pairs,
+    measure_rounds,
+    peak_bytes,
+    report,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Dense against sparse inference at one keep ratio.
+
+    Attributes:
+        batch_size: Images a batch.
+        keep_ratio: ρ.
+        counted: The multiply-adds.
+        speedup: Dense ÷ sparse seconds.
+        dense_peak_bytes: Most memory that a dense forward pass takes beyond weights and images; ``None``
+            where it was not measured.
+        sparse_peak_bytes: The same, sparse.
+    """
+
+    batch_size: int
+    keep_ratio: float
+    counted: tokenprune.FlopReport
+    speedup: Ratio
+    dense_peak_bytes: int | None = None
+    sparse_peak_bytes: int | None = None
+
+    @property
+    def gmac_ratio(self) -> float:
+        """What multiply-adds promise."""
+        return self.counted.ratio
+
+    @property
+    def kept_promise(self) -> float:
+        """Speed-up ÷ GMAC ratio."""
+        return self.speedup.median / self.gmac_ratio
+
+    def fields(self) -> dict[str, Any]:
+        """All figures, for JSON."""
+        dense, sparse = self.speedup.medians
+        return {
+            "batch_size": self.batch_size,
+            "keep_ratio": self.keep_ratio,
+            "dense_gmacs": self.counted.dense_gmacs,
+            "sparse_gmacs": self.counted.sparse_gmacs,
+            "gmac_ratio": self.gmac_ratio,
+            "speedup": self.speedup.median,
+            "speedup_over_gmac_ratio": self.kept_promise,
+            "dense_images_per_second": self.batch_size / dense,
+            "sparse_images_per_second": self.batch_size / sparse,
+            "dense_peak_bytes": self.dense_peak_bytes,
+            "sparse_peak_bytes": self.sparse_peak_bytes,
+            "dense_over_sparse": self.speedup,
+        }
+
+
+def compare(
+    model: nn.Module,
+    keep_ratios: Sequence[float],
+    *,
+    batch: int,
+    device: str,
+    dtype: str,
+    rounds: int,
+    compiled: bool = False,
+) -> list[Speed]:
+    """Time a model dense and at several keep ratios, all in turn; compiled, each by itself, or not.
+
+    Args:
+        model: A Vision Transformer of timm, in float32 on the CPU, where its multiply-adds are counted.
+        keep_ratios: Each ρ.
+        batch: Images a batch.
+        device: Where it runs.
+        dtype: Of weights and images.
+        rounds: Rounds that count.
+        compiled: Whether by `torch.compile`.
+    """
+    size = input_size(model)
+    sparse: list[Any] = [tokenprune.sparsify(copy.deepcopy(model), keep_ratio=ratio).eval() for ratio in keep_ratios]
+    counted = [tokenprune.flops(each, size) for each in sparse]
+    runners: list[Any] = [each.eval().to(device, getattr(torch, dtype)) for each in (model, *sparse)]
+    images = torch.rand(batch, *size, device=device, dtype=getattr(torch, dtype))
+    if compiled:
+        torch.compiler.reset()
+        runners = [torch.compile(runner, dynamic=False) for runner in runners]
+    calls = [partial(runner, images) for runner in runners]
+    with torch.no_grad():
+        times = measure_rounds(calls, rounds=rounds, device=device)
+        peaks = [peak_bytes(call, device) for call in calls]
+    return [
+        Speed(
+            batch_size=batch,
+            keep_ratio=ratio,
+            counted=flops,
+            speedup=Ratio(first_seconds=times[0], second_seconds=seconds),
+            dense_peak_bytes=peaks[0],
+            sparse_peak_bytes=peak,
+        )
+        for ratio, flops, seconds, peak in zip(keep_ratios, counted, times[1:], peaks[1:], strict=True)
+    ]
 
 
 class First(tokenprune.Scorer):
@@ -48,21 +157,22 @@ def main(
     dense = timm.create_model(model).eval().to(device, getattr(torch, dtype))
     sparse = tokenprune.sparsify(copy.deepcopy(dense))
     free = tokenprune.sparsify(copy.deepcopy(dense), scorer=lambda context: First())
-    input_size, num_patches = tuple(dense.pretrained_cfg["input_size"]), dense.patch_embed.num_patches
+    size, num_patches = input_size(dense), dense.patch_embed.num_patches
     rows, parts, data = [], [], []
     for batch in batch_size or [16, 1]:
         repeats = pairs if batch > 4 else 4 * pairs  # short ones scatter more
-        images = torch.rand(batch, *input_size, device=device, dtype=getattr(torch, dtype))
+        images = torch.rand(batch, *size, device=device, dtype=getattr(torch, dtype))
 
         for ratio in keep_ratio or [0.9, 0.7, 0.5]:
             sparse.tokenprune.keep_ratio = free.tokenprune.keep_ratio = ratio
-            counted = tokenprune.flops(sparse, input_size)
+            counted = tokenprune.flops(sparse, size)
             models = (dense, sparse, shortened(dense, sparse.tokenprune.plan, num_patches), free)
             with torch.no_grad():
                 times = measure_rounds([partial(each, images) for each in models], rounds=repeats, device=device)
             as_it_is, cut, blind = (Ratio(first_seconds=times[0], second_seconds=other) for other in times[1:])
+            speed = Speed(batch_size=batch, keep_ratio=ratio, counted=counted, speedup=as_it_is)
             lower, upper = as_it_is.quartiles
-            speeds = [batch / statistics.median(seconds) for seconds in times[:2]]
+            speeds = [batch / seconds for seconds in as_it_is.medians]
             rows.append(
                 [
                     f"{batch}",
@@ -71,7 +181,7 @@ def main(
                     f"{speeds[0]:.1f} → {speeds[1]:.1f}",
                     f"{counted.ratio:.2f}",
                     f"{as_it_is.median:.2f} ({lower:.2f} … {upper:.2f})",
-                    f"**{as_it_is.median / counted.ratio:.2f}**",
+                    f"**{speed.kept_promise:.2f}**",
                 ]
             )
             parts.append(

@@ -43,6 +43,11 @@ class Ratio:
         return [first / second for first, second in zip(self.first_seconds, self.second_seconds, strict=True)]
 
     @property
+    def medians(self) -> tuple[float, float]:
+        """Median seconds of the first, and of the second."""
+        return statistics.median(self.first_seconds), statistics.median(self.second_seconds)
+
+    @property
     def median(self) -> float:
         """Median of the pairs' ratios."""
         return statistics.median(self.ratios)
@@ -88,10 +93,28 @@ def measure_pairs(
     return Ratio(first_seconds=times[0], second_seconds=times[1])
 
 
+def peak_bytes(function: Callable[[], Any], device: str) -> int | None:
+    """Most memory that tensors held during a call, beyond what they held before it; ``None`` on a CPU."""
+    if device.startswith("cpu"):
+        return None
+    synchronize(device)
+    before = torch.accelerator.memory_allocated(device)
+    torch.accelerator.reset_peak_memory_stats(device)
+    function()
+    synchronize(device)
+    return int(torch.accelerator.max_memory_allocated(device) - before)
+
+
 def synchronize(device: str) -> None:
     """Wait until the device has done what it was given."""
     if not device.startswith("cpu"):
         torch.accelerator.synchronize(device)
+
+
+def input_size(model: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model of timm takes as it was built."""
+    height, width = model.patch_embed.img_size
+    return model.pretrained_cfg["input_size"][0], height, width
 
 
 def environment(device: str, dtype: str) -> dict[str, Any]:
@@ -120,7 +143,15 @@ def _processor() -> str:
 
 
 def report(
-    name: str, title: str, where: dict[str, Any], columns: Sequence[str], rows: Sequence[Sequence[str]], data: Any
+    name: str,
+    title: str,
+    where: dict[str, Any],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    data: Any,
+    *,
+    notes: Sequence[str] = (),
+    show: bool = True,
 ) -> None:
     """Write ``results/<name>.json`` and, for the docs, ``results/<name>.md``; print the latter.
 
@@ -131,6 +162,8 @@ def report(
         columns: Heads of the table.
         rows: Cells of the table.
         data: All that was measured, of dataclasses, lists and numbers; nothing = no JSON file.
+        notes: Paragraphs below the table.
+        show: Whether the table is printed.
     """
     versions = ", ".join(f"{key} {where[key]}" for key in ("torch", "timm", "transformers", "python"))
     lines = [
@@ -140,6 +173,7 @@ def report(
         "|" + "---|" * len(columns),
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
+        *(line for note in notes for line in (note, "")),
     ]
     RESULTS.mkdir(exist_ok=True)
     text = "\n".join(lines)
@@ -147,4 +181,5 @@ def report(
     if data:
         text_of_all = json.dumps({"environment": where, "data": data}, indent=2, default=asdict)
         (RESULTS / f"{name}.json").write_text(text_of_all + "\n")
-    Console().print(Markdown(text))
+    if show:
+        Console().print(Markdown(text))

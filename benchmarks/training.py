@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -14,7 +14,7 @@ import typer
 from torch import Tensor, nn
 
 import tokenprune
-from benchmarks.measuring import Device, DType, Name, Pairs, Ratio, environment, measure_pairs, report
+from benchmarks.measuring import Device, DType, Name, Pairs, Ratio, environment, input_size, measure_pairs, report
 
 
 def main(
@@ -30,14 +30,16 @@ def main(
     rows, data = [], []
     for batch in batch_size or [16, 1]:
         repeats = pairs if batch > 4 else 2 * pairs  # short ones scatter more
-        for what, ratio in compare(model, batch, keep_ratio, device, dtype, repeats).items():
-            lower, upper = ratio.quartiles
+        for what, ratio in compare(
+            partial(timm.create_model, model), batch, keep_ratio, device, dtype, repeats
+        ).items():
+            (sparse, dense), (lower, upper) = ratio.medians, ratio.quartiles
             rows.append(
                 [
                     f"{batch}",
                     what,
-                    f"{statistics.median(ratio.second_seconds):.3f}",
-                    f"{statistics.median(ratio.first_seconds):.3f}",
+                    f"{dense:.3f}",
+                    f"{sparse:.3f}",
                     f"**{ratio.median:.2f}** ({lower:.2f} … {upper:.2f})",
                 ]
             )
@@ -52,17 +54,29 @@ def main(
     )
 
 
-def compare(name: str, batch: int, keep_ratio: float, device: str, dtype: str, pairs: int) -> dict[str, Ratio]:
-    """Sparse ÷ dense steps at one batch size, without and with the teacher."""
+def compare(
+    build: Callable[[], nn.Module],
+    batch: int,
+    keep_ratio: float,
+    device: str,
+    dtype: str,
+    pairs: int,
+    *,
+    compiled: bool = False,
+) -> dict[str, Ratio]:
+    """Sparse ÷ dense steps at one batch size, without and with the teacher; both models compiled, or neither."""
     torch.manual_seed(0)
-    dense = timm.create_model(name).train().to(device)
-    sparse = tokenprune.sparsify(copy.deepcopy(dense), keep_ratio=keep_ratio)
-    images = torch.randn(batch, *dense.pretrained_cfg["input_size"], device=device)
+    dense: Any = build().train().to(device)
+    sparse: Any = tokenprune.sparsify(copy.deepcopy(dense), keep_ratio=keep_ratio)
+    images = torch.randn(batch, *input_size(dense), device=device)
     targets = torch.randint(dense.num_classes, (batch,), device=device)
     losses = {
         "teacher aside": tokenprune.DynamicViTLoss(copy.deepcopy(dense), kl_weight=0, distill_weight=0),
         "with teacher": tokenprune.DynamicViTLoss(copy.deepcopy(dense)),
     }
+    if compiled:
+        torch.compiler.reset()
+        dense, sparse = torch.compile(dense), torch.compile(sparse)
     dense_step = stepper(dense, lambda outputs: F.cross_entropy(outputs, targets), images, dtype)
 
     def sparse_step(loss: tokenprune.DynamicViTLoss) -> Callable[[], None]:

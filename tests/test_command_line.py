@@ -109,6 +109,30 @@ def test_bench_runs_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "float16, compiled" in result.stdout and "3 → 2" in result.stdout and "?" not in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [
+        ("a timm name", "pt2"),
+        ("a transformers folder", "onnx"),
+        ("a saved folder", "pt2"),
+    ],
+)
+def test_export_of_every_kind_of_model(kind: str, suffix: str, sources: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / f"model.{suffix}"
+    arguments = ["export", sources[kind], *STAGES.get(kind, []), "-k", "0.5", "-o", str(file)]
+    told = fields(*arguments, *(["--no-pretrained"] if kind == "a timm name" else []))
+    assert file.exists() and told["path"] == str(file) and told["model"] == sources[kind]
+    assert told["batch_sizes"] == [1, 3, 8] and max(told["differences"]) < 1e-4
+    assert told["input_size"] == ([3, 160, 160] if kind == "a timm name" else [3, 48, 48])
+    if kind == "a saved folder":
+        model = tokenprune.from_pretrained(sources[kind]).eval()
+        model.tokenprune.keep_ratio = 0.5
+        images = BY_NAME["timm class token"].images(5)
+        with torch.no_grad():
+            actual, expected = torch.export.load(file).module()(images), model(images)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_bench_compiles(sources: dict[str, str]) -> None:
     told = fields("bench", sources["a saved folder"], "--compile", "-b", "2", "--pairs", "2", "--device", "cpu")
@@ -164,7 +188,7 @@ def test_models_lists_what_is_proved_and_installed() -> None:
     assert result.exit_code == 0 and "vit_b_16" in result.stdout and "beit" not in result.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["flops"], ["bench"], ["models"]])
+@pytest.mark.parametrize("command", [[], ["flops"], ["bench"], ["models"], ["export"]])
 def test_help(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0 and "Usage: " in result.stdout
@@ -195,6 +219,11 @@ def test_help(command: list[str]) -> None:
         (["bench", "test_vit", "--device", "toaster"], "--device toaster"),
         (["bench", "test_vit", "--dtype", "int3"], "--dtype"),
         (["bench", "test_vit", "--pairs", "1"], "--pairs"),
+        (["export", "test_vit"], "Missing option '--output'"),
+        (["export", "test_vit", "-o", "{empty}/model.pth"], "the name must end with .onnx or .pt2"),
+        (["export", "test_vit", "-o", "{empty}/no/model.pt2"], "there is no folder"),
+        (["export", "test_vit", "-o", "{empty}/model.pt2", "-k", "2"], "expected numbers above 0 and up to 1"),
+        (["export", "nobody/nothing", "-o", "{empty}/model.pt2"], "no model 'nobody/nothing'"),
         (["models", "keras"], "'keras' is no library with an adapter"),
         (["flops", "vit_tny_patch16_224"], "Did you mean vit_tiny_patch16_224"),
         (["flops", "torchvision:test_vit"], "torchvision: no model of that name"),
@@ -203,7 +232,7 @@ def test_help(command: list[str]) -> None:
     ],
 )
 def test_bad_arguments_end_in_one_line_and_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
-    result = run(*(str(tmp_path) if argument == "{empty}" else argument for argument in arguments))
+    result = run(*(argument.replace("{empty}", str(tmp_path)) for argument in arguments))
     assert result.exit_code == 2 and result.stdout == ""
     assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
     assert message in result.stderr

@@ -7,6 +7,7 @@ from tokenprune.discovery import SupportedModel, supported
 from tokenprune.errors import (
     CheckpointError,
     CountingError,
+    ExportError,
     InterceptionError,
     PlanError,
     StateError,
@@ -14,6 +15,7 @@ from tokenprune.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
+from tokenprune.exporting import ExportReport, export
 from tokenprune.losses import DynamicViTLoss
 from tokenprune.official import load_dynamicvit
 from tokenprune.plan import Plan
@@ -33,6 +35,8 @@ __all__ = [
     "CheckpointError",
     "CountingError",
     "DynamicViTLoss",
+    "ExportError",
+    "ExportReport",
     "FlopReport",
     "InterceptionError",
     "Plan",
@@ -51,6 +55,7 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationReport",
     "dense",
+    "export",
     "flops",
     "from_pretrained",
     "functional",

@@ -39,6 +39,10 @@ class CheckpointError(TokenpruneError, ValueError):
         super().__init__("\n".join([message, *(f"  {name} keys: {_listed(keys)}" for name, keys in lists if keys)]))
 
 
+class ExportError(TokenpruneError, RuntimeError):
+    """A model cannot be exported, or its file does not agree with it."""
+
+
 class CountingError(TokenpruneError, RuntimeError):
     """An operator does multiply-adds that cannot be counted."""
 
