@@ -168,7 +168,7 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path, names: _Names
 
     written = torch.onnx.export(
         program,
-        program.example_inputs[0],  # type: ignore[index]
+        program.example_inputs[0],
         dynamo=True,
         verbose=False,
         input_names=[names.input],
