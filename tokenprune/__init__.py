@@ -8,14 +8,19 @@ from tokenprune.errors import (
     CheckpointError,
     CountingError,
     InterceptionError,
+    MissingExtraError,
+    PictureError,
     PlanError,
     StateError,
     TokenpruneError,
     UnsupportedModelError,
 )
+from tokenprune.inspection import KeptTokens, kept_tokens
 from tokenprune.losses import DynamicViTLoss
 from tokenprune.official import load_dynamicvit
+from tokenprune.pictures import animate, show
 from tokenprune.plan import Plan
+from tokenprune.preprocessing import Preprocessing
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
 from tokenprune.sparsifier import Sparsifier
 from tokenprune.timing import ThroughputReport, throughput
@@ -33,8 +38,12 @@ __all__ = [
     "DynamicViTLoss",
     "FlopReport",
     "InterceptionError",
+    "KeptTokens",
+    "MissingExtraError",
+    "PictureError",
     "Plan",
     "PlanError",
+    "Preprocessing",
     "Scorer",
     "ScorerContext",
     "Setting",
@@ -47,11 +56,14 @@ __all__ = [
     "Trace",
     "UnsupportedModelError",
     "VerificationReport",
+    "animate",
     "dense",
     "flops",
     "functional",
+    "kept_tokens",
     "load_dynamicvit",
     "register_scorer",
+    "show",
     "sparsify",
     "supported",
     "throughput",

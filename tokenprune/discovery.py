@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokenprune.backbone import Backbone
 from tokenprune.errors import CheckpointError, UnsupportedModelError
+from tokenprune.preprocessing import Preprocessing
 
 ENTRY_POINT_GROUP = "tokenprune.adapters"
 
@@ -23,7 +24,7 @@ class Adapter(Protocol):
     An entry point's name is the root package of the classes it describes, its value the module.
     Importing the module must not import that library; the model that is handed over already has.
     Beside it a file ``supported.json`` may list the models that its tests have proved, and in it there may
-    be a function ``from_state_dict``, see `Builder`.
+    be a function ``from_state_dict``, see `Builder`, and a function ``preprocessing``, see `Preprocessor`.
     """
 
     def describe(self, model: nn.Module) -> Backbone:
@@ -49,6 +50,34 @@ class Builder(Protocol):
             CheckpointError: The adapter knows no model with such weights, or needs ``num_heads``.
         """
         ...
+
+
+class Preprocessor(Protocol):
+    """An adapter that also knows how pictures become a model's input, for showing what the model does with them."""
+
+    def preprocessing(self, model: nn.Module) -> Preprocessing:
+        """What ``model`` was made for, as its library says.
+
+        Raises:
+            UnsupportedModelError: The model takes no pictures, or takes them in a way that cannot be described.
+        """
+        ...
+
+
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """How pictures become the input of ``model``, by the adapter of the library its class comes from.
+
+    Raises:
+        UnsupportedModelError: No adapter says.
+    """
+    entry = _entry_of(model)
+    adapter = None if entry is None else _load(entry)
+    if not hasattr(adapter, "preprocessing"):
+        raise UnsupportedModelError(
+            f"no adapter says how pictures become the input of a {type(model).__name__}; pass "
+            "preprocessing=tokenprune.Preprocessing(size=…, mean=…, std=…)."
+        )
+    return cast(Preprocessor, adapter).preprocessing(model)
 
 
 def model_of(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module:
@@ -81,12 +110,10 @@ def describe(model: nn.Module) -> Backbone:
     Raises:
         UnsupportedModelError: No adapter knows the class, or its adapter refuses it.
     """
-    entries = _entries()
-    for base in type(model).__mro__:
-        entry = entries.get(base.__module__.partition(".")[0])
-        if entry is not None:
-            return _load(entry).describe(model)
-    raise UnsupportedModelError(_unknown(model, entries))
+    entry = _entry_of(model)
+    if entry is None:
+        raise UnsupportedModelError(_unknown(model, _entries()))
+    return _load(entry).describe(model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +162,13 @@ def _proved(library: str, entry: EntryPoint) -> Iterator[SupportedModel]:
         for fields in json.loads(file.read_text(encoding="utf-8"))["models"]:
             lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
             yield SupportedModel(library=library, **{**fields, **lists})
+
+
+def _entry_of(model: nn.Module) -> EntryPoint | None:
+    """The adapter of the library that the class of ``model``, or one of its bases, comes from."""
+    entries = _entries()
+    packages = (base.__module__.partition(".")[0] for base in type(model).__mro__)
+    return next((entries[package] for package in packages if package in entries), None)
 
 
 def _entries() -> dict[str, EntryPoint]:

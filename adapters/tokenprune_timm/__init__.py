@@ -7,5 +7,6 @@ whoever wants its models registered with timm.
 
 from tokenprune_timm.checkpoints import from_state_dict
 from tokenprune_timm.models import describe
+from tokenprune_timm.pictures import preprocessing
 
-__all__ = ["describe", "from_state_dict"]
+__all__ = ["describe", "from_state_dict", "preprocessing"]

@@ -8,6 +8,9 @@ from __future__ import annotations
 from torch import nn
 
 from tokenprune import Backbone, UnsupportedModelError
+from tokenprune_torchvision.pictures import preprocessing
+
+__all__ = ["describe", "preprocessing"]
 
 
 def describe(model: nn.Module) -> Backbone:

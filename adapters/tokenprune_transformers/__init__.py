@@ -5,5 +5,6 @@ that differ otherwise are described in `models`, and what to feed them in `examp
 """
 
 from tokenprune_transformers.models import describe
+from tokenprune_transformers.pictures import preprocessing
 
-__all__ = ["describe"]
+__all__ = ["describe", "preprocessing"]
