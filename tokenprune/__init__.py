@@ -21,6 +21,7 @@ from tokenprune.official import load_dynamicvit
 from tokenprune.pictures import animate, show
 from tokenprune.plan import Plan
 from tokenprune.preprocessing import Preprocessing
+from tokenprune.reporting import report
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
 from tokenprune.sparsifier import Sparsifier
 from tokenprune.timing import ThroughputReport, throughput
@@ -63,6 +64,7 @@ __all__ = [
     "kept_tokens",
     "load_dynamicvit",
     "register_scorer",
+    "report",
     "show",
     "sparsify",
     "supported",

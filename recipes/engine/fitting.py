@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -69,7 +71,7 @@ def fit(
 ) -> Outcome:
     """Train what ``prepare`` makes of the dense model, and write results and weights to ``settings.output``.
 
-    ``results.json`` has settings, scores, multiply-adds and versions; ``model.safetensors`` the weights.
+    ``results.json`` has settings, scores, multiply-adds, versions and the command; ``model.safetensors`` the weights.
 
     Args:
         settings: All that decides the run.
@@ -153,6 +155,7 @@ def _write(outcome: Outcome, settings: TrainingSettings) -> None:
         "scores": dict(outcome.scores),
         "gmacs": dict(outcome.gmacs),
         "versions": {name: version(name) for name in ("tokenprune", "torch", "timm", "accelerate")},
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in outcome.model.state_dict().items()}
     write_whole(settings.output / "model.safetensors", lambda partial: save_file(state, partial))
