@@ -95,10 +95,10 @@ def test_the_public_names_are_these() -> None:
     """A name is added or taken away on purpose, with an issue, or not at all."""
     assert tokenprune.__all__ == [
         "Backbone", "Candidates", "CheckpointError", "CountingError", "DynamicViTLoss", "FlopReport",
-        "InterceptionError", "Plan", "PlanError", "Scorer", "ScorerContext", "Setting", "Sparsifier", "StateError",
+        "InterceptionError", "KeptTokens", "MissingExtraError", "PictureError", "Plan", "PlanError", "Preprocessing", "Scorer", "ScorerContext", "Setting", "Sparsifier", "StateError",
         "SupportedModel", "ThroughputReport", "TokenTable", "TokenpruneError", "Trace", "UnsupportedModelError",
-        "VerificationReport", "dense", "flops", "functional", "load_dynamicvit", "register_scorer", "sparsify",
-        "supported", "throughput", "unsparsify", "verify",
+        "VerificationReport", "animate", "dense", "flops", "functional", "kept_tokens", "load_dynamicvit",
+        "register_scorer", "report", "show", "sparsify", "supported", "throughput", "unsparsify", "verify",
     ]  # fmt: skip
     for name in tokenprune.__all__:
         assert getattr(tokenprune, name).__doc__, name

@@ -113,8 +113,8 @@ def kept_tokens(
     assert trace is not None
     if trace.grid is None:
         raise UnsupportedModelError(
-            f"the {trace.num_patches} patches of this {type(inner).__name__} make no grid that is known; a Backbone with "
-            "patch_size or grid_size says where they are."
+            f"the {trace.num_patches} patches of this {type(inner).__name__} make no grid that is known; a Backbone "
+            "with patch_size or grid_size says where they are."
         )
     rows, columns = trace.grid
     shape = (len(inputs), rows, columns)

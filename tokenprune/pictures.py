@@ -147,9 +147,7 @@ def animate(
 def stage_labels(kept: KeptTokens) -> list[str]:
     """What the rows of a picture are called: the image, then every stage."""
     counts = [kept.num_kept(stage) for stage in range(len(kept.keep))]
-    stages = [
-        f"stage {stage}\nkeeps {count / kept.num_patches:.0%}" for stage, count in enumerate(counts, start=1)
-    ]
+    stages = [f"stage {stage}\nkeeps {count / kept.num_patches:.0%}" for stage, count in enumerate(counts, start=1)]
     return [f"{kept.num_patches} patches", *stages]
 
 

@@ -24,7 +24,9 @@ def preprocessing(model: nn.Module) -> Preprocessing:
 
     size, channels = image_size(model), num_channels(model)
     if channels not in (1, 3):
-        raise UnsupportedModelError(f"this {type(model).__name__} takes images of {channels} channels, and no pictures.")
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} takes images of {channels} channels, and no pictures."
+        )
     config: dict[str, Any] = resolve_data_config({"input_size": (channels, *size)}, model=model)
     share = config["crop_pct"] or 0.875  # timm's own default
     interpolation = config["interpolation"]

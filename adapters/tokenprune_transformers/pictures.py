@@ -77,8 +77,8 @@ def _described(model: nn.Module, fields: dict[str, Any], own: tuple[int, int]) -
     size, crop = _box(fields, "size", "do_resize"), _box(fields, "crop_size", "do_center_crop")
     if isinstance(size, str) or isinstance(crop, str):
         raise UnsupportedModelError(
-            f"{fields.get('image_processor_type')} of {type(model).__name__} makes images of {size or crop}, and not one "
-            "of a fixed size; pass preprocessing=tokenprune.Preprocessing(size=…, mean=…, std=…)."
+            f"{fields.get('image_processor_type')} of {type(model).__name__} makes images of {size or crop}, and not "
+            "one of a fixed size; pass preprocessing=tokenprune.Preprocessing(size=…, mean=…, std=…)."
         )
     squashed = "shortest_edge" not in (fields.get("size") or {})
     fit: Literal["squash", "cover"] = "squash" if squashed and size is not None else "cover"

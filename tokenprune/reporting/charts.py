@@ -116,7 +116,7 @@ def ticks(lowest: float, highest: float, most: int = 6) -> list[float]:
 def thinned(curve: Curve) -> Curve:
     """At most so many points of a curve as can be told apart, the last one among them."""
     stride = math.ceil(len(curve) / MOST_POINTS)
-    return curve if stride <= 1 else [*curve[: -1 : stride], curve[-1]]
+    return curve if stride <= 1 else [*curve[:-1:stride], curve[-1]]
 
 
 def _placed(first: float, last: float, start: float, end: float) -> Callable[[float], float]:

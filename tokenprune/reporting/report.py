@@ -90,7 +90,11 @@ def report(
         runs=read,
         rows=rows,
         throughput=throughput,
-        charts=[*sections.accuracy_charts(rows, read), *sections.ratio_chart(counted, curve), *sections.kept_charts(read)],
+        charts=[
+            *sections.accuracy_charts(rows, read),
+            *sections.ratio_chart(counted, curve),
+            *sections.kept_charts(read),
+        ],
         pictures=None if kept is None else sections.pictures(kept),
         blocks=None if counted is None else sections.blocks(counted),
         versions=_versions(model, read),

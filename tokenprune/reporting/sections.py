@@ -187,7 +187,9 @@ def ratio_chart(counted: FlopReport | None, curve: list[tuple[float, float]]) ->
         {"sparse": curve, "dense": dense}, title=f"GMACs over ρ: {told}; dense {counted.dense_gmacs:.3g}.",
         x_label="ρ: the stages keep ρ, ρ², ρ³ …", y_label="GMACs of one image", from_zero=True, points=True,
     )  # fmt: skip
-    return [Chart(title="Cost at other keep ratios", svg=svg, note="The same model and stages, counted anew at each ρ.")]
+    return [
+        Chart(title="Cost at other keep ratios", svg=svg, note="The same model and stages, counted anew at each ρ.")
+    ]
 
 
 def kept_charts(runs: list[Run]) -> list[Chart]:
@@ -217,7 +219,9 @@ def blocks(counted: FlopReport) -> Chart:
     told = f"{counted.dense_gmacs:.4g} GMACs dense, {counted.sparse_gmacs:.4g} sparse, {counted.ratio:.2f} times fewer"
     svg = bar_chart(bars, title=f"Multiply-adds block by block: {told} in all.", unit="million multiply-adds")
     size = " × ".join(map(str, counted.input_size))
-    return Chart(title="Block by block", svg=svg, note=f"One image of {size}: {told}, patch embedding and head included.")
+    return Chart(
+        title="Block by block", svg=svg, note=f"One image of {size}: {told}, patch embedding and head included."
+    )
 
 
 def pictures(kept: KeptTokens) -> Pictures:
