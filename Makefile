@@ -36,6 +36,7 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.engine
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build runs

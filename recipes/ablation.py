@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from accelerate import PartialState
 from rich.console import Console
 from typer import Option
 
@@ -128,7 +129,8 @@ def run_ablation(settings: AblationSettings, *, console: Console | None = None) 
                     "gmacs": runs[0]["gmacs"]["sparse"],
                 }
             )
-    _report(tables, dense, settings, console)
+    if PartialState().is_main_process:
+        _report(tables, dense, settings, console)
     return tables
 
 

@@ -17,39 +17,22 @@ from recipes.dense import SMOKE as SMOKE_DENSE
 from recipes.dense import criterion
 from recipes.engine.fitting import Job, Outcome, fit
 from recipes.engine.optimization import parameter_groups
-from recipes.engine.settings import SettingsError, TrainingSettings
+from recipes.engine.settings import PruningSettings, SettingsError, TrainingSettings
 
 SMOKE = {**SMOKE_DENSE, "frozen_epochs": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseSettings(TrainingSettings):
+class SparseSettings(PruningSettings, TrainingSettings):
     """Settings of a run that sparsifies; the defaults are DynamicViT's (arXiv 2106.02034)."""
 
     model: Annotated[str, Option(help="timm's name of the dense model.")]
-    keep_ratio: Annotated[
-        list[float] | None, Option(help="ρ keeps ρ, ρ², ρ³ of the patches; or give one ratio for each stage. [0.7]")
-    ] = None
-    stages: Annotated[
-        list[int] | None, Option(help="Blocks in front of which to prune; a quarter apart if not given.")
-    ] = None
-    scorer: Annotated[str, Option(help="What scores tokens: predictor, cls_attention, random, static.")] = "predictor"
-    backbone_factor: Annotated[float, Option(min=0, help="The backbone's learning rate ÷ the predictors'.")] = 0.01
     frozen_epochs: Annotated[float, Option(min=0, help="Epochs in which the predictors learn alone.")] = 5.0
-    kl_weight: Annotated[float, Option(min=0, help="λ_KL.")] = 0.5
-    distill_weight: Annotated[float, Option(min=0, help="λ_distill.")] = 0.5
-    ratio_weight: Annotated[float, Option(min=0, help="λ_ratio.")] = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.frozen_epochs > self.epochs:
             raise SettingsError(f"frozen_epochs={self.frozen_epochs} is more than epochs={self.epochs}.")
-
-    @property
-    def ratio(self) -> float | list[float]:
-        """The keep ratio as `tokenprune.sparsify` takes it."""
-        ratios = self.keep_ratio or [0.7]
-        return ratios[0] if len(ratios) == 1 else ratios
 
 
 def fine_tune(

@@ -61,9 +61,11 @@ def fine_tune_downsampled(
 
     There are no decisions and no tokens to compare, so of the loss classification and KL are left.
     """
+    counted: dict[str, float] = {}
 
     def prepare(model: nn.Module, images_a_step: int) -> Job:
         teacher = copy.deepcopy(model)
+        counted.update(count(model))
         blocks, grid, num_prefix_tokens = _layout(model)
         blocks[len(blocks) // 2].register_forward_pre_hook(StructuralDownsampling(grid, num_prefix_tokens))
         freeze_embeddings(model)
@@ -77,7 +79,7 @@ def fine_tune_downsampled(
             ),
         )
 
-    return fit(settings, prepare, description=description, model_options=model_options, console=console, count=count)
+    return fit(settings, prepare, description=description, model_options=model_options, console=console, gmacs=counted)
 
 
 class TaughtCrossEntropy(nn.Module):
@@ -101,18 +103,15 @@ class TaughtCrossEntropy(nn.Module):
         return {"loss": parts["classification"] + self.kl_weight * parts["kl"], **parts}
 
 
-def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, float]:
-    """10⁹ multiply-adds an image; pooling 2 x 2 costs what keeping any quarter of the patches costs."""
+def count(model: nn.Module) -> dict[str, float]:
+    """10⁹ multiply-adds an image, before and after pooling, of a model that is not pooled yet.
+
+    Pooling 2 x 2 costs what keeping any quarter of the patches costs.
+    """
     blocks, _, _ = _layout(model)
-    hooks = blocks[len(blocks) // 2]._forward_pre_hooks
-    pooling = dict(hooks)
-    hooks.clear()
-    try:
-        quarter = tokenprune.sparsify(model, (len(blocks) // 2,), 0.25, scorer="random")
-        report = tokenprune.flops(quarter, input_size)
-        tokenprune.unsparsify(quarter)
-    finally:
-        hooks.update(pooling)
+    quarter = tokenprune.sparsify(model, (len(blocks) // 2,), 0.25, scorer="random")
+    report = tokenprune.flops(quarter, (3, *cast(Any, model).patch_embed.img_size))
+    tokenprune.unsparsify(quarter)
     return {"dense": report.dense_gmacs, "sparse": report.sparse_gmacs}
 
 

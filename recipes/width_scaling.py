@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import matplotlib
 import numpy as np
+from accelerate import PartialState
 from rich.console import Console
 from typer import Option
 
@@ -116,7 +117,8 @@ def run_width_scaling(settings: WidthSettings, *, console: Console | None = None
                 "sparse": {"top1": made["scores"]["top1"], "gmacs": gmacs["sparse"]},
             }
         )
-    _report(points, settings, console)
+    if PartialState().is_main_process:
+        _report(points, settings, console)
     return points
 
 

@@ -100,7 +100,7 @@ def test_the_demo_end_to_end(folder: Path, tmp_path: Path) -> None:
     assert len(run["kept"]) == 2
     with Image.open(tmp_path / "kept_tokens.png") as picture:
         assert picture.width > 300
-    weights = Path(run["folder"]) / "model.safetensors"
+    weights = Path(run["folder"]) / "tokenprune.safetensors"
     assert "tokenprune.stages.0.scorer.out_conv.4.weight" in load_file(weights)
     # A second call finds the runs made, and trains nothing.
     stamp = weights.stat().st_mtime_ns

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from tests import supported_models
 from tests.official import Layout
+from tokenprune.cli import app as cli
 from tokenprune.scorers import base
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +68,12 @@ def commands(page: Path) -> list[list[str]]:
     return [line.partition("#")[0].replace(".venv/bin/", "").split() for line in lines]
 
 
+def tokenprune_help(command: str) -> str:
+    result = CliRunner().invoke(cli, [command, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, command
+    return result.output
+
+
 def test_commands_on_the_pages_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     seen = set()
@@ -74,6 +81,8 @@ def test_commands_on_the_pages_exist() -> None:
         for words in commands(page):
             if words[:1] == ["make"]:
                 assert words[1] in targets, words
+            if words[:1] == ["tokenprune"]:
+                assert all(word in tokenprune_help(words[1]) for word in words[2:] if word.startswith("--")), words
             if "-m" not in words:
                 continue
             name, *arguments = words[words.index("-m") + 1 :]

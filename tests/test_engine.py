@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import timm
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ from recipes.digits.data import DigitsConfig, make_digits
 from recipes.digits.presets import DIGITS_SPARSE
 from recipes.dynamicvit import SparseSettings, fine_tune, freeze_embeddings
 from recipes.engine.checkpoints import Checkpoints, Interrupted, write_whole
-from recipes.engine.data import DataError, loader, number_of_classes, open_images
+from recipes.engine.data import DataError, class_indices, loader, number_of_classes, open_images
 from recipes.engine.evaluation import evaluate
 from recipes.engine.logbook import read_log
 from recipes.engine.models import num_heads
@@ -273,6 +275,15 @@ def test_the_number_of_classes_comes_from_the_data(folder: Path) -> None:
         number_of_classes(object(), TrainingSettings(**{**TINY, "data_dir": folder, "output": folder}))
 
 
+def test_a_validation_split_that_lacks_a_class_keeps_the_numbers_of_the_others(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "validation" / "4")
+    settings = TrainingSettings(**{**TINY, "data_dir": tmp_path / "data", "output": tmp_path})
+    classes = class_indices(open_images(settings, training=True))
+    images = open_images(settings, training=False, classes=classes)
+    assert {images[index][1] for index in range(len(images))} == {0, 1, 2, 3, 5, 6, 7, 8, 9}
+
+
 def test_weights_for_other_classes_are_refused(folder: Path, tmp_path: Path) -> None:
     torch.save(timm.create_model("test_vit", img_size=64, num_classes=7).state_dict(), tmp_path / "dense.pth")
     settings = sparse(folder, tmp_path / "run", checkpoint=tmp_path / "dense.pth")
@@ -361,6 +372,55 @@ def test_a_step_with_accumulation_is_a_step_of_the_larger_batch(folder: Path, tm
         assert torch.allclose(value, twice[name], atol=1e-4), name
 
 
+def restart_accelerate() -> None:
+    """Accelerate keeps precision and compilation for the life of a process; tests begin a new one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def losses_of(folder: Path, output: Path, **changes: Any) -> list[float]:
+    restart_accelerate()
+    try:
+        fine_tune(sparse(folder, output, ema_decay=0.0, **changes))
+    finally:
+        restart_accelerate()
+    return [line["loss"] for line in read_log(output, "training")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        # The same arithmetic, once more in the backward pass.
+        ({"activation_checkpointing": True}, 1e-5),
+        # bfloat16 has 8 bits; the losses are about 2.5, and a decision may fall otherwise.
+        ({"mixed_precision": "bf16"}, 0.2),
+        # The same arithmetic in another order.
+        pytest.param({"compile": True}, 1e-3, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_precision_and_compilation_leave_the_losses(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], tolerance: float
+) -> None:
+    plain, other = losses_of(folder, tmp_path / "plain"), losses_of(folder, tmp_path / "other", **changes)
+    assert other == pytest.approx(plain, abs=tolerance)
+    assert other != plain or "activation_checkpointing" in changes
+
+
+@pytest.mark.parametrize("changes", [{"clip_gradient": 1e-6}, {"drop_path": 0.5}, {"ratio_weight": 5.0}, {"seed": 1}])
+def test_settings_change_the_run(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    # The backbone learns from the first step on, so that what it is given shows in the steps that follow.
+    options = {"frozen_epochs": 0.0, "learning_rate": 0.1}
+    plain = losses_of(folder, tmp_path / "plain", **options)
+    assert losses_of(folder, tmp_path / "other", **options, **changes)[1:] != plain[1:]
+
+
+def test_averaged_weights_are_what_is_evaluated_and_saved(folder: Path, tmp_path: Path) -> None:
+    average = fine_tune(sparse(folder, tmp_path / "average", ema_decay=0.5)).model.state_dict()
+    last = fine_tune(sparse(folder, tmp_path / "last", ema_decay=0.0)).model.state_dict()
+    name = "tokenprune.stages.0.scorer.out_conv.0.weight"
+    assert not torch.equal(average[name], last[name])
+    assert torch.equal(weights_of(tmp_path / "average")[name], average[name])
+
+
 def test_logs_and_results_say_what_happened(folder: Path, tmp_path: Path) -> None:
     settings = sparse(folder, tmp_path / "run", keep_ratio=[0.5], tracker="tensorboard")
     outcome = fine_tune(settings)
@@ -416,6 +476,14 @@ def run_plain(folder: Path, output: Path, loss: Any, **changes: Any) -> nn.Modul
     groups = parameter_groups(model, learning_rate=1e-3, weight_decay=0.0)
     train(make_accelerator(settings), model, loss, groups, batches, None, settings, description="", num_classes=10)
     return model
+
+
+def test_a_loss_that_is_not_finite_ends_the_command(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.dynamicvit.Objective.forward", lambda self, *arguments: broken(*arguments))
+    result = invoke(deit, "--smoke", "--data-dir", folder, "--output", tmp_path / "run", "--num-workers", 0)
+    assert result.exit_code == 1 and "the loss is nan at step 1" in " ".join(result.output.split())
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(folder: Path, tmp_path: Path) -> None:
@@ -475,7 +543,7 @@ def command(module: str, folder: Path, output: Path, *arguments: str) -> list[st
 
 
 def weights_of(output: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = load_file(output / "model.safetensors")
+    found: dict[str, Tensor] = load_file(output / "tokenprune.safetensors")
     return found
 
 

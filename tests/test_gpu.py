@@ -12,7 +12,7 @@ import tokenprune
 from tests.test_functional import formula, tensors
 from tests.test_protocol import assert_close
 from tests.tolerances import FORMULA, MASK_EQUALS_GATHER
-from tests.zoo import Case, every_model, some_models
+from tests.zoo import BY_NAME, Case, every_model, some_models
 from tokenprune.functional import masked_attention
 
 DEVICE = os.environ.get("TOKENPRUNE_TEST_DEVICE", "cuda")  # "cpu" tries the tests themselves
@@ -79,3 +79,12 @@ def test_compiled(case: Case, training: bool) -> None:
     else:
         with torch.no_grad():
             assert_close(case.run(compiled, images), case.run(model, images), MASK_EQUALS_GATHER[torch.float32])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU does not count")
+def test_throughput_counts_peak_memory() -> None:
+    model = BY_NAME["timm class token"].sparsified().to(DEVICE)
+    report = tokenprune.throughput(model, (3, 48, 48), batch_size=64, pairs=2, warmup=1)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    assert report.dense_peak_bytes is not None and report.sparse_peak_bytes is not None
+    assert weights < report.sparse_peak_bytes <= report.dense_peak_bytes

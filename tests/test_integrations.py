@@ -124,9 +124,9 @@ def logits(model: nn.Module, images: Any) -> Tensor:
         return model.eval()(pixel_values=pixels).logits
 
 
-def reloaded(name: str, folder: Path) -> nn.Module:
-    model = sparse_model(name, seed=1)
-    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"), strict=True)
+def reloaded(folder: Path) -> nn.Module:
+    """What the Trainer saved: weights, architecture and plan all lie in the folder."""
+    model: nn.Module = tokenprune.from_pretrained(folder)
     return model
 
 
@@ -164,7 +164,7 @@ def test_trains_evaluates_saves_and_reloads(name: str, images: Any, tmp_path: Pa
     trainer.save_model(str(tmp_path / "saved"))
     keys = safetensors.torch.load_file(tmp_path / "saved" / "model.safetensors").keys()
     assert keys == model.state_dict().keys() and any(key.startswith("tokenprune.stages.0.scorer.") for key in keys)
-    assert torch.equal(logits(reloaded(name, tmp_path / "saved"), images), logits(model, images))
+    assert torch.equal(logits(reloaded(tmp_path / "saved"), images), logits(model, images))
     # transformers itself reads the folder, and gets the dense model.
     plain = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "saved")
     with tokenprune.dense(model):

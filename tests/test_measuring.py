@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import einops
@@ -36,8 +37,63 @@ def test_throughput_reports_pairs() -> None:
     assert json.loads(report.to_json())["speedup"] == report.speedup
     assert str(report).endswith("at batch 2")
     assert state(model) == before
-    with pytest.raises(ValueError, match="pairs=1"):
-        tokenprune.throughput(model, pairs=1)
+    for options in ({"pairs": 1}, {"warmup": -1}, {"batch_size": 0}):
+        name, value = next(iter(options.items()))
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            tokenprune.throughput(model, **options)
+
+
+def test_throughput_takes_turns_in_who_begins_and_tells_progress() -> None:
+    case = BY_NAME["timm class token"]
+    model = case.sparsified()
+    runs, steps = [], []
+    model.register_forward_pre_hook(lambda model, args: runs.append(model.tokenprune.enabled))
+    report = tokenprune.throughput(
+        model, (3, 48, 48), batch_size=1, pairs=2, warmup=1, progress=lambda *done: steps.append(done)
+    )
+    assert runs == [True, False, False, True, True, False], "a pair to warm up and two that count"
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    assert report.dense_peak_bytes is report.sparse_peak_bytes is None, "a CPU does not count"
+
+
+def test_throughput_tells_who_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense pass sleeps in whichever order it comes, so no time is booked on the wrong side."""
+    case = BY_NAME["timm class token"]
+    model = case.sparsified()
+    clock = [0.0]
+
+    def run(model: nn.Module, args: tuple[Tensor, ...]) -> None:
+        clock[0] += 1.0 if model.tokenprune.enabled else 3.0
+
+    model.register_forward_pre_hook(run)
+    monkeypatch.setattr("tokenprune.timing.time.perf_counter", lambda: clock[0])
+    report = tokenprune.throughput(model, (3, 48, 48), batch_size=2, pairs=4, warmup=0)
+    assert report.dense_seconds == (3.0,) * 4 and report.sparse_seconds == (1.0,) * 4
+    assert report.speedup == 3.0 and report.dense_latency == 3.0 and report.dense_images_per_second == 2 / 3
+
+
+@pytest.mark.parametrize(
+    ("sparse", "doubt"),
+    [
+        ((1.0,) * 7, "7 pairs are too few"),
+        ((1.0,) * 8, None),
+        ((1.0, 1.04) * 4, None),
+        ((1.0, 1.2) * 4, r"too noisy: the middle half of the speed-ups spans \d\d% of their median, more than 10%"),
+        ((1.0,) * 7 + (9.0,), None),  # one pair that was disturbed
+    ],
+)
+def test_noise_that_hides_the_result_is_told(sparse: tuple[float, ...], doubt: str | None) -> None:
+    report = ThroughputReport(
+        input_size=(3, 8, 8),
+        batch_size=1,
+        keep_ratios=(0.5,),
+        dense_seconds=(1.5,) * len(sparse),
+        sparse_seconds=sparse,
+    )
+    assert (report.doubt is None) == (doubt is None)
+    if doubt is not None:
+        assert re.search(doubt, str(report.doubt))
+    assert json.loads(report.to_json())["doubt"] == report.doubt
 
 
 def test_throughput_figures_are_medians_of_pairs() -> None:

@@ -87,7 +87,7 @@ def test_wherever_the_weights_are_nested(way: str, tmp_path: Path) -> None:
     torch.save(WAYS[way](state), file)
     for source in (str(file), WAYS[way](state)):
         loaded = load_dynamicvit(source).state_dict()
-        assert len(loaded) == len(state)
+        assert len(loaded) == len(state) + 1  # and how it was sparsified
         assert torch.equal(loaded["norm.weight"], state["norm.weight"])
         last = "out_conv.4.bias"
         assert torch.equal(loaded[f"tokenprune.stages.2.scorer.{last}"], state[f"score_predictor.2.{last}"])

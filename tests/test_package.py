@@ -30,7 +30,8 @@ import tokenprune
 print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 """
     loaded = set(run_python("-c", script).split())
-    unwanted = {"timm", "transformers", "torchvision", "fvcore", "matplotlib", "accelerate", "rich", "sklearn"}
+    unwanted = {"timm", "transformers", "torchvision", "fvcore", "matplotlib", "accelerate", "rich", "sklearn",
+                "safetensors", "huggingface_hub", "typer"}  # fmt: skip
     assert "tokenprune" in loaded and not loaded & unwanted
 
 
@@ -95,10 +96,12 @@ def test_the_public_names_are_these() -> None:
     """A name is added or taken away on purpose, with an issue, or not at all."""
     assert tokenprune.__all__ == [
         "Backbone", "Candidates", "CheckpointError", "CountingError", "DynamicViTLoss", "FlopReport",
-        "InterceptionError", "KeptTokens", "MissingExtraError", "PictureError", "Plan", "PlanError", "Preprocessing", "Scorer", "ScorerContext", "Setting", "Sparsifier", "StateError",
-        "SupportedModel", "ThroughputReport", "TokenTable", "TokenpruneError", "Trace", "UnsupportedModelError",
-        "VerificationReport", "animate", "dense", "flops", "functional", "kept_tokens", "load_dynamicvit",
-        "register_scorer", "report", "show", "sparsify", "supported", "throughput", "unsparsify", "verify",
+        "InterceptionError", "KeptTokens", "MissingExtraError", "PictureError", "Plan", "PlanError", "Preprocessing",
+        "Scorer", "ScorerContext", "Setting", "Sparsifier", "StateError", "SupportedModel", "ThroughputReport",
+        "TokenTable", "TokenpruneError", "Trace", "UnknownModelError", "UnsupportedModelError", "VerificationReport",
+        "animate", "dense", "flops", "from_pretrained", "functional", "kept_tokens", "load_dynamicvit", "push_to_hub",
+        "register_scorer", "report", "save_pretrained", "show", "sparsify", "supported", "throughput", "unsparsify",
+        "verify",
     ]  # fmt: skip
     for name in tokenprune.__all__:
         assert getattr(tokenprune, name).__doc__, name

@@ -99,12 +99,12 @@ def test_two_by_two_patches_become_their_mean() -> None:
 
 def test_the_count_of_structural_downsampling_is_that_of_the_model_that_runs() -> None:
     model = timm.create_model("test_vit", img_size=64, num_classes=10).eval()
-    model.blocks[3].register_forward_pre_hook(StructuralDownsampling((4, 4), model.num_prefix_tokens))
-    counted = count(model, (3, 64, 64))
-    total = count_operations(model, torch.rand(1, 3, 64, 64)).total()
-    assert counted["sparse"] == pytest.approx(total / 1e9, rel=1e-9)
-    assert counted["dense"] > counted["sparse"] and len(model.blocks[3]._forward_pre_hooks) == 1
+    counted = count(model)
     assert not hasattr(model, "tokenprune")
+    dense = count_operations(model, torch.rand(1, 3, 64, 64))[""]
+    model.blocks[3].register_forward_pre_hook(StructuralDownsampling((4, 4), model.num_prefix_tokens))
+    pooled = count_operations(model, torch.rand(1, 3, 64, 64))[""]
+    assert counted == {"dense": pytest.approx(dense / 1e9), "sparse": pytest.approx(pooled / 1e9)}
 
 
 def test_its_loss_is_that_of_the_paper_without_decisions(folder: Path) -> None:

@@ -13,6 +13,7 @@ from tokenprune.errors import (
     PlanError,
     StateError,
     TokenpruneError,
+    UnknownModelError,
     UnsupportedModelError,
 )
 from tokenprune.inspection import KeptTokens, kept_tokens
@@ -22,6 +23,7 @@ from tokenprune.pictures import animate, show
 from tokenprune.plan import Plan
 from tokenprune.preprocessing import Preprocessing
 from tokenprune.reporting import report
+from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
 from tokenprune.sparsifier import Sparsifier
 from tokenprune.timing import ThroughputReport, throughput
@@ -55,16 +57,20 @@ __all__ = [
     "TokenTable",
     "TokenpruneError",
     "Trace",
+    "UnknownModelError",
     "UnsupportedModelError",
     "VerificationReport",
     "animate",
     "dense",
     "flops",
+    "from_pretrained",
     "functional",
     "kept_tokens",
     "load_dynamicvit",
+    "push_to_hub",
     "register_scorer",
     "report",
+    "save_pretrained",
     "show",
     "sparsify",
     "supported",

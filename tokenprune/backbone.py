@@ -154,6 +154,15 @@ class Backbone:
             return tuple(self.attentions[index])
         return tuple(outermost_attention(self.blocks[index])) or (self.blocks[index],)
 
+    def input_size(self, model: nn.Module) -> tuple[int, int, int]:
+        """Channels, height and width of the images ``model`` was built for; 3, 224, 224 where nothing says."""
+        tower = model if self.tower is None else self.tower
+        convolution = next((module for module in tower.modules() if isinstance(module, nn.Conv2d)), None)
+        channels = 3 if convolution is None else convolution.in_channels
+        if self.grid_size is None or self.patch_size is None:
+            return channels, 224, 224
+        return channels, self.grid_size[0] * self.patch_size[0], self.grid_size[1] * self.patch_size[1]
+
     def check(self, model: nn.Module) -> None:
         """Refuse a description that does not fit ``model``.
 

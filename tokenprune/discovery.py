@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, packages_distributions, version
 from importlib.resources import files
 from typing import Protocol, cast
 
@@ -25,6 +25,15 @@ class Adapter(Protocol):
     Importing the module must not import that library; the model that is handed over already has.
     Beside it a file ``supported.json`` may list the models that its tests have proved, and in it there may
     be a function ``from_state_dict``, see `Builder`, and a function ``preprocessing``, see `Preprocessor`.
+
+    Optional, so that models can be saved and found by name (see the docs page "Write an adapter"):
+
+    - ``identity(model) -> dict``: what ``build`` needs, as an object of JSON. Raises `UnsupportedModelError`.
+    - ``build(identity, *, pretrained=False) -> nn.Module``: a model like it, with weights that mean nothing or the
+      public ones. Raises `UnsupportedModelError`.
+    - ``load(name, *, pretrained=False, image_size=None) -> nn.Module``: the model of a name, folder or Hub id.
+      Raises `LookupError` where it is none of the library's.
+    - ``names() -> Iterable[str]``: names that ``load`` takes, to suggest one.
     """
 
     def describe(self, model: nn.Module) -> Backbone:
@@ -70,14 +79,14 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     Raises:
         UnsupportedModelError: No adapter says.
     """
-    entry = _entry_of(model)
-    adapter = None if entry is None else _load(entry)
-    if not hasattr(adapter, "preprocessing"):
+    library = library_of(model)
+    found = None if library is None else adapter(library)
+    if not hasattr(found, "preprocessing"):
         raise UnsupportedModelError(
             f"no adapter says how pictures become the input of a {type(model).__name__}; pass "
             "preprocessing=tokenprune.Preprocessing(size=…, mean=…, std=…)."
         )
-    return cast(Preprocessor, adapter).preprocessing(model)
+    return cast(Preprocessor, found).preprocessing(model)
 
 
 def model_of(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module:
@@ -87,12 +96,12 @@ def model_of(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module
         CheckpointError: None does; the message has the reason of each that builds models.
     """
     refusals: dict[str, CheckpointError] = {}
-    for name, entry in sorted(_entries().items()):
-        adapter = _load(entry)
-        if not hasattr(adapter, "from_state_dict"):
+    for name in libraries():
+        builder = adapter(name)
+        if not hasattr(builder, "from_state_dict"):
             continue
         try:
-            return cast(Builder, adapter).from_state_dict(state, num_heads=num_heads)
+            return cast(Builder, builder).from_state_dict(state, num_heads=num_heads)
         except CheckpointError as error:
             refusals[name] = error
         except ModuleNotFoundError as error:
@@ -110,10 +119,57 @@ def describe(model: nn.Module) -> Backbone:
     Raises:
         UnsupportedModelError: No adapter knows the class, or its adapter refuses it.
     """
-    entry = _entry_of(model)
-    if entry is None:
+    library = library_of(model)
+    if library is None:
         raise UnsupportedModelError(_unknown(model, _entries()))
-    return _load(entry).describe(model)
+    return adapter(library).describe(model)
+
+
+def library_of(model: nn.Module) -> str | None:
+    """Root package of the library whose adapter knows the class of ``model``, or one of its bases."""
+    entries = _entries()
+    packages = (base.__module__.partition(".")[0] for base in type(model).__mro__)
+    return next((package for package in packages if package in entries), None)
+
+
+def libraries() -> tuple[str, ...]:
+    """Root packages of the libraries that have an adapter, whether or not they are installed."""
+    return tuple(sorted(_entries()))
+
+
+def installed_version(library: str) -> str | None:
+    """The version of a library that is installed, found without loading it; ``None`` if it is not."""
+    names = (library, *packages_distributions().get(library, ()))
+    for name in names:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def proved_version(library: str) -> str | None:
+    """The version of a library on which its adapter's tests proved the models; ``None`` where none is recorded."""
+    entry = _entries().get(library)
+    file = None if entry is None else files(entry.module) / "supported.json"
+    if file is None or not file.is_file():
+        return None
+    recorded: str | None = json.loads(file.read_text(encoding="utf-8")).get("library_version")
+    return recorded
+
+
+def adapter(library: str) -> Adapter:
+    """The adapter of a library.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    entries = _entries()
+    if library not in entries:
+        raise UnsupportedModelError(
+            f"no adapter for {library!r} is installed; there are some for {', '.join(sorted(entries)) or 'nothing'}."
+        )
+    return cast(Adapter, entries[library].load())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,19 +220,8 @@ def _proved(library: str, entry: EntryPoint) -> Iterator[SupportedModel]:
             yield SupportedModel(library=library, **{**fields, **lists})
 
 
-def _entry_of(model: nn.Module) -> EntryPoint | None:
-    """The adapter of the library that the class of ``model``, or one of its bases, comes from."""
-    entries = _entries()
-    packages = (base.__module__.partition(".")[0] for base in type(model).__mro__)
-    return next((entries[package] for package in packages if package in entries), None)
-
-
 def _entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
-
-
-def _load(entry: EntryPoint) -> Adapter:
-    return cast(Adapter, entry.load())
 
 
 def _unknown(model: nn.Module, entries: dict[str, EntryPoint]) -> str:

@@ -54,3 +54,7 @@ class MissingExtraError(TokenpruneError, ImportError):
 def _listed(names: Sequence[str], most: int = 12) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+class UnknownModelError(TokenpruneError, LookupError):
+    """A name is that of no model, neither a saved one nor one of a library's."""

@@ -149,7 +149,7 @@ def recorded_scores(sparsifier: Sparsifier) -> Iterator[dict[int, Tensor]]:
         for number, stage in enumerate(sparsifier.stages):
             scorer = cast(Stage, stage).scorer
             handle = scorer.register_forward_hook(
-                lambda scorer, args, output, number=number: record(number, args[0], output)  # type: ignore[misc]
+                lambda scorer, args, output, number=number: record(number, args[0], output)
             )
             hooks.callback(handle.remove)
         yield found

@@ -98,7 +98,11 @@ def _num_stages(state: Iterable[str]) -> int:
 def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load every weight, or none."""
     # By the names they have in the file, which are those that an error has to name.
-    wanted = {_OURS.sub(rf"{_PREDICTORS}\1.", name): (name, tensor) for name, tensor in model.state_dict().items()}
+    wanted = {
+        _OURS.sub(rf"{_PREDICTORS}\1.", name): (name, tensor)
+        for name, tensor in model.state_dict().items()
+        if not name.endswith("._extra_state")  # what sparsify itself was asked for, no weight
+    }
     missing = [name for name in wanted if name not in state]
     unexpected = [name for name in state if name not in wanted]
     shapes = [

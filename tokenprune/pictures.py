@@ -58,34 +58,8 @@ def show(
         MissingExtraError: matplotlib is not installed.
         StateError, PictureError, UnsupportedModelError: As `kept_tokens`.
     """
-    with extra("plots"):
-        from matplotlib.figure import Figure
     kept = kept_tokens(model, images, preprocessing=preprocessing, forward_kwargs=forward_kwargs)
-    labels = stage_labels(kept)
-    width = 2 if scores else 1
-    num_columns = width * len(kept.pixels)
-    height, wide = kept.pixels.shape[2:]
-    size = (CELL * num_columns + (0.9 if scores else 0.4), CELL * height / wide * len(labels) + (0.7 if title else 0.3))
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    axes = figure.subplots(len(labels), num_columns, squeeze=False)
-    for row, label in enumerate(labels):
-        axes[row][0].set_ylabel(label, fontsize=9)
-        shown = pictures_of(kept, row)
-        for index in range(len(kept.pixels)):
-            axis = axes[row][width * index]
-            axis.imshow(shown[index], interpolation="nearest")
-            if row == 0:
-                axis.set_title(kept.names[index], fontsize=8, parse_math=False)
-            if scores:
-                _draw_scores(axes[row][width * index + 1], kept, row, index)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    if scores:
-        _add_scale(figure, axes)
-    if title:
-        figure.suptitle(title, fontsize=11, parse_math=False)
-    return figure
+    return drawn(kept, scores=scores, title=title)
 
 
 def animate(
@@ -117,17 +91,55 @@ def animate(
         StateError, UnsupportedModelError: As `kept_tokens`.
         OSError: The file cannot be written.
     """
+    kept = kept_tokens(model, images, preprocessing=preprocessing, forward_kwargs=forward_kwargs)
+    write_animation(kept, output, seconds=seconds, scores=scores, title=title)
+
+
+def drawn(kept: KeptTokens, *, scores: bool = True, title: str = "") -> Figure:
+    """The figure of `show`, of what has been looked at."""
+    with extra("plots"):
+        from matplotlib.figure import Figure
+    labels = stage_labels(kept)
+    width = 2 if scores else 1
+    num_columns = width * len(kept.pixels)
+    height, wide = kept.pixels.shape[2:]
+    size = (CELL * num_columns + (0.9 if scores else 0.4), CELL * height / wide * len(labels) + (0.7 if title else 0.3))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    axes = figure.subplots(len(labels), num_columns, squeeze=False)
+    for row, label in enumerate(labels):
+        axes[row][0].set_ylabel(label, fontsize=9)
+        shown = pictures_of(kept, row)
+        for index in range(len(kept.pixels)):
+            axis = axes[row][width * index]
+            axis.imshow(shown[index], interpolation="nearest")
+            if row == 0:
+                axis.set_title(kept.names[index], fontsize=8, parse_math=False)
+            if scores:
+                _draw_scores(axes[row][width * index + 1], kept, row, index)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    if scores:
+        _add_scale(figure, axes)
+    if title:
+        figure.suptitle(title, fontsize=11, parse_math=False)
+    return figure
+
+
+def write_animation(
+    kept: KeptTokens, output: str | Path, *, seconds: float = 1.0, scores: bool = True, title: str = ""
+) -> None:
+    """The GIF of `animate`, of what has been looked at."""
     with extra("plots"):
         from matplotlib.animation import PillowWriter
         from matplotlib.figure import Figure
     if seconds < 0.02:
         raise PictureError(f"seconds={seconds}: a GIF shows a picture for at least 0.02 s.")
-    kept = kept_tokens(model, images, preprocessing=preprocessing, forward_kwargs=forward_kwargs)
     num_rows, num_images = (2 if scores else 1), len(kept.pixels)
     height, wide = kept.pixels.shape[2:]
     size = (1.5 * CELL * num_images, 1.5 * CELL * height / wide * num_rows + 0.5)
     figure = Figure(figsize=size, dpi=100)
-    writer = PillowWriter(fps=1 / seconds)
+    writer = PillowWriter(fps=1 / seconds)  # type: ignore[arg-type]  # which takes fractions, too
     with writer.saving(figure, str(output), dpi=100):
         for row, label in enumerate(stage_labels(kept)):
             figure.clear()

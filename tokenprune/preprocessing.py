@@ -152,18 +152,25 @@ def _opened(picture: str | Path | PILImage | np.ndarray[Any, Any]) -> PILImage:
     if isinstance(picture, Image.Image):
         return picture
     if isinstance(picture, np.ndarray):
-        shape = picture.shape[2:]
-        if picture.ndim not in (2, 3) or shape not in ((), (1,), (3,)) or 0 in picture.shape:
-            raise PictureError(f"an array of shape {picture.shape} is no picture: expected (h, w) or (h, w, 3).")
-        if np.issubdtype(picture.dtype, np.floating):
-            if not (np.isfinite(picture).all() and picture.min() >= 0 and picture.max() <= 1):
-                raise PictureError(
-                    f"an array of {picture.dtype} has numbers outside of 0 … 1; pass pixels of that range or bytes."
-                )
-            picture = np.rint(picture * 255).astype(np.uint8)
-        if picture.dtype != np.uint8:
-            raise PictureError(f"an array of {picture.dtype} is no picture: expected bytes, or numbers from 0 to 1.")
-        return Image.fromarray(picture[..., 0] if shape == (1,) else picture)
+        return Image.fromarray(_bytes(picture))
     raise PictureError(
         f"a {type(picture).__name__} is no picture: expected a path, a Pillow image, an array or a tensor."
     )
+
+
+def _bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """An array of pixels as bytes, (h, w) or (h, w, 3)."""
+    import numpy as np
+
+    shape = array.shape[2:]
+    if array.ndim not in (2, 3) or shape not in ((), (1,), (3,)) or 0 in array.shape:
+        raise PictureError(f"an array of shape {array.shape} is no picture: expected (h, w) or (h, w, 3).")
+    if np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise PictureError(
+                f"an array of {array.dtype} has numbers outside of 0 … 1; pass pixels of that range or bytes."
+            )
+        array = np.rint(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise PictureError(f"an array of {array.dtype} is no picture: expected bytes, or numbers from 0 to 1.")
+    return array[..., 0] if shape == (1,) else array

@@ -20,12 +20,13 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.attention import AttentionPatch
 from tokenprune.backbone import Backbone, Setting, exchange
-from tokenprune.errors import InterceptionError, StateError
+from tokenprune.errors import CheckpointError, InterceptionError, StateError
 from tokenprune.grid_methods import GridMethod
 from tokenprune.outputs import without_pruned
 from tokenprune.plan import Plan
 from tokenprune.pooling import TailInterception
 from tokenprune.pruning import Decisions, Pruning
+from tokenprune.record import Record
 from tokenprune.scorers import Scorer
 from tokenprune.stage import Stage
 from tokenprune.tokens import output_tokens, sizes
@@ -44,14 +45,24 @@ class Sparsifier(nn.Module):
         stages: The stages, each with its scorer.
         backbone: What the model looks like.
         pruned: What becomes of pruned tokens, as `sparsify` was told.
+        scorer: The name under which the scorer is registered; ``None`` for one without a name.
         trace: The record of the last forward pass; ``None`` before the first one and after an
             unpruned one.
         enabled: Whether the model runs pruned; see `disabled`.
     """
 
-    def __init__(self, plan: Plan, backbone: Backbone, scorers: Sequence[Scorer], *, pruned: Pruned = "drop") -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        backbone: Backbone,
+        scorers: Sequence[Scorer],
+        *,
+        pruned: Pruned = "drop",
+        scorer_name: str | None = None,
+    ) -> None:
         super().__init__()
         self.stages = nn.ModuleList([Stage(scorer) for scorer in scorers])
+        self.scorer = scorer_name
         self.trace: Trace | None = None
         self.backbone = backbone.preserving() if pruned == "preserve" else backbone
         self.pruned: Pruned = pruned
@@ -114,6 +125,39 @@ class Sparsifier(nn.Module):
             yield
         finally:
             self.execution = before
+
+    # What goes along in a state dict, so that every file that holds the weights also says what they belong to
+
+    @property
+    def record(self) -> Record:
+        """What `sparsify` was asked for, with the keep ratios as they are now."""
+        return Record(plan=self._plan, scorer=self.scorer, pruned=self.pruned)
+
+    def get_extra_state(self) -> Tensor:
+        """The `record` as a tensor, which `tokenprune.from_pretrained` finds in a library's own files."""
+        return self.record.to_tensor()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Loading weights changes neither plan nor keep ratio, which are the user's; see `from_pretrained`."""
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+        key, errors = f"{prefix}_extra_state", others[-1]
+        if key in missing:  # weights that come from elsewhere, such as converted ones
+            missing.remove(key)
+        if key in state_dict:
+            try:
+                stages = Record.from_tensor(state_dict[key]).plan.stages
+            except CheckpointError as error:
+                errors.append(str(error))
+                return
+            if stages != self._plan.stages:
+                errors.append(
+                    f"the weights belong to scorers at stages {stages}, and these are at {self._plan.stages}; take "
+                    f"{key!r} out of the state dict to load them in spite of that."
+                )
 
     # Attaching and detaching
 

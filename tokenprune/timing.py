@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,6 +14,11 @@ from torch import Tensor, nn
 
 from tokenprune.probing import eval_mode, random_inputs
 from tokenprune.verbs import dense, sparsifier_of, unwrap
+
+MIN_PAIRS = 8
+"""Fewer pairs do not tell how much they scatter."""
+MAX_NOISE = 0.1
+"""More than this, quartile to quartile over the median, and a difference of some percent is lost in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +31,9 @@ class ThroughputReport:
         keep_ratios: Cumulative keep ratios, one a stage.
         dense_seconds: Seconds of each unpruned batch.
         sparse_seconds: Seconds of the pruned batch that ran beside it.
+        dense_peak_bytes: Most memory of the accelerator that tensors held during an unpruned batch, weights
+            included; ``None`` on a CPU, which does not count it.
+        sparse_peak_bytes: The same of a pruned batch.
     """
 
     input_size: tuple[int, ...]
@@ -32,16 +41,28 @@ class ThroughputReport:
     keep_ratios: tuple[float, ...]
     dense_seconds: tuple[float, ...]
     sparse_seconds: tuple[float, ...]
+    dense_peak_bytes: int | None = None
+    sparse_peak_bytes: int | None = None
+
+    @property
+    def dense_latency(self) -> float:
+        """Median seconds of an unpruned batch."""
+        return statistics.median(self.dense_seconds)
+
+    @property
+    def sparse_latency(self) -> float:
+        """Median seconds of a pruned batch."""
+        return statistics.median(self.sparse_seconds)
 
     @property
     def dense_images_per_second(self) -> float:
         """Median over the unpruned batches."""
-        return self.batch_size / statistics.median(self.dense_seconds)
+        return self.batch_size / self.dense_latency
 
     @property
     def sparse_images_per_second(self) -> float:
         """Median over the pruned batches."""
-        return self.batch_size / statistics.median(self.sparse_seconds)
+        return self.batch_size / self.sparse_latency
 
     @property
     def speedups(self) -> tuple[float, ...]:
@@ -59,6 +80,27 @@ class ThroughputReport:
         lower, _, upper = statistics.quantiles(self.speedups, n=4)
         return lower, upper
 
+    @property
+    def noise(self) -> float:
+        """From the lower to the upper quartile of the pairs' speed-ups, as a fraction of the median."""
+        lower, upper = self.spread
+        return (upper - lower) / self.speedup
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the speed-up is not to be trusted; ``None`` if nothing speaks against it.
+
+        The rule: at least 8 pairs, of whose speed-ups the middle half spans at most 10 % of the median.
+        """
+        if len(self.speedups) < MIN_PAIRS:
+            return f"{len(self.speedups)} pairs are too few to tell the noise; measure {MIN_PAIRS} or more."
+        if self.noise > MAX_NOISE:
+            return (
+                f"too noisy: the middle half of the speed-ups spans {self.noise:.0%} of their median, more than "
+                f"{MAX_NOISE:.0%}; let nothing else run, or measure more pairs."
+            )
+        return None
+
     def to_json(self) -> str:
         """All attributes, and the figures derived from them, as a JSON object."""
         derived = {
@@ -66,6 +108,10 @@ class ThroughputReport:
             "sparse_images_per_second": self.sparse_images_per_second,
             "speedup": self.speedup,
             "spread": self.spread,
+            "dense_latency": self.dense_latency,
+            "sparse_latency": self.sparse_latency,
+            "noise": self.noise,
+            "doubt": self.doubt,
         }
         return json.dumps({**asdict(self), **derived})
 
@@ -84,8 +130,11 @@ def throughput(
     batch_size: int = 16,
     pairs: int = 15,
     warmup: int = 3,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ThroughputReport:
     """Time a sparsified model, unpruned and pruned in turn, on random images.
+
+    Every other pair begins with the pruned one, so that what comes first gains or loses nothing by it.
 
     Args:
         model: A sparsified model, on its device and in its dtype, possibly compiled; its mode and
@@ -94,11 +143,14 @@ def throughput(
         batch_size: Images in a batch.
         pairs: Pairs of batches that are counted.
         warmup: Pairs that run before and are not.
+        progress: Called after each pair with the number of pairs done and of all.
 
     Raises:
         StateError: The model is not sparsified.
-        ValueError: There are fewer than two pairs, too few for a spread, or ``warmup`` is negative.
+        ValueError: There are fewer than two pairs, too few for a spread, ``warmup`` is negative, or the batch empty.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least 1 image is needed.")
     if pairs < 2:
         raise ValueError(f"pairs={pairs}: at least 2 are needed to tell the spread.")
     if warmup < 0:
@@ -109,27 +161,45 @@ def throughput(
     sparse_seconds: list[float] = []
     with eval_mode(model), sparsifier.executing("gather"), torch.no_grad():
         for pair in range(-warmup, pairs):
-            with dense(model):
-                before = _seconds(model, images)
-            after = _seconds(model, images)
+            seconds = [_seconds(model, images, pruned=pruned) for pruned in (pair % 2 == 1, pair % 2 == 0)]
+            before, after = reversed(seconds) if pair % 2 else seconds
             if pair >= 0:
                 dense_seconds.append(before)
                 sparse_seconds.append(after)
+            if progress is not None:
+                progress(pair + warmup + 1, pairs + warmup)
+        peaks = [_peak_bytes(model, images, pruned=pruned) for pruned in (False, True)]
     return ThroughputReport(
         input_size=tuple(input_size),
         batch_size=batch_size,
         keep_ratios=sparsifier.plan.keep_ratios,
         dense_seconds=tuple(dense_seconds),
         sparse_seconds=tuple(sparse_seconds),
+        dense_peak_bytes=peaks[0],
+        sparse_peak_bytes=peaks[1],
     )
 
 
-def _seconds(model: nn.Module, images: Tensor) -> float:
+def _run(model: nn.Module, images: Tensor, *, pruned: bool) -> None:
+    with nullcontext() if pruned else dense(model):
+        model(images)
+
+
+def _seconds(model: nn.Module, images: Tensor, *, pruned: bool) -> float:
     _synchronize(images)
     start = time.perf_counter()
-    model(images)
+    _run(model, images, pruned=pruned)
     _synchronize(images)
     return time.perf_counter() - start
+
+
+def _peak_bytes(model: nn.Module, images: Tensor, *, pruned: bool) -> int | None:
+    if images.device.type == "cpu":
+        return None
+    torch.accelerator.reset_peak_memory_stats(images.device)
+    _run(model, images, pruned=pruned)
+    _synchronize(images)
+    return int(torch.accelerator.max_memory_allocated(images.device))
 
 
 def _synchronize(images: Tensor) -> None:

@@ -13,7 +13,7 @@ from tokenprune.backbone import Backbone
 from tokenprune.discovery import describe
 from tokenprune.errors import PlanError, StateError, UnsupportedModelError
 from tokenprune.plan import Plan
-from tokenprune.scorers import Scorer, ScorerBuilder, ScorerContext, scorer_builder
+from tokenprune.scorers import Scorer, ScorerBuilder, ScorerContext, scorer_builder, scorer_name
 from tokenprune.sparsifier import Pruned, Sparsifier
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -86,7 +86,7 @@ def sparsify(
             raise TypeError(f"scorer={scorer!r} built a {type(built).__name__}; expected a tokenprune.Scorer.")
     if any(built.needs_attention for built in scorers):
         _check_attention(plan, backbone, scorer)
-    sparsifier = Sparsifier(plan, backbone, scorers, pruned=pruned)
+    sparsifier = Sparsifier(plan, backbone, scorers, pruned=pruned, scorer_name=scorer_name(scorer))
     for index, stage in zip(plan.stages, sparsifier.stages, strict=True):
         parameter = next(backbone.blocks[index].parameters(), None)
         if parameter is not None:

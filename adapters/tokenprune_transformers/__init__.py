@@ -4,7 +4,9 @@ Whatever is a flat list of blocks with global attention is found by its structur
 that differ otherwise are described in `models`, and what to feed them in `example_inputs`.
 """
 
+from tokenprune_transformers.loading import load
 from tokenprune_transformers.models import describe
 from tokenprune_transformers.pictures import preprocessing
+from tokenprune_transformers.rebuilding import build, identity
 
-__all__ = ["describe", "preprocessing"]
+__all__ = ["build", "describe", "identity", "load", "preprocessing"]

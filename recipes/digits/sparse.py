@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import nn
 
 import tokenprune
@@ -81,11 +80,7 @@ class SparseResult:
 
     def model(self) -> nn.Module:
         """The fine-tuned model."""
-        model: nn.Module = tokenprune.sparsify(
-            build_model(), keep_ratio=self.config.keep_ratio, scorer=self.config.scorer
-        )
-        model.load_state_dict(load_file(self.folder / "model.safetensors"))
-        return model
+        return tokenprune.from_pretrained(self.folder, model=build_model())
 
 
 def fine_tune(config: SparseConfig, data: Path, output: Path, dense_weights: Path = WEIGHTS) -> SparseResult:

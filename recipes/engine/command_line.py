@@ -66,6 +66,9 @@ def command(
             console = Console(stderr=True)
             console.print(f"[yellow]Interrupted.[/] {interrupted} Add --resume to the same command to go on.")
             raise typer.Exit(130) from None
+        except FloatingPointError as error:
+            Console(stderr=True).print(f"[red]Stopped:[/] {error}")
+            raise typer.Exit(1) from None
 
     def read_config(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:

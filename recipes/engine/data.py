@@ -92,8 +92,14 @@ class Images(Dataset[tuple[Any, int]]):
         return [str(index) if reader is None else str(self.samples.filename(index)) for index in indices]
 
 
-def open_images(settings: TrainingSettings, *, training: bool) -> Any:
+def open_images(settings: TrainingSettings, *, training: bool, classes: Mapping[str, int] | None = None) -> Any:
     """One split of the data, without a transform.
+
+    Args:
+        settings: Where the data is and what kind.
+        training: Which split.
+        classes: Index of each class in the other split, from `class_indices`. A folder numbers the classes that it
+            has, so that a split that lacks one would number the others otherwise.
 
     Returns:
         `Images`, or timm's iterable data set for streamed data.
@@ -112,6 +118,7 @@ def open_images(settings: TrainingSettings, *, training: bool) -> Any:
             is_training=training,
             batch_size=settings.batch_size,
             seed=settings.seed,
+            class_map=dict(classes) if classes and not settings.dataset else None,
         )
     except Exception as error:  # timm and the readers behind it raise what they like, AssertionError among it
         raise DataError(
@@ -125,14 +132,20 @@ def open_images(settings: TrainingSettings, *, training: bool) -> Any:
     return Images(samples, seed=settings.seed, max_damaged=settings.max_damaged)
 
 
+def class_indices(images: Any) -> Mapping[str, int] | None:
+    """The index of each class in what `open_images` returned; ``None`` where the data does not tell."""
+    samples = images.samples if isinstance(images, Images) else images
+    found: Mapping[str, int] | None = getattr(getattr(samples, "reader", samples), "class_to_idx", None)
+    return found
+
+
 def number_of_classes(images: Any, settings: TrainingSettings) -> int:
     """The number of classes that the data has.
 
     Raises:
         DataError: The data does not say, or says something else than the settings.
     """
-    samples = images.samples if isinstance(images, Images) else images
-    classes = getattr(getattr(samples, "reader", samples), "class_to_idx", None)
+    classes = class_indices(images)
     if not classes:
         if settings.num_classes is None:
             raise DataError(f"{settings.data_dir} does not tell its number of classes; give num_classes.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, cast
@@ -16,11 +16,11 @@ from torch import nn
 
 import tokenprune
 from recipes.engine.checkpoints import write_whole
-from recipes.engine.data import loader, number_of_classes, open_images
+from recipes.engine.data import class_indices, loader, number_of_classes, open_images
 from recipes.engine.evaluation import evaluate, is_sparsified
 from recipes.engine.models import data_config, dense_model
 from recipes.engine.randomness import seed_everything
-from recipes.engine.settings import TrainingSettings, check_continuation
+from recipes.engine.settings import Settings, TrainingSettings, check_continuation
 from recipes.engine.tables import Table
 from recipes.engine.training import LossFunction, images_a_step, make_accelerator, train
 
@@ -67,11 +67,13 @@ def fit(
     model_options: Mapping[str, Any] | None = None,
     new_head: bool = False,
     console: Console | None = None,
-    count: Callable[[nn.Module, tuple[int, int, int]], dict[str, float]] | None = None,
+    gmacs: Mapping[str, float] | None = None,
 ) -> Outcome:
     """Train what ``prepare`` makes of the dense model, and write results and weights to ``settings.output``.
 
-    ``results.json`` has settings, scores, multiply-adds, versions and the command; ``model.safetensors`` the weights.
+    ``results.json`` has settings, scores, multiply-adds, versions and the command. A sparse model's weights are
+    written with `tokenprune.save_pretrained`, so that `tokenprune.from_pretrained` takes the folder; a dense one's
+    to ``model.safetensors``.
 
     Args:
         settings: All that decides the run.
@@ -80,13 +82,14 @@ def fit(
         model_options: Further arguments of the dense model.
         new_head: Whether weights for other classes are taken, with a new head.
         console: Where the table of results goes; nowhere if not given.
-        count: Counts multiply-adds in place of `gmacs`, where the model is made cheaper by something else.
+        gmacs: Multiply-adds, filled by ``prepare``, of a model that is made cheaper by something else than stages.
 
     Raises:
         SettingsError, DataError, Interrupted, FloatingPointError: As `recipes.engine.training.train`.
     """
     accelerator = make_accelerator(settings)
-    training, validation = open_images(settings, training=True), open_images(settings, training=False)
+    training = open_images(settings, training=True)
+    validation = open_images(settings, training=False, classes=class_indices(training))
     num_classes = number_of_classes(training, settings)
     seed_everything(settings.seed)
     dense = dense_model(settings, num_classes, new_head=new_head, **(model_options or {}))
@@ -107,28 +110,51 @@ def fit(
         frozen_epochs=job.frozen_epochs,
         find_unused_parameters=job.find_unused_parameters,
     )
-    outcome = Outcome(model=model, scores=scores, gmacs=(count or gmacs)(model, config["input_size"]))
+    outcome = Outcome(model=model, scores=scores, gmacs=gmacs or count_gmacs(model, config["input_size"]))
     if accelerator.is_main_process:
-        _write(outcome, settings)
+        _save(outcome.model, settings)
+        write_results(outcome, settings)
         if console is not None:
-            console.print(_table(outcome).rich())
+            console.print(results_table(outcome).rich())
     accelerator.wait_for_everyone()
     return outcome
 
 
+def _save(model: nn.Module, settings: TrainingSettings) -> None:
+    if is_sparsified(model):
+        tokenprune.save_pretrained(model, settings.output)
+        return
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    write_whole(settings.output / "model.safetensors", lambda partial: save_file(state, partial))
+
+
 def evaluate_dense(settings: TrainingSettings) -> dict[str, float]:
     """Accuracy of the dense model that the settings start from; see `recipes.engine.evaluation.evaluate`."""
+    training = open_images(settings, training=True)  # whose classes the weights were trained for
+    model = dense_model(settings, number_of_classes(training, settings))
+    return evaluate_model(model, settings, classes=class_indices(training))
+
+
+def evaluate_model(
+    model: nn.Module, settings: TrainingSettings, *, classes: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Accuracy of a model on the settings' validation split; see `recipes.engine.evaluation.evaluate`.
+
+    ``classes`` are those that the model was trained for, where there is more than the validation split to tell them.
+    """
     accelerator = make_accelerator(settings)
-    images = open_images(settings, training=False)
-    model = dense_model(settings, number_of_classes(images, settings)).to(accelerator.device)
+    images = open_images(settings, training=False, classes=classes)
     batches = loader(images, settings, data_config(settings, model), training=False)
-    return evaluate(accelerator, model, accelerator.prepare(batches), batches=settings.validation_batches)
+    return evaluate(
+        accelerator, model.to(accelerator.device), accelerator.prepare(batches), batches=settings.validation_batches
+    )
 
 
-def gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, float]:
+def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, float]:
     """10⁹ multiply-adds an image of a dense model, or of both paths of a sparsified one."""
     if not is_sparsified(model):
-        report = tokenprune.flops(tokenprune.sparsify(model, keep_ratio=1.0, scorer="random"), input_size)
+        # Any stage does, as the dense path is counted; every model has a first block.
+        report = tokenprune.flops(tokenprune.sparsify(model, [0], 1.0, scorer="random"), input_size)
         tokenprune.unsparsify(model)
         return {"dense": report.dense_gmacs}
     report = tokenprune.flops(model, input_size)
@@ -149,22 +175,22 @@ def read_results(settings: TrainingSettings) -> dict[str, Any] | None:
     return found
 
 
-def _write(outcome: Outcome, settings: TrainingSettings) -> None:
+def write_results(outcome: Outcome, settings: Settings, *, libraries: Sequence[str] = ("timm", "accelerate")) -> None:
+    """Write ``results.json``: settings, scores, multiply-adds, and the versions of what was used."""
     results = {
         "settings": settings.to_dict(),
         "scores": dict(outcome.scores),
         "gmacs": dict(outcome.gmacs),
-        "versions": {name: version(name) for name in ("tokenprune", "torch", "timm", "accelerate")},
+        "versions": {name: version(name) for name in ("tokenprune", "torch", *libraries)},
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in outcome.model.state_dict().items()}
-    write_whole(settings.output / "model.safetensors", lambda partial: save_file(state, partial))
     write_whole(
         settings.output / "results.json", lambda partial: partial.write_text(json.dumps(results, indent=2) + "\n")
     )
 
 
-def _table(outcome: Outcome) -> Table:
+def results_table(outcome: Outcome) -> Table:
+    """Accuracy and multiply-adds of both paths, or of a model's only one."""
     table = Table(title="", columns=("path", "top-1", "top-5", "GMACs", "kept a stage"))
     kept = " / ".join(f"{value:.0%}" for name, value in outcome.scores.items() if name.startswith("kept_"))
     # A model that is cheaper without stages has no dense path of its own.

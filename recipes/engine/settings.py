@@ -1,4 +1,4 @@
-"""The settings that every training recipe shares, and what contradicts what among them."""
+"""The settings that training recipes share, and what contradicts what among them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,22 @@ class SettingsError(ValueError):
     """A setting is unknown, out of its range, or contradicts another."""
 
 
+class Settings:
+    """What every dataclass of settings can do."""
+
+    output: Path
+
+    def to_yaml(self) -> str:
+        """The settings as a YAML mapping that ``--config`` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, in order."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class TrainingSettings(Settings):
     """What decides a training run: data, augmentation, optimisation, precision, and where results go."""
 
     # Data
@@ -91,20 +105,35 @@ class TrainingSettings:
         if self.checkpoint is not None and not self.checkpoint.is_file():
             raise SettingsError(f"checkpoint={self.checkpoint}: there is no such file.")
 
-    def to_yaml(self) -> str:
-        """The settings as a YAML mapping that ``--config`` reads."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, in order."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+@dataclass(frozen=True, kw_only=True)
+class PruningSettings(Settings):
+    """What is pruned, and by which loss that is learned; the defaults are DynamicViT's (arXiv 2106.02034)."""
+
+    keep_ratio: Annotated[
+        list[float] | None, Option(help="ρ keeps ρ, ρ², ρ³ of the patches; or give one ratio for each stage. [0.7]")
+    ] = None
+    stages: Annotated[
+        list[int] | None, Option(help="Blocks in front of which to prune; a quarter apart if not given.")
+    ] = None
+    scorer: Annotated[str, Option(help="What scores tokens: predictor, cls_attention, random, static.")] = "predictor"
+    backbone_factor: Annotated[float, Option(min=0, help="The backbone's learning rate ÷ the predictors'.")] = 0.01
+    kl_weight: Annotated[float, Option(min=0, help="λ_KL.")] = 0.5
+    distill_weight: Annotated[float, Option(min=0, help="λ_distill.")] = 0.5
+    ratio_weight: Annotated[float, Option(min=0, help="λ_ratio.")] = 2.0
+
+    @property
+    def ratio(self) -> float | list[float]:
+        """The keep ratio as `tokenprune.sparsify` takes it."""
+        ratios = self.keep_ratio or [0.7]
+        return ratios[0] if len(ratios) == 1 else ratios
 
 
 # What may differ between a run and its continuation without changing what is computed.
 FREE_ON_RESUME = frozenset({"resume", "output", "num_workers", "log_every", "checkpoint_every", "tracker", "data_dir"})
 
 
-def check_continuation(settings: TrainingSettings, saved: str) -> None:
+def check_continuation(settings: Settings, saved: str) -> None:
     """Refuse to continue a run, whose settings were saved as YAML, under others.
 
     Raises:

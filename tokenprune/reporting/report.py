@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from tokenprune.counting import FlopReport, flops
-from tokenprune.discovery import preprocessing_of
 from tokenprune.errors import PictureError
 from tokenprune.extras import extra
 from tokenprune.inspection import kept_tokens
@@ -76,9 +75,9 @@ def report(
             raise PictureError("there is nothing to report on; give a sparsified model, or folders of runs, or both.")
         if throughput is not None or not without_images:
             raise PictureError("images and throughput belong to a model; give it, too.")
-        counted, curve = None, []
+        counted, curve = None, list[tuple[float, float]]()
     else:
-        size = tuple(input_size or (preprocessing or preprocessing_of(unwrap(model))).input_size)
+        size = tuple(input_size or sparsifier_of(model).backbone.input_size(unwrap(model)))
         counted, curve = _counted(model, size, keep_ratios, forward_kwargs)
     kept = None
     if model is not None and not without_images:
@@ -108,7 +107,8 @@ def _counted(
 ) -> tuple[FlopReport, list[tuple[float, float]]]:
     """The model's multiply-adds, and its 10⁹ of them over ρ."""
     sparsifier = sparsifier_of(model)
-    before, curve = sparsifier.keep_ratio, []
+    before = sparsifier.keep_ratio
+    curve: list[tuple[float, float]] = []
     try:
         for ratio in sorted(keep_ratios):
             sparsifier.keep_ratio = ratio

@@ -51,6 +51,11 @@ class Run:
         return {path: curve for path, curve in curves.items() if curve}
 
 
+def is_run(folder: str | Path) -> bool:
+    """Whether a recipe has written results there."""
+    return (Path(folder) / RESULTS).is_file()
+
+
 def read_run(folder: str | Path) -> Run:
     """The run in a folder.
 

@@ -141,12 +141,11 @@ def facts(model: nn.Module) -> list[tuple[str, str]]:
 
 def code(model: nn.Module) -> str:
     """The lines of Python that prune a model of the same kind alike."""
-    plan = sparsifier_of(model).plan
+    sparsifier = sparsifier_of(model)
+    plan, comma = sparsifier.plan, "," if len(sparsifier.stages) == 1 else ""
     ratios = ", ".join(f"{ratio:.6g}" for ratio in plan.keep_ratios)
-    return (
-        "import tokenprune\n\n"
-        f"tokenprune.sparsify(model, stages={plan.stages}, keep_ratio=({ratios}{',' if len(plan.stages) == 1 else ''}))"
-    )
+    scorer = f", scorer={sparsifier.scorer!r}" if isinstance(sparsifier.scorer, str) else ""
+    return f"import tokenprune\n\ntokenprune.sparsify(model, stages={plan.stages}, keep_ratio=({ratios}{comma}){scorer})"
 
 
 def accuracy_charts(table: list[Row], runs: list[Run]) -> list[Chart]:

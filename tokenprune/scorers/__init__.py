@@ -1,6 +1,14 @@
 """Scorers: what decides how much a token matters."""
 
-from tokenprune.scorers.base import Candidates, Scorer, ScorerBuilder, ScorerContext, register_scorer, scorer_builder
+from tokenprune.scorers.base import (
+    Candidates,
+    Scorer,
+    ScorerBuilder,
+    ScorerContext,
+    register_scorer,
+    scorer_builder,
+    scorer_name,
+)
 from tokenprune.scorers.cls_attention import ClassAttention
 from tokenprune.scorers.predictor import Predictor
 from tokenprune.scorers.random import Random
@@ -17,4 +25,5 @@ __all__ = [
     "Static",
     "register_scorer",
     "scorer_builder",
+    "scorer_name",
 ]

@@ -108,6 +108,13 @@ def scorer_builder(scorer: str | ScorerBuilder) -> ScorerBuilder:
     return scorer
 
 
+def scorer_name(scorer: str | ScorerBuilder) -> str | None:
+    """The name under which a scorer is registered; ``None`` for a builder without one."""
+    if isinstance(scorer, str):
+        return scorer
+    return next((name for name, builder in _BUILDERS.items() if builder is scorer), None)
+
+
 def log_odds(probability: float) -> float:
     """Log p − log(1 − p), with p held within 0.001 … 0.999 so that it stays finite and trainable."""
     probability = min(max(probability, 1e-3), 1 - 1e-3)

@@ -1,0 +1,1 @@
+"""What recipes need of transformers and datasets: images, models, and the Trainer's arguments."""

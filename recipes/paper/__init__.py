@@ -1,0 +1,1 @@
+"""The papers' main table: its rows, and weights that stand for them."""

@@ -1,0 +1,164 @@
+"""``tokenprune bench``: how fast a model is, dense and sparse in turn."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokenprune.cli.options import ImageSize, Json, KeepRatios, Model, ScorerName, Stages, ratios, sparsified
+from tokenprune.cli.output import show, show_json, step, working
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+    from tokenprune.counting import FlopReport
+    from tokenprune.timing import ThroughputReport
+
+
+class DType(str, Enum):
+    """dtypes that a model may be run in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def bench(
+    model: Model,
+    keep_ratio: KeepRatios = None,
+    stages: Stages = None,
+    image_size: ImageSize = None,
+    scorer: ScorerName = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Measured beside batches of one.")] = 16,
+    pairs: Annotated[int, typer.Option(min=2, help="Pairs of batches, dense and sparse, that count.")] = 15,
+    warmup: Annotated[int, typer.Option(min=0, help="Pairs that run before and do not.")] = 3,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")] = False,
+    dtype: Annotated[DType, typer.Option(help="dtype of weights and images.")] = DType.float32,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Such as cpu or cuda. Default: the accelerator if there is one.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure throughput and latency, dense and sparse in turn, at batch 1 and at a larger one.
+
+    Medians over the pairs, with the quartiles of their speed-ups. A measurement is called too noisy to trust when
+    there are fewer than 8 pairs, or when the middle half of their speed-ups spans more than 10 % of the median.
+
+    In Python: tokenprune.throughput(model).
+    """
+    import torch
+
+    from tokenprune.counting import flops
+    from tokenprune.timing import throughput
+    from tokenprune.verbs import sparsifier_of
+
+    chosen, where = ratios(keep_ratio), _device(device)
+    results: list[tuple[FlopReport, ThroughputReport]] = []
+    with working(f"loading {model}") as progress:
+        loaded, size = sparsified(
+            model, stages=stages, keep_ratio=chosen[0] if chosen else None, image_size=image_size, scorer=scorer
+        )
+        sparsifier = sparsifier_of(loaded)
+        for one in chosen or [sparsifier.keep_ratio]:
+            sparsifier.keep_ratio = one
+            step(progress, "counting multiply-adds")
+            counted = flops(loaded.float().cpu(), size)
+            runner = loaded.to(where, getattr(torch, dtype.value))
+            for batch in sorted({1, batch_size}):
+                what = f"{'compiling and ' if compiled else ''}measuring batch {batch}"
+                step(progress, what)
+                # Compiled anew for each batch size: sizes that turn dynamic on the way would be measured otherwise.
+                measured: Any = torch.compile(runner, dynamic=False) if compiled else runner
+                timed = throughput(
+                    measured,
+                    size,
+                    batch_size=batch,
+                    pairs=pairs,
+                    warmup=warmup,
+                    progress=lambda done, total, what=what: step(progress, what, done, total),  # type: ignore[misc]
+                )
+                results.append((counted, timed))
+                if compiled:
+                    torch.compiler.reset()
+    if as_json:
+        show_json(
+            {
+                "model": model,
+                "device": str(where),
+                "hardware": _hardware(where),
+                "dtype": dtype.value,
+                "compiled": compiled,
+                "torch": torch.__version__,
+                "reports": [_fields(counted, timed) for counted, timed in results],
+            }
+        )
+        return
+    how = f"{_hardware(where)}, {dtype.value}, {'compiled' if compiled else 'eager'}"
+    show(_table(f"{model} on {how}, {pairs} pairs", results))
+    for _, timed in results:
+        if timed.doubt is not None:
+            left = f"{timed.keep_ratios[-1]:.0%} left"
+            show(f"? Not to be trusted at batch {timed.batch_size}, {left}: {timed.doubt}")
+
+
+def _fields(counted: FlopReport, timed: ThroughputReport) -> dict[str, object]:
+    return {
+        **json.loads(timed.to_json()),
+        "gmac_ratio": counted.ratio,
+        "dense_gmacs": counted.dense_gmacs,
+        "sparse_gmacs": counted.sparse_gmacs,
+        "speedup_over_gmac_ratio": timed.speedup / counted.ratio,
+    }
+
+
+def _table(title: str, results: list[tuple[FlopReport, ThroughputReport]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title)
+    columns = ["batch", "left", "images/s", "ms a batch", "speed-up (quartiles)", "GMAC ratio", "÷ GMAC ratio"]
+    with_memory = any(timed.dense_peak_bytes is not None for _, timed in results)
+    for column in [*columns, *(["peak MiB"] if with_memory else [])]:
+        table.add_column(column, justify="right")
+    for counted, timed in results:
+        lower, upper = timed.spread
+        cells = [
+            str(timed.batch_size),
+            f"{timed.keep_ratios[-1]:.0%}",
+            f"{timed.dense_images_per_second:.1f} → {timed.sparse_images_per_second:.1f}",
+            f"{timed.dense_latency * 1e3:.1f} → {timed.sparse_latency * 1e3:.1f}",
+            f"{timed.speedup:.2f} ({lower:.2f} … {upper:.2f}){' ?' if timed.doubt else ''}",
+            f"{counted.ratio:.2f}",
+            f"{timed.speedup / counted.ratio:.2f}",
+        ]
+        if timed.dense_peak_bytes is not None and timed.sparse_peak_bytes is not None:
+            cells.append(f"{timed.dense_peak_bytes / 2**20:.0f} → {timed.sparse_peak_bytes / 2**20:.0f}")
+        table.add_row(*cells)
+    return table
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise typer.BadParameter(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise typer.BadParameter("--device meta: nothing can be measured there.")
+    return device
+
+
+def _hardware(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)

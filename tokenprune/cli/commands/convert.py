@@ -1,0 +1,62 @@
+"""``tokenprune convert``: an official DynamicViT checkpoint becomes a saved model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokenprune.cli.options import Json, ratio, stage_indices
+from tokenprune.cli.output import show, show_json, working
+
+
+def convert(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(exists=True, dir_okay=False, help="The authors' file of a DeiT or LV-ViT.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder to save the model in.", show_default=False)
+    ],
+    keep_ratio: Annotated[
+        str, typer.Option("--keep-ratio", "-k", help="ρ, which the file does not say; or a fraction a stage.")
+    ] = "0.7",
+    stages: Annotated[
+        str | None, typer.Option(help="Blocks in front of which the model prunes. Default: each quarter of the depth.")
+    ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="Heads of the attention. Default: the published models', width / 64.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn an official DynamicViT checkpoint into a saved model.
+
+    In Python: tokenprune.save_pretrained(tokenprune.load_dynamicvit(checkpoint), output).
+    """
+    from tokenprune.official import load_dynamicvit
+    from tokenprune.saving import save_pretrained
+    from tokenprune.verbs import sparsifier_of
+
+    chosen, blocks = ratio(keep_ratio), stage_indices(stages)
+    if output.is_file():
+        raise typer.BadParameter(f"--output {output} is a file; name a folder.")
+    with working(f"converting {checkpoint.name}"):
+        model = load_dynamicvit(checkpoint, keep_ratio=chosen, num_heads=num_heads, stages=blocks)
+        save_pretrained(model, output)
+    plan = sparsifier_of(model).plan
+    if as_json:
+        show_json(
+            {
+                "output": str(output),
+                "model_class": type(model).__name__,
+                "stages": list(plan.stages),
+                "keep_ratios": list(plan.keep_ratios),
+            }
+        )
+        return
+    kept = ", ".join(f"{one:.1%}" for one in plan.keep_ratios)
+    show(
+        f"{type(model).__name__} with stages in front of blocks {', '.join(map(str, plan.stages))}, which keep {kept}.",
+        f'It is in {output}: tokenprune.from_pretrained("{output}").',
+    )

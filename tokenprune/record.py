@@ -1,0 +1,80 @@
+"""What `sparsify` was asked for, in a form that goes into a file or along in a state dict."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import CheckpointError, PlanError
+from tokenprune.plan import Plan
+
+# A state dict's tensor is as long as this, or a multiple, whatever the figures in it, so that averages of
+# models (EMA) that copy one state dict into another find the same shapes at another keep ratio.
+_NUM_BYTES = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The arguments of `sparsify` that make a model prune as it does.
+
+    Attributes:
+        plan: Where is pruned and how much is kept.
+        scorer: The name of the scorer; ``None`` for one without a registered name.
+        pruned: What becomes of pruned tokens.
+    """
+
+    plan: Plan
+    scorer: str | None
+    pruned: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As an object of JSON, which `from_dict` reads; the plan carries the version."""
+        return {"plan": json.loads(self.plan.to_json()), "scorer": self.scorer, "pruned": self.pruned}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Record:
+        """Read what `to_dict` gave; other entries are left alone.
+
+        Raises:
+            CheckpointError: An entry is missing or of another kind, or the plan is none.
+        """
+        missing = [name for name in ("plan", "scorer", "pruned") if name not in fields]
+        if missing:
+            raise CheckpointError(
+                f"the record of how a model was sparsified lacks {', '.join(missing)}; it is damaged."
+            )
+        scorer, pruned = fields["scorer"], fields["pruned"]
+        if not isinstance(scorer, (str, type(None))) or not isinstance(pruned, str):
+            raise CheckpointError(
+                f"scorer={scorer!r}, pruned={pruned!r}: expected names in the record of how a model was sparsified."
+            )
+        try:
+            plan = Plan.from_json(json.dumps(fields["plan"]))
+        except PlanError as error:
+            raise CheckpointError(f"the record of how a model was sparsified holds no plan: {error}") from error
+        return cls(plan=plan, scorer=scorer, pruned=pruned)
+
+    def to_tensor(self) -> Tensor:
+        """As bytes in a tensor, since formats without pickle hold tensors alone."""
+        text = json.dumps(self.to_dict()).encode()
+        length = -(-len(text) // _NUM_BYTES) * _NUM_BYTES
+        return torch.frombuffer(bytearray(text.ljust(length)), dtype=torch.uint8)
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> Record:
+        """Read what `to_tensor` gave.
+
+        Raises:
+            CheckpointError: The tensor holds something else.
+        """
+        try:
+            fields = json.loads(bytes(tensor.cpu().tolist()))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"the record of how a model was sparsified is damaged ({error}).") from error
+        if not isinstance(fields, dict):
+            raise CheckpointError("the record of how a model was sparsified is damaged; it is no JSON object.")
+        return cls.from_dict(fields)
