@@ -101,7 +101,7 @@ def test_pictures_become_what_torchvision_makes_of_them() -> None:
 
 
 PROCESSORS = {
-    "CLIPImageProcessor": {"size": {"shortest_edge": 64}, "crop_size": {"height": 48, "width": 48}},
+    "CLIPImageProcessor": {"size": {"shortest_edge": 66}, "crop_size": {"height": 48, "width": 48}},
     "ViTImageProcessor": {"size": {"height": 48, "width": 48}, "image_mean": [0.1, 0.2, 0.3]},
     "DeiTImageProcessor": {"size": {"height": 56, "width": 56}, "crop_size": {"height": 48, "width": 48}},
 }
@@ -116,8 +116,8 @@ def test_pictures_become_what_the_saved_processor_makes_of_them(name: str, tmp_p
     photo = Image.fromarray(PHOTOS[0])
     ours = preprocessing_of(model).apply(photo)
     theirs = torch.as_tensor(np.asarray(processor(photo)["pixel_values"][0]))
-    # A processor may resize with torch's kernels where Pillow's round otherwise, by a shade or two of 255, and cut
-    # an odd margin half a pixel farther: photographs differ by much more in anything else.
+    # A processor may resize with torch's kernels, which round otherwise than Pillow's, by a shade or two of 255. (It
+    # also puts an odd margin's pixel on the other side than the other libraries; here margins are even.)
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().mean() < 0.02 * theirs.std()
 

@@ -111,7 +111,7 @@ def drawn(kept: KeptTokens, *, scores: bool = True, title: str = "") -> Figure:
         shown = pictures_of(kept, row)
         for index in range(len(kept.pixels)):
             axis = axes[row][width * index]
-            axis.imshow(shown[index], interpolation="nearest")
+            axis.imshow(shown[index].numpy(), interpolation="nearest")
             if row == 0:
                 axis.set_title(kept.names[index], fontsize=8, parse_math=False)
             if scores:
@@ -146,7 +146,7 @@ def write_animation(
             axes = figure.subplots(num_rows, num_images, squeeze=False)
             figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.45 / size[1], wspace=0.02, hspace=0.02)
             for index, shown in enumerate(pictures_of(kept, row)):
-                axes[0][index].imshow(shown, interpolation="nearest")
+                axes[0][index].imshow(shown.numpy(), interpolation="nearest")
                 if scores:
                     _draw_scores(axes[1][index], kept, row, index)
             for axis in axes.flat:
@@ -200,7 +200,7 @@ def _draw_scores(axis: Axes, kept: KeptTokens, row: int, index: int) -> None:
     maps = heat_maps(kept, row)
     if maps is not None:
         height, width = kept.pixels.shape[2:]
-        axis.imshow(coloured(maps[index]), interpolation="nearest", extent=(0, width, height, 0))
+        axis.imshow(coloured(maps[index]).numpy(), interpolation="nearest", extent=(0, width, height, 0))
 
 
 def _add_scale(figure: Figure, axes: Any) -> None:
