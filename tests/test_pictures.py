@@ -227,7 +227,9 @@ def test_heat_maps_are_of_an_image_and_a_stage() -> None:
         ([torch.zeros(3, 48, 48), torch.zeros(3, 56, 56)], "several sizes: 48 × 48, 56 × 56"),
     ],
 )
-def test_what_is_no_picture_is_refused(given: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_picture_is_refused(
+    given: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(tokenprune.PictureError, match=message):
         tokenprune.kept_tokens(small_vit(), given)

@@ -42,7 +42,8 @@ ScorerName = Annotated[
 TrainingFreeScorer = Annotated[
     str | None,
     typer.Option(
-        "--scorer", help="The scorer. Default: cls_attention, which needs no training, or what was saved.",
+        "--scorer",
+        help="The scorer. Default: cls_attention, which needs no training, or what was saved.",
         show_default=False,
     ),
 ]
@@ -56,9 +57,7 @@ OneKeepRatio = Annotated[
         show_default=False,
     ),
 ]
-Pretrained = Annotated[
-    bool, typer.Option(help="Load trained weights; with random ones, what is kept means nothing.")
-]
+Pretrained = Annotated[bool, typer.Option(help="Load trained weights; with random ones, what is kept means nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 
 

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 Curve = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 440, 280  # units of the drawing, about as many pixels, so that letters keep their size on a phone
-LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 72, 24, 14, 44
 MOST_POINTS = 300
 NUM_COLOURS = 6
 

@@ -145,7 +145,9 @@ def code(model: nn.Module) -> str:
     plan, comma = sparsifier.plan, "," if len(sparsifier.stages) == 1 else ""
     ratios = ", ".join(f"{ratio:.6g}" for ratio in plan.keep_ratios)
     scorer = f", scorer={sparsifier.scorer!r}" if isinstance(sparsifier.scorer, str) else ""
-    return f"import tokenprune\n\ntokenprune.sparsify(model, stages={plan.stages}, keep_ratio=({ratios}{comma}){scorer})"
+    return (
+        f"import tokenprune\n\ntokenprune.sparsify(model, stages={plan.stages}, keep_ratio=({ratios}{comma}){scorer})"
+    )
 
 
 def accuracy_charts(table: list[Row], runs: list[Run]) -> list[Chart]:
