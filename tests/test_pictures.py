@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def test_pictures_become_what_timm_makes_of_them() -> None:
 
 
 def test_pictures_become_what_torchvision_makes_of_them() -> None:
-    from torchvision.models import ViT_B_16_Weights, VisionTransformer
+    from torchvision.models import VisionTransformer, ViT_B_16_Weights
 
     found = preprocessing_of(VisionTransformer(224, 16, 1, 2, 32, 64))
     expected = ViT_B_16_Weights.IMAGENET1K_V1.transforms()(Image.fromarray(PHOTOS[1]))
@@ -196,7 +197,7 @@ def test_the_animation_steps_through_the_stages(tmp_path: Path) -> None:
             picture.seek(number)
             assert picture.info["duration"] == 500
             frames.append(np.asarray(picture.convert("RGB"), dtype=float))
-    assert all((first != second).mean() > 0.05 for first, second in zip(frames, frames[1:], strict=False))
+    assert all((first != second).mean() > 0.05 for first, second in itertools.pairwise(frames))
     with pytest.raises(tokenprune.PictureError, match=r"seconds=0.*at least 0.02"):
         tokenprune.animate(small_vit(), PHOTOS[0], file, seconds=0)
 

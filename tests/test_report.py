@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -137,7 +138,7 @@ def test_a_torn_log_keeps_its_whole_lines(tmp_path: Path) -> None:
 def test_ticks_are_round_and_enclose(lowest: float, highest: float) -> None:
     marks = ticks(lowest, highest)
     assert 2 <= len(marks) <= 8 and marks[0] <= lowest + 1e-12 and marks[-1] >= highest - 1e-12
-    steps = {round(second - first, 12) for first, second in zip(marks, marks[1:], strict=False)}
+    steps = {round(second - first, 12) for first, second in itertools.pairwise(marks)}
     assert max(steps) - min(steps) < 1e-9 * max(1, abs(highest))
 
 
@@ -187,7 +188,8 @@ def test_in_a_browser(page: str, browser: Any, width: int, scheme: str, tmp_path
 
     # Nothing sticks out: neither the page, nor a part of it that does not scroll by itself.
     wide = tab.evaluate("""[...document.querySelectorAll("body *")].filter(part =>
-        !part.closest(".scroll, svg") && part.getBoundingClientRect().right > innerWidth + 1).map(part => part.outerHTML.slice(0, 80))""")
+        !part.closest(".scroll, svg") && part.getBoundingClientRect().right > innerWidth + 1
+        ).map(part => part.outerHTML.slice(0, 80))""")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width and wide == []
     assert tab.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     assert tab.evaluate("[...document.images].every(image => image.alt)")

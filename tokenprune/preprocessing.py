@@ -104,8 +104,8 @@ class Preprocessing:
         if inputs.dim() != 3 or inputs.shape[0] != len(self.mean) or not inputs.is_floating_point():
             raise PictureError(
                 f"a tensor of shape {tuple(inputs.shape)} and dtype {inputs.dtype} is no input of this model, which "
-                f"takes floating-point numbers of shape ({len(self.mean)}, height, width), normalised; pass a picture that "
-                "is yet to be resized and normalised as a NumPy array or a Pillow image."
+                f"takes floating-point numbers of shape ({len(self.mean)}, height, width), normalised; pass a picture "
+                "that is yet to be resized and normalised as a NumPy array or a Pillow image."
             )
         return inputs.detach().float().cpu()
 
