@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from typer.testing import CliRunner, Result
 
 import tokenprune
 from tests.official import Layout
+from tests.test_report import write_run
 from tests.zoo import BY_NAME
 from tokenprune.cli import app
 from tokenprune.saving import resolve
@@ -188,7 +191,7 @@ def test_models_lists_what_is_proved_and_installed() -> None:
     assert result.exit_code == 0 and "vit_b_16" in result.stdout and "beit" not in result.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["flops"], ["bench"], ["models"], ["export"]])
+@pytest.mark.parametrize("command", [[], ["flops"], ["bench"], ["models"], ["export"], ["show"], ["report"]])
 def test_help(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0 and "Usage: " in result.stdout
@@ -341,3 +344,94 @@ def test_what_cannot_be_converted(
     result = run("convert", *arguments)
     assert result.exit_code == code and said in result.stderr and "Traceback" not in result.stderr
     assert not Path("out").exists()
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("photos") / "flower.png"
+    Image.fromarray(load_sample_images().images[1]).save(file)
+    return str(file)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("suffix", [".png", ".gif"])
+def test_show_of_every_kind_of_model(
+    kind: str, suffix: str, sources: dict[str, str], photo: str, tmp_path: Path
+) -> None:
+    file = tmp_path / f"kept{suffix}"
+    told = fields("show", sources[kind], photo, photo, "-o", str(file), "--no-pretrained", *STAGES.get(kind, []))
+    ratio = 0.7 if kind in STAGES else 0.6
+    total = told["num_patches"]
+    assert told["stages"] == [2, 4] and told["num_kept"] == [int(total * ratio + 1e-9), int(total * ratio**2 + 1e-9)]
+    assert told["grid"][0] * told["grid"][1] == total and told["images"] == [photo, photo]
+    with Image.open(file) as picture:
+        assert getattr(picture, "n_frames", 1) == (3 if suffix == ".gif" else 1)
+
+
+def test_show_takes_options_and_prunes_by_attention(photo: str, tmp_path: Path) -> None:
+    file = tmp_path / "kept.svg"
+    result = run("show", *SMALL, photo, "--no-pretrained", "-o", str(file), "-k", "0.5,0.2", "--no-scores",
+                 "--title", "a < b", "--image-size", "96")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "36 → 18 → 7" in result.stdout.replace("\n", " ")
+    assert file.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_report_of_every_kind_of_model(kind: str, sources: dict[str, str], photo: str, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    told = fields("report", sources[kind], "-i", photo, "-o", str(file), "--no-pretrained", "--bench", "-b", "1",
+                  "--pairs", "2", *STAGES.get(kind, []))  # fmt: skip
+    page = file.read_text(encoding="utf-8")
+    assert told == {"output": str(file), "bytes": len(page.encode()), "runs": [], "has_model": True}
+    assert "flower.png after stage 2" in page and "images/s" in page and "Block by block" in page
+    assert f"tokenprune report {sources[kind]} -i" in page
+
+
+def test_report_of_runs(tmp_path: Path, photo: str) -> None:
+    file = tmp_path / "report.html"
+    sparse = write_run(tmp_path / "sparse")
+    tokenprune.save_pretrained(BY_NAME["timm class token"].sparsified(), sparse, model_card=False)
+    told = fields("report", str(sparse), "-o", str(file), "-i", photo)
+    page = file.read_text(encoding="utf-8")
+    assert told["has_model"] and told["runs"] == [str(sparse)]
+    assert "flower.png after stage 1" in page and "75.00 %" in page and "Kept in training" in page
+    dense = write_run(tmp_path / "dense", sparse=False)
+    result = run("report", str(dense), "-o", str(file))
+    assert result.exit_code == 0 and "of the run alone" in result.stdout
+    assert fields("report", str(dense), str(sparse), "-o", str(file))["has_model"] is False
+    assert "Accuracy and cost" in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["show", "test_vit"], "Missing argument"),
+        (["show", "test_vit", "nowhere.png"], "does not exist"),
+        (["show", *SMALL, "{text}", "--no-pretrained"], "no picture of a kind"),
+        (["show", *SMALL, "{photo}", "--no-pretrained", "-o", "kept.docx"], "docx"),
+        (["show", *SMALL, "{photo}", "-o", "nowhere/kept.png"], "no folder nowhere"),
+        (["show", *SMALL, "{photo}", "-k", "2"], "above 0 and up to 1"),
+        (["show", *SMALL, "{photo}", "--scorer", "vibes", "--no-pretrained"], "vibes"),
+        (["show", "no_such_model", "{photo}"], "no_such_model"),
+        (["report"], "Missing argument"),
+        (["report", "test_vit", "test_vit2"], "several models"),
+        (["report", "{run}", "test_vit"], "hold no results.json"),
+        (["report", "{run}", "{run}", "-i", "{photo}"], "--image: for one run"),
+        (["report", *SMALL, "-o", "nowhere/report.html"], "no folder nowhere"),
+        (["report", "{damaged}"], "damaged"),
+        (["report", "{run}", "--bench"], "Error"),
+    ],
+)
+def test_bad_arguments_of_pictures_and_reports_end_in_one_line(
+    arguments: list[str], message: str, photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("text")
+    write_run(tmp_path / "run", sparse=False)
+    write_run(tmp_path / "damaged")
+    (tmp_path / "damaged" / "results.json").write_text("{")
+    named = {"text": "text.png", "photo": photo, "run": "run", "damaged": "damaged"}
+    result = run(*(argument.format(**named) for argument in arguments))
+    assert result.exit_code == 2 and message in result.stderr, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.stderr

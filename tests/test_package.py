@@ -96,11 +96,12 @@ def test_the_public_names_are_these() -> None:
     """A name is added or taken away on purpose, with an issue, or not at all."""
     assert tokenprune.__all__ == [
         "Backbone", "Candidates", "CheckpointError", "CountingError", "DynamicViTLoss", "ExportError", "ExportReport",
-        "FlopReport", "InterceptionError", "Plan", "PlanError", "Scorer", "ScorerContext", "Setting", "Sparsifier",
-        "StateError", "SupportedModel", "ThroughputReport", "TokenTable", "TokenpruneError", "Trace",
-        "UnknownModelError", "UnsupportedModelError", "VerificationReport", "dense", "export", "flops",
-        "from_pretrained", "functional", "load_dynamicvit", "push_to_hub", "register_scorer", "save_pretrained",
-        "sparsify", "supported", "throughput", "unsparsify", "verify",
+        "FlopReport", "InterceptionError", "KeptTokens", "MissingExtraError", "PictureError", "Plan", "PlanError",
+        "Preprocessing", "Scorer", "ScorerContext", "Setting", "Sparsifier", "StateError", "SupportedModel",
+        "ThroughputReport", "TokenTable", "TokenpruneError", "Trace", "UnknownModelError", "UnsupportedModelError",
+        "VerificationReport", "animate", "dense", "export", "flops", "from_pretrained", "functional", "kept_tokens",
+        "load_dynamicvit", "push_to_hub", "register_scorer", "report", "save_pretrained", "show", "sparsify",
+        "supported", "throughput", "unsparsify", "verify",
     ]  # fmt: skip
     for name in tokenprune.__all__:
         assert getattr(tokenprune, name).__doc__, name

@@ -9,6 +9,8 @@ from tokenprune.errors import (
     CountingError,
     ExportError,
     InterceptionError,
+    MissingExtraError,
+    PictureError,
     PlanError,
     StateError,
     TokenpruneError,
@@ -16,9 +18,13 @@ from tokenprune.errors import (
     UnsupportedModelError,
 )
 from tokenprune.exporting import ExportReport, export
+from tokenprune.inspection import KeptTokens, kept_tokens
 from tokenprune.losses import DynamicViTLoss
 from tokenprune.official import load_dynamicvit
+from tokenprune.pictures import animate, show
 from tokenprune.plan import Plan
+from tokenprune.preprocessing import Preprocessing
+from tokenprune.reporting import report
 from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
 from tokenprune.sparsifier import Sparsifier
@@ -39,8 +45,12 @@ __all__ = [
     "ExportReport",
     "FlopReport",
     "InterceptionError",
+    "KeptTokens",
+    "MissingExtraError",
+    "PictureError",
     "Plan",
     "PlanError",
+    "Preprocessing",
     "Scorer",
     "ScorerContext",
     "Setting",
@@ -54,15 +64,19 @@ __all__ = [
     "UnknownModelError",
     "UnsupportedModelError",
     "VerificationReport",
+    "animate",
     "dense",
     "export",
     "flops",
     "from_pretrained",
     "functional",
+    "kept_tokens",
     "load_dynamicvit",
     "push_to_hub",
     "register_scorer",
+    "report",
     "save_pretrained",
+    "show",
     "sparsify",
     "supported",
     "throughput",

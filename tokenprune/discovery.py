@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokenprune.backbone import Backbone
 from tokenprune.errors import CheckpointError, UnsupportedModelError
+from tokenprune.preprocessing import Preprocessing
 
 ENTRY_POINT_GROUP = "tokenprune.adapters"
 
@@ -23,7 +24,7 @@ class Adapter(Protocol):
     An entry point's name is the root package of the classes it describes, its value the module.
     Importing the module must not import that library; the model that is handed over already has.
     Beside it a file ``supported.json`` may list the models that its tests have proved, and in it there may
-    be a function ``from_state_dict``, see `Builder`.
+    be a function ``from_state_dict``, see `Builder`, and a function ``preprocessing``, see `Preprocessor`.
 
     Optional, so that models can be saved and found by name (see the docs page "Write an adapter"):
 
@@ -58,6 +59,34 @@ class Builder(Protocol):
             CheckpointError: The adapter knows no model with such weights, or needs ``num_heads``.
         """
         ...
+
+
+class Preprocessor(Protocol):
+    """An adapter that also knows how pictures become a model's input, for showing what the model does with them."""
+
+    def preprocessing(self, model: nn.Module) -> Preprocessing:
+        """What ``model`` was made for, as its library says.
+
+        Raises:
+            UnsupportedModelError: The model takes no pictures, or takes them in a way that cannot be described.
+        """
+        ...
+
+
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """How pictures become the input of ``model``, by the adapter of the library its class comes from.
+
+    Raises:
+        UnsupportedModelError: No adapter says.
+    """
+    library = library_of(model)
+    found = None if library is None else adapter(library)
+    if not hasattr(found, "preprocessing"):
+        raise UnsupportedModelError(
+            f"no adapter says how pictures become the input of a {type(model).__name__}; pass "
+            "preprocessing=tokenprune.Preprocessing(size=…, mean=…, std=…)."
+        )
+    return cast(Preprocessor, found).preprocessing(model)
 
 
 def model_of(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module:

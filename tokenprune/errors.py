@@ -47,6 +47,14 @@ class CountingError(TokenpruneError, RuntimeError):
     """An operator does multiply-adds that cannot be counted."""
 
 
+class PictureError(TokenpruneError, ValueError):
+    """An image, or the run of a recipe, that cannot be shown."""
+
+
+class MissingExtraError(TokenpruneError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
 def _listed(names: Sequence[str], most: int = 12) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -36,7 +36,7 @@ def describe(model: nn.Module) -> Backbone:
     if "blocks" not in options:
         structure = observe(
             model,
-            random_inputs(model, x=(2, _num_channels(model), *_image_size(model))),
+            random_inputs(model, x=(2, num_channels(model), *image_size(model))),
             settings=settings,
             num_late_prefix_tokens=options.get("num_late_prefix_tokens", 0),
         )
@@ -46,7 +46,7 @@ def describe(model: nn.Module) -> Backbone:
     return Backbone(
         **{"token_inputs": _ROPE, "final_norm": norm, **{k: v for k, v in options.items() if v is not None}},
         patch_size=patch_size,
-        grid_size=None if patch_size is None else _grid(_image_size(model), patch_size),
+        grid_size=None if patch_size is None else _grid(image_size(model), patch_size),
         settings=settings,
         class_token=any(name.endswith("cls_token") for name, _ in model.named_parameters()),
         grid_methods=tuple(method for method in _GRID_METHODS if callable(getattr(type(model), method, None))),
@@ -131,14 +131,14 @@ def _children(model: nn.Module, name: str) -> Iterator[nn.Module]:
     return model.get_submodule(name).children()
 
 
-def _image_size(model: nn.Module) -> tuple[int, int]:
+def image_size(model: nn.Module) -> tuple[int, int]:
     """Height and width that the model was built for."""
     sizes = (getattr(module, "img_size", None) for module in model.modules())
     size = next((size for size in sizes if size is not None), None)
     return _pair(_input_size(model)[1:] if size is None else size)
 
 
-def _num_channels(model: nn.Module) -> int:
+def num_channels(model: nn.Module) -> int:
     """Channels of the images, from the layer that embeds patches: a convolution, or a linear one over their pixels."""
     embeddings = (part for name, part in model.named_modules() if name.endswith(("patch_embed", "embeds")))
     embedding = next(embeddings, nn.Identity())

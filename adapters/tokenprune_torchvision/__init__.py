@@ -9,9 +9,10 @@ from torch import nn
 
 from tokenprune import Backbone, UnsupportedModelError
 from tokenprune_torchvision.loading import load, names
+from tokenprune_torchvision.pictures import preprocessing
 from tokenprune_torchvision.rebuilding import build, identity
 
-__all__ = ["build", "describe", "identity", "load", "names"]
+__all__ = ["build", "describe", "identity", "load", "names", "preprocessing"]
 
 
 def describe(model: nn.Module) -> Backbone:

@@ -6,6 +6,7 @@ that differ otherwise are described in `models`, and what to feed them in `examp
 
 from tokenprune_transformers.loading import load
 from tokenprune_transformers.models import describe
+from tokenprune_transformers.pictures import preprocessing
 from tokenprune_transformers.rebuilding import build, identity
 
-__all__ = ["build", "describe", "identity", "load"]
+__all__ = ["build", "describe", "identity", "load", "preprocessing"]

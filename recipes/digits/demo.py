@@ -15,7 +15,6 @@ from rich.table import Table
 import tokenprune
 from recipes.digits.data import IMAGE_SIZE, DigitsConfig, make_digits
 from recipes.digits.model import WEIGHTS, build_model
-from recipes.digits.picture import kept_tokens_picture
 from recipes.digits.sparse import SparseConfig, SparseResult, fine_tune
 from recipes.dynamicvit import SparseSettings
 from recipes.engine.checkpoints import write_whole
@@ -87,7 +86,8 @@ def run_demo(
     results = [fine_tune(config, data, output, dense_weights) for config in configs]
     rows = _measure(dense_accuracy, results, console, pairs)
     title = f"Tokens kept by the learned scorer, ρ = {keep_ratio:g}"
-    kept_tokens_picture(results[0].model(), _examples(settings), output / "kept_tokens.png", title)
+    picture = tokenprune.show(results[0].model(), _examples(settings), scores=False, title=title)
+    write_whole(output / "kept_tokens.png", lambda partial: picture.savefig(partial, format="png"))
     report = {
         "keep_ratio": keep_ratio,
         "steps": steps,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -69,9 +71,9 @@ def fit(
 ) -> Outcome:
     """Train what ``prepare`` makes of the dense model, and write results and weights to ``settings.output``.
 
-    ``results.json`` has settings, scores, multiply-adds and versions. A sparse model's weights are written with
-    `tokenprune.save_pretrained`, so that `tokenprune.from_pretrained` takes the folder; a dense one's to
-    ``model.safetensors``.
+    ``results.json`` has settings, scores, multiply-adds, versions and the command. A sparse model's weights are
+    written with `tokenprune.save_pretrained`, so that `tokenprune.from_pretrained` takes the folder; a dense one's
+    to ``model.safetensors``.
 
     Args:
         settings: All that decides the run.
@@ -180,6 +182,7 @@ def write_results(outcome: Outcome, settings: Settings, *, libraries: Sequence[s
         "scores": dict(outcome.scores),
         "gmacs": dict(outcome.gmacs),
         "versions": {name: version(name) for name in ("tokenprune", "torch", *libraries)},
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
     write_whole(
         settings.output / "results.json", lambda partial: partial.write_text(json.dumps(results, indent=2) + "\n")

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from tokenprune.errors import PlanError, TokenpruneError, UnknownModelError
+from tokenprune.errors import PictureError, PlanError, TokenpruneError, UnknownModelError
 
 FAILED, BAD_ARGUMENTS = 1, 2
 
@@ -25,6 +25,7 @@ class OneLineGroup(TyperGroup):
         """Run, and leave the process with an exit code."""
         given = list(sys.argv[1:] if args is None else args)
         options["standalone_mode"] = False
+        options.setdefault("obj", given)  # for commands that say how they were called
         try:
             code = super().main(given, **options)
         except Exception as error:
@@ -46,7 +47,7 @@ def _verdict(error: Exception) -> tuple[str, int]:
         return _one_line(message), BAD_ARGUMENTS
     if type(error).__name__ == "Abort":
         return "interrupted.", FAILED
-    if isinstance(error, (PlanError, UnknownModelError)):
+    if isinstance(error, (PictureError, PlanError, UnknownModelError)):
         return _one_line(str(error)), BAD_ARGUMENTS
     if isinstance(error, TokenpruneError):
         return str(error), FAILED

@@ -39,6 +39,25 @@ ScorerName = Annotated[
     str | None,
     typer.Option("--scorer", help="The scorer. Default: predictor, or what was saved.", show_default=False),
 ]
+TrainingFreeScorer = Annotated[
+    str | None,
+    typer.Option(
+        "--scorer",
+        help="The scorer. Default: cls_attention, which needs no training, or what was saved.",
+        show_default=False,
+    ),
+]
+OneKeepRatio = Annotated[
+    str | None,
+    typer.Option(
+        "--keep-ratio",
+        "-k",
+        help="ρ: the fraction of its patch tokens that each stage keeps; or one cumulative fraction a stage, as in "
+        "0.8,0.5,0.3. Default: 0.7, or what was saved.",
+        show_default=False,
+    ),
+]
+Pretrained = Annotated[bool, typer.Option(help="Load trained weights; with random ones, what is kept means nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 
 
@@ -50,6 +69,7 @@ def sparsified(
     image_size: str | None,
     scorer: str | None = None,
     pretrained: bool = False,
+    default_scorer: str = "predictor",
 ) -> tuple[nn.Module, tuple[int, int, int]]:
     """The model of a name, sparsified if it was not saved so, and the size of its images.
 
@@ -60,6 +80,7 @@ def sparsified(
         image_size: As given on the command line.
         scorer: A registered name; ``None`` means the default.
         pretrained: Whether a library's model needs its trained weights.
+        default_scorer: The scorer of a model that was not saved sparsified, where none is given.
 
     Returns:
         The model in eval mode; channels, height and width.
@@ -78,7 +99,7 @@ def sparsified(
         if keep_ratio is not None:
             saved.keep_ratio = keep_ratio
     else:
-        sparsify(model, chosen, 0.7 if keep_ratio is None else keep_ratio, scorer=scorer or "predictor")
+        sparsify(model, chosen, 0.7 if keep_ratio is None else keep_ratio, scorer=scorer or default_scorer)
     channels, *own = sparsifier_of(model).backbone.input_size(model)
     height, width = size or own
     return model, (channels, height, width)
