@@ -23,7 +23,7 @@ from recipes.digits.model import WEIGHTS, build_model, load_dense_model, save_de
 from recipes.digits.sparse import SparseConfig, fine_tune
 from recipes.engine.checkpoints import Interrupted
 
-SMALL = DigitsConfig(num_train=140, num_validation=24)
+SMALL = DigitsConfig(num_train=260, num_validation=24)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_folder_is_an_ordinary_image_folder(folder: Path) -> None:
-    for split, count in (("train", 140), ("validation", 24)):
+    for split, count in (("train", 260), ("validation", 24)):
         images = sorted((folder / split).glob("*/*.png"))
         assert len(images) == count and {path.name for path in (folder / split).iterdir()} == set("0123456789")
         with Image.open(images[0]) as image:

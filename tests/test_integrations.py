@@ -400,8 +400,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused(images: Any, tmp_path: Path) 
     other = SparseTrainer(
         tokenprune.sparsify(BUILDERS["ViT"](), (1, 2, 3)), arguments(tmp_path, max_steps=2), train_dataset=images
     )
-    with pytest.raises(tokenprune.StateError, match=r"10 missing keys \['tokenprune\.stages\.2.*as it was when"):
+    with pytest.raises(RuntimeError, match=r"belong to scorers at stages \(1, 2\), and these are at \(1, 2, 3\)"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    weights = tmp_path / "checkpoint-1" / "model.safetensors"
+    fewer = {name: tensor for name, tensor in safetensors.torch.load_file(weights).items() if "out_conv" not in name}
+    safetensors.torch.save_file(fewer, weights, metadata={"format": "pt"})
+    same = SparseTrainer(sparse_model(), arguments(tmp_path, max_steps=2), train_dataset=images)
+    with pytest.raises(tokenprune.StateError, match=r"12 missing keys \['tokenprune\.stages\.0.*as it was when"):
+        same.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 # The Trainer's own options
