@@ -84,7 +84,7 @@ class TrainingSettings(Settings):
     seed: Annotated[int, Option(min=0, help="Of everything random.")] = 0
     log_every: Annotated[int, Option(min=1, help="Steps between two lines of the log.")] = 50
     checkpoint_every: Annotated[int, Option(min=0, help="Steps between checkpoints, besides each epoch's end.")] = 0
-    validation_batches: Annotated[int | None, Option(min=1, help="Evaluate on so many only.")] = None
+    validation_batches: Annotated[int | None, Option(min=1, help="Of each process; evaluate on so many only.")] = None
     tracker: Annotated[Literal["tensorboard", "wandb", "none"], Option(help="Besides the JSON lines.")] = "tensorboard"
 
     def __post_init__(self) -> None:
