@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import track
 from torch import nn
@@ -127,7 +128,8 @@ def run_table(settings: TableSettings, *, console: Console | None = None) -> lis
         for row in group:
             model = sparse_model(ARCHITECTURES[row.architecture]) if model is None else model
             found.append(_measure(row, model, scores.get(row.name, {}), device, settings))
-    _report(found, device, settings, console)
+    if Accelerator().is_main_process:
+        _report(found, device, settings, console)
     return found
 
 
