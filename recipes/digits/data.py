@@ -88,7 +88,7 @@ def make_digits(root: Path, config: DigitsConfig | None = None) -> Path:
 
     Args:
         root: The folder to make; holds ``train/``, ``validation/`` and ``digits.json`` afterwards.
-        config: What to put in it.
+        config: What to put in it; ``None`` means the full set. A folder made with another one is made anew.
 
     Returns:
         ``root``.
