@@ -16,10 +16,10 @@ import torch
 from sklearn.datasets import load_sample_images
 
 import tokenprune
+from tests.browser import find_browser
 from tokenprune.reporting.charts import bar_chart, line_chart, thinned, ticks
 from tokenprune.reporting.runs import read_run
 
-CHROMIUM = Path("/usr/bin/chromium")
 EVIL = '<script>alert("1")</script><img src="http://example.com/x.png" onerror=alert(1)> & "q" \'s\''
 PHOTOS = load_sample_images().images
 
@@ -162,10 +162,11 @@ def test_charts_are_drawn_to_scale() -> None:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
-    if not CHROMIUM.exists():
-        pytest.skip(f"needs a browser at {CHROMIUM}")
+    program = find_browser()
+    if program is None:
+        pytest.skip("needs Chromium")
     with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=str(CHROMIUM))
+        opened = driver.chromium.launch(executable_path=program)
         yield opened
         opened.close()
 
