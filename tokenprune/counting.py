@@ -7,10 +7,9 @@ is left out stands in the docs page "Counting FLOPs".
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,198 +18,12 @@ import torch
 from torch import nn
 
 from tokenprune.errors import CountingError
+from tokenprune.operators import HANDLERS, is_weightless
 from tokenprune.probing import eval_mode, random_inputs
 from tokenprune.verbs import dense, sparsifier_of, unwrap
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-# Operators that move, compare or reduce numbers and multiply-add none, or too few to matter (one or
-# a few operations an element). Any other operator that fvcore does not know is an error.
-_WEIGHTLESS = frozenset(
-    "aten::" + name
-    for name in [
-        "_shape_as_tensor",
-        "_to_copy",
-        "_upsample_bicubic2d_aa",
-        "_upsample_bilinear2d_aa",
-        "abs",
-        "adaptive_avg_pool1d",
-        "add",
-        "add_",
-        "alias",
-        "amax",
-        "arange",
-        "argmax",
-        "as_strided",
-        "avg_pool2d",
-        "bernoulli",
-        "bitwise_and",
-        "broadcast_tensors",
-        "cat",
-        "ceil",
-        "chunk",
-        "clamp",
-        "clamp_min",
-        "clone",
-        "col2im",
-        "constant_pad_nd",
-        "contiguous",
-        "copy",
-        "copy_",
-        "cos",
-        "cumsum",
-        "detach",
-        "div",
-        "div_",
-        "dropout",
-        "embedding",
-        "empty",
-        "eq",
-        "erf",
-        "exp",
-        "expand",
-        "expand_as",
-        "eye",
-        "feature_dropout",
-        "fill_",
-        "flatten",
-        "flip",
-        "floor",
-        "floor_divide",
-        "full",
-        "full_like",
-        "gather",
-        "ge",
-        "gelu",
-        "gelu_",
-        "gt",
-        "hardtanh",
-        "im2col",
-        "index",
-        "index_copy",
-        "index_put",
-        "index_put_",
-        "index_select",
-        "is_nonzero",
-        "item",
-        "l1_loss",
-        "le",
-        "lift_fresh",
-        "linalg_vector_norm",
-        "linspace",
-        "log",
-        "log1p",
-        "log_softmax",
-        "logical_and",
-        "logical_not",
-        "logical_or",
-        "lt",
-        "masked_fill",
-        "masked_fill_",
-        "max",
-        "max_pool2d",
-        "maximum",
-        "mean",
-        "meshgrid",
-        "min",
-        "minimum",
-        "mul",
-        "mul_",
-        "narrow",
-        "ne",
-        "neg",
-        "new_empty",
-        "new_full",
-        "new_ones",
-        "new_zeros",
-        "nonzero",
-        "norm",
-        "numel",
-        "one_hot",
-        "ones",
-        "ones_like",
-        "pad",
-        "permute",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "pow",
-        "prod",
-        "rand",
-        "rand_like",
-        "randint",
-        "randn",
-        "randperm",
-        "reciprocal",
-        "relu",
-        "relu_",
-        "remainder",
-        "repeat",
-        "reshape_as",
-        "repeat_interleave",
-        "reshape",
-        "resize_",
-        "roll",
-        "round",
-        "rsqrt",
-        "rsub",
-        "scalar_tensor",
-        "scatter",
-        "scatter_",
-        "select",
-        "selu",
-        "sigmoid",
-        "sigmoid_",
-        "sign",
-        "silu",
-        "silu_",
-        "sin",
-        "size",
-        "slice",
-        "slice_scatter",
-        "softmax",
-        "softplus",
-        "sort",
-        "split",
-        "split_with_sizes",
-        "sqrt",
-        "square",
-        "squeeze",
-        "stack",
-        "std",
-        "sub",
-        "sub_",
-        "sum",
-        "t",
-        "tanh",
-        "tensor_split",
-        "tile",
-        "to",
-        "topk",
-        "transpose",
-        "tril",
-        "triu",
-        "type_as",
-        "unbind",
-        "unflatten",
-        "uniform_",
-        "unsqueeze",
-        "upsample_bicubic2d",
-        "upsample_bilinear2d",
-        "upsample_nearest2d",
-        "var",
-        "view",
-        "view_as",
-        "view_as_complex",
-        "view_as_real",
-        "where",
-        "zero_",
-        "zeros",
-        "zeros_like",
-    ]
-)
-
-Handler = Callable[[list[Any], list[Any]], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,11 +153,11 @@ def count(model: nn.Module, inputs: torch.Tensor) -> Counter[str]:
         from fvcore.nn import FlopCountAnalysis
 
         analysis = FlopCountAnalysis(model, inputs)
-        analysis.set_op_handle(**_HANDLERS)
+        analysis.set_op_handle(**HANDLERS)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         by_module = analysis.by_module()
         unsupported = analysis.unsupported_ops()
-    uncounted = {name: times for name, times in unsupported.items() if not _is_weightless(name)}
+    uncounted = {name: times for name, times in unsupported.items() if not is_weightless(name)}
     if uncounted:
         listed = ", ".join(f"{name} ({times} times)" for name, times in sorted(uncounted.items()))
         raise CountingError(
@@ -352,55 +165,6 @@ def count(model: nn.Module, inputs: torch.Tensor) -> Counter[str]:
             "Please report the operator."
         )
     return Counter({name: int(number) for name, number in by_module.items()})
-
-
-def _is_weightless(operator: str) -> bool:
-    return operator in _WEIGHTLESS or operator.startswith("prim::")
-
-
-def _shape(value: Any) -> list[int]:
-    return value.type().sizes() or []
-
-
-def _attention(inputs: list[Any], outputs: list[Any]) -> int:
-    """Query · keyᵀ and weights · value of a scaled dot-product attention."""
-    *batch, num_queries, query_dim = _shape(inputs[0])
-    num_keys, value_dim = _shape(inputs[1])[-2], _shape(inputs[2])[-1]
-    return int(math.prod(batch) * num_queries * num_keys * (query_dim + value_dim))
-
-
-def _convolution_mode(inputs: list[Any], outputs: list[Any]) -> int:
-    """A convolution whose padding is a word: output pixels · weights."""
-    batch, _, *pixels = _shape(outputs[0])
-    return int(batch * math.prod(pixels) * math.prod(_shape(inputs[1])))
-
-
-def _rms_norm(inputs: list[Any], outputs: list[Any]) -> int:
-    """As fvcore counts a LayerNorm: 5 an element."""
-    return 5 * math.prod(_shape(inputs[0]))
-
-
-def _interpolation(inputs: list[Any], outputs: list[Any]) -> int:
-    """Two neighbours for each output."""
-    return 2 * math.prod(_shape(outputs[0]))
-
-
-def _baddbmm(inputs: list[Any], outputs: list[Any]) -> int:
-    """Batch · rows · inner · columns."""
-    batch, rows, inner = _shape(inputs[1])
-    return int(batch * rows * inner * _shape(inputs[2])[-1])
-
-
-_HANDLERS: dict[str, Handler] = {
-    "aten::scaled_dot_product_attention": _attention,
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten::_scaled_dot_product_flash_attention": _attention,
-    "aten::_scaled_dot_product_efficient_attention": _attention,
-    "aten::_convolution_mode": _convolution_mode,
-    "aten::baddbmm": _baddbmm,
-    "aten::upsample_linear1d": _interpolation,
-    "aten::rms_norm": _rms_norm,
-}
 
 
 @contextmanager
