@@ -191,7 +191,9 @@ def test_models_lists_what_is_proved_and_installed() -> None:
     assert result.exit_code == 0 and "vit_b_16" in result.stdout and "beit" not in result.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["flops"], ["bench"], ["models"], ["export"], ["show"], ["report"], ["convert"]])
+@pytest.mark.parametrize(
+    "command", [[], ["flops"], ["bench"], ["models"], ["export"], ["show"], ["report"], ["convert"]]
+)
 def test_help(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0 and "Usage: " in result.stdout

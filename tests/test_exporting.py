@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,7 +148,8 @@ def test_through_torch_compile_and_in_a_model_of_ones_own(tmp_path: Path) -> Non
     case = BY_NAME["timm class token"]
     model = case.sparsified()
     model.tokenprune.execution = "mask"
-    tokenprune.export(torch.compile(model), tmp_path / "compiled.pt2", input_size=size_of(case))
+    compiled = tokenprune.export(torch.compile(model), tmp_path / "compiled.pt2", input_size=size_of(case))
+    assert compiled.input_name == "x"
     report = tokenprune.export(Own(model), tmp_path / "own.pt2", input_size=size_of(case))
     assert report.input_name == "photographs" and model.tokenprune.execution == "mask"
     images = case.images()
@@ -240,6 +242,16 @@ def test_a_file_that_disagrees_is_not_left(suffix: str, tmp_path: Path, monkeypa
     assert path.read_text() == "older" and list(tmp_path.iterdir()) == [path]
     tokenprune.export(model, path, input_size=size_of(case), tolerance=0.1)
     assert runner(path)
+
+
+def test_how_far_apart_outputs_are() -> None:
+    expected = {"logits": torch.tensor([[1.0, -4.0]]), "tokens": torch.tensor([[0.5]])}
+    alike = {name: tensor.clone() for name, tensor in expected.items()}
+    assert exporting._difference(alike, expected) == 0
+    assert exporting._difference({"logits": torch.tensor([[1.0, -3.8]])}, expected) == pytest.approx(0.2 / 4)
+    assert exporting._difference(alike | {"tokens": torch.tensor([[0.6]])}, expected) == pytest.approx(0.1 / 0.5)
+    assert math.isnan(exporting._difference(alike | {"tokens": torch.tensor([[math.nan]])}, expected))
+    assert exporting._difference({"logits": torch.tensor([1.0, -4.0])}, expected) == math.inf
 
 
 def test_images_whose_decisions_hang_on_rounding_are_passed_over() -> None:

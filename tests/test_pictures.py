@@ -20,7 +20,7 @@ from torch import nn
 import tokenprune
 from tests.zoo import BY_NAME, Case, hook_counts, some_models
 from tokenprune.discovery import preprocessing_of
-from tokenprune.pictures import VEIL, VEIL_OPACITY, heat_maps, pictures_of
+from tokenprune.pictures import UNSCORED, VEIL, VEIL_OPACITY, coloured, heat_maps, pictures_of
 
 PHOTOS = load_sample_images().images  # a temple and a flower, 427 × 640
 
@@ -67,19 +67,34 @@ def test_a_stage_that_keeps_all_it_gets_scores_nothing() -> None:
     tokenprune.show(model, BY_NAME["timm class token"].images())
 
 
-@pytest.mark.parametrize("height, width", [(48, 48), (50, 45), (32, 64)])
-def test_pixels_go_with_their_patch(height: int, width: int) -> None:
-    model = small_vit(dynamic_img_size=True, dynamic_img_pad=True)
+@pytest.mark.parametrize(
+    "height, width, patch", [(48, 48, (8, 8)), (50, 45, (8, 8)), (32, 64, (8, 8)), (48, 48, (8, 4)), (50, 45, (4, 12))]
+)
+def test_pixels_go_with_their_patch(height: int, width: int, patch: tuple[int, int]) -> None:
+    model = small_vit(patch_size=patch, dynamic_img_size=True, dynamic_img_pad=True)
     kept = tokenprune.kept_tokens(model, torch.randn(2, 3, height, width))
     rows, columns = kept.grid
-    assert (rows, columns) == (-(-height // 8), -(-width // 8))
-    shown, pixels = pictures_of(kept, 1), pictures_of(kept, 0)
+    assert (rows, columns) == (-(-height // patch[0]), -(-width // patch[1]))
+    pixels = pictures_of(kept, 0)
     assert torch.equal(pixels, kept.pixels.movedim(1, -1))
     veiled = (1 - VEIL_OPACITY) * pixels + VEIL_OPACITY * torch.tensor(VEIL)
-    for image, row, column in ((0, 0, 0), (1, rows - 1, columns - 1), (1, 2, 1)):
-        patch = image, slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8)
-        expected = pixels if kept.keep[0][image, row, column] else veiled
-        torch.testing.assert_close(shown[patch], expected[patch])
+    for stage, image, row, column in itertools.product(range(2), range(2), range(rows), range(columns)):
+        place = (
+            image,
+            slice(patch[0] * row, patch[0] * (row + 1)),
+            slice(patch[1] * column, patch[1] * (column + 1)),
+        )
+        expected = pixels if kept.keep[stage][image, row, column] else veiled
+        torch.testing.assert_close(pictures_of(kept, stage + 1)[place], expected[place])
+
+
+def test_a_model_in_training_mode_is_looked_at_in_eval_mode() -> None:
+    model = small_vit(proj_drop_rate=0.5).train()
+    images = torch.randn(2, 3, 48, 48)
+    first, second = tokenprune.kept_tokens(model, images), tokenprune.kept_tokens(model, images)
+    assert all(
+        torch.equal(one.nan_to_num(), two.nan_to_num()) for one, two in zip(first.scores, second.scores, strict=True)
+    )
 
 
 def test_pictures_become_what_timm_makes_of_them() -> None:
@@ -212,6 +227,11 @@ def test_heat_maps_are_of_an_image_and_a_stage() -> None:
         assert shown[scored].min() == 0 and shown[scored].max() == 1 and shown[~scored].isnan().all()
         order = scores[scored].argsort()
         assert (shown[scored][order].diff() >= 0).all()
+        # Two per cent at either end share a colour, which of so few patches are the best and the worst one.
+        assert (shown[scored] == 1).sum() == (shown[scored] == 0).sum() == 1
+        colours = coloured(shown.reshape(kept.grid)).flatten(0, 1)
+        assert (colours[~scored] == torch.tensor(UNSCORED)).all() and (colours[scored][:, 3] == 1).all()
+        assert len(colours[scored].unique(dim=0)) > scored.sum() / 2
 
 
 @pytest.mark.parametrize(
