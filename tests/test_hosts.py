@@ -160,6 +160,28 @@ def test_compile_in_training(case: Case) -> None:
     assert_same_gradients({name.removeprefix("_orig_mod."): grad for name, grad in actual.items()}, expected, 1e-4)
 
 
+@some_models
+def test_what_was_compiled_of_a_dense_model_is_not_taken_for_a_sparse_one(case: Case) -> None:
+    # torch.compile shares what it made among models of a class, and by default does not look at their hooks.
+    dense, sparse, images = case.model(), case.sparsified(), case.images()
+    torch.compiler.reset()
+    compiled_dense = torch.compile(dense, backend="eager")
+    compiled_sparse = torch.compile(sparse, backend="eager")
+
+    def differ(one: nn.Module, other: nn.Module) -> bool:
+        actual, expected = case.run(one, images), case.run(other, images)
+        return any((actual[name] - expected[name]).abs().max() > 1e-4 for name in expected)
+
+    with torch.no_grad():
+        assert not differ(compiled_dense, dense) and not differ(compiled_sparse, sparse)
+        assert sparse.tokenprune.trace is not None and differ(sparse, dense)
+        # The same holds for a model that is sparsified after it has been compiled, and for one that is given back.
+        tokenprune.sparsify(dense, (1, 3), 0.5)
+        assert not differ(compiled_dense, dense) and dense.tokenprune.trace is not None
+        tokenprune.unsparsify(dense)
+        assert not differ(compiled_dense, dense)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_compile_with_inductor(training: bool) -> None:

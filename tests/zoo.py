@@ -31,10 +31,11 @@ STAGES, KEEP_RATIO = (2, 4), 0.6
 
 
 def hook_counts(model: nn.Module) -> list[int]:
-    """How many hooks of each kind every module of a model has."""
+    """How many hooks of each kind every module of a model has, and whether a ``forward`` of its own."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
              "_forward_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
-    return [len(getattr(module, name)) for module in model.modules() for name in names]
+    counts = [len(getattr(module, name)) for module in model.modules() for name in names]
+    return counts + ["forward" in vars(module) for module in model.modules()]
 
 
 @dataclass(frozen=True)

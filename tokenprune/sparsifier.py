@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.backbone import Backbone, Setting, exchange
+from tokenprune.compilation import rejoin, set_apart
 from tokenprune.errors import CheckpointError
 from tokenprune.grid_methods import GridMethod
 from tokenprune.hooks import Execution, PruningHooks
@@ -49,6 +50,7 @@ class Sparsifier(PruningHooks):
         self.pruned: Pruned = pruned
         self._handles: list[RemovableHandle] = []
         self._previous_settings: tuple[Setting, ...] = ()
+        self._set_apart: list[nn.Module] = []
 
     # What users set and read
 
@@ -144,6 +146,7 @@ class Sparsifier(PruningHooks):
             self._previous_settings = exchange(self.backbone.settings)
             for name in self.backbone.grid_methods:
                 self._tower(model).__dict__[name] = GridMethod(self, self._tower(model), name)
+            self._set_apart = set_apart(self._guarded())
             self._handles += self._install_hooks(self._tower(model))
             model.add_module("tokenprune", self)
         except BaseException:
@@ -155,11 +158,17 @@ class Sparsifier(PruningHooks):
         self._close_interceptions()
         for handle in self._handles:
             handle.remove()
+        rejoin(self._set_apart)
         exchange(self._previous_settings)
         for name in self.backbone.grid_methods:
             self._tower(model).__dict__.pop(name, None)
         model._modules.pop("tokenprune", None)
-        self._handles, self._previous_settings, self.trace = [], (), None
+        self._handles, self._previous_settings, self._set_apart, self.trace = [], (), [], None
 
     def _tower(self, model: nn.Module) -> nn.Module:
         return model if self.backbone.tower is None else self.backbone.tower
+
+    def _guarded(self) -> tuple[nn.Module, ...]:
+        """The modules with hooks one of which stands in every piece of code that a compiler makes of the model."""
+        norm = self.backbone.final_norm
+        return (*self.backbone.blocks, *(() if norm is None else (norm,)))

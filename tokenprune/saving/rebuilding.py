@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenprune.compilation import has_own_forward
 from tokenprune.discovery import adapter, library_of
 from tokenprune.errors import CheckpointError, UnsupportedModelError
 
@@ -122,7 +123,7 @@ def differences(made: nn.Module, model: nn.Module, ignored: set[str]) -> Iterato
         if type(new) is not type(module):
             yield f"{where} is a {type(module).__name__} instead of a {type(new).__name__}"
             continue
-        if "forward" in vars(module) and "forward" not in vars(new):
+        if has_own_forward(module) and not has_own_forward(new):
             yield f"{where} has a forward of its own"
         before, after = _settings(new), _settings(module)
         for setting in before:
