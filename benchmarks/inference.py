@@ -99,6 +99,9 @@ def compare(
         dtype: Of weights and images.
         rounds: Rounds that count.
         compiled: Whether by `torch.compile`.
+
+    Raises:
+        RuntimeError: A sparse model ran dense, so that its times are worth nothing.
     """
     size = input_size(model)
     sparse: list[Any] = [tokenprune.sparsify(copy.deepcopy(model), keep_ratio=ratio).eval() for ratio in keep_ratios]
@@ -109,9 +112,13 @@ def compare(
         torch.compiler.reset()
         runners = [torch.compile(runner, dynamic=False) for runner in runners]
     calls = [partial(runner, images) for runner in runners]
+    for each in sparse:
+        each.tokenprune.trace = None
     with torch.no_grad():
         times = measure_rounds(calls, rounds=rounds, device=device)
         peaks = [peak_bytes(call, device) for call in calls]
+    if any(each.tokenprune.trace is None for each in sparse):
+        raise RuntimeError("a sparse model ran dense.")
     return [
         Speed(
             batch_size=batch,
