@@ -90,6 +90,14 @@ def test_bench_tells_what_is_not_to_be_trusted() -> None:
     assert "bfloat16, eager" in result.stdout and "? Not to be trusted at batch 1" in result.stdout
 
 
+def test_bench_compares_ratios() -> None:
+    arguments = ["bench", *SMALL, "-k", "0.9", "-k", "0.5", "-b", "1", "--pairs", "2", "--warmup", "0"]
+    reports = fields(*arguments, "--device", "cpu")["reports"]
+    counted = fields("flops", *SMALL, "-k", "0.9", "-k", "0.5")["reports"]
+    assert [report["keep_ratios"] for report in reports] == [report["keep_ratios"] for report in counted]
+    assert [report["gmac_ratio"] for report in reports] == pytest.approx([report["ratio"] for report in counted])
+
+
 def test_bench_runs_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
@@ -366,6 +374,7 @@ def test_show_of_every_kind_of_model(
     total = told["num_patches"]
     assert told["stages"] == [2, 4] and told["num_kept"] == [int(total * ratio + 1e-9), int(total * ratio**2 + 1e-9)]
     assert told["grid"][0] * told["grid"][1] == total and told["images"] == [photo, photo]
+    assert told["scorer"] == ("cls_attention" if kind in STAGES else "predictor")
     with Image.open(file) as picture:
         assert getattr(picture, "n_frames", 1) == (3 if suffix == ".gif" else 1)
 
@@ -388,6 +397,7 @@ def test_report_of_every_kind_of_model(kind: str, sources: dict[str, str], photo
     assert told == {"output": str(file), "bytes": len(page.encode()), "runs": [], "has_model": True}
     assert "flower.png after stage 2" in page and "images/s" in page and "Block by block" in page
     assert f"tokenprune report {sources[kind]} -i" in page
+    assert ("ClassAttention" if kind in STAGES else "Predictor") in page
 
 
 def test_report_of_runs(tmp_path: Path, photo: str) -> None:

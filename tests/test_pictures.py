@@ -76,6 +76,7 @@ def test_pixels_go_with_their_patch(height: int, width: int, patch: tuple[int, i
     rows, columns = kept.grid
     assert (rows, columns) == (-(-height // patch[0]), -(-width // patch[1]))
     pixels = pictures_of(kept, 0)
+    assert pixels.min() == 0 and pixels.max() == 1  # normal numbers leave the range
     assert torch.equal(pixels, kept.pixels.movedim(1, -1))
     veiled = (1 - VEIL_OPACITY) * pixels + VEIL_OPACITY * torch.tensor(VEIL)
     for stage, image, row, column in itertools.product(range(2), range(2), range(rows), range(columns)):

@@ -73,6 +73,17 @@ def test_the_page_says_what_is_known(page: str) -> None:
         assert text in page, text
     block = counted.sparse_blocks[4] / 1e6
     assert f"block 4: {block:.4g} million multiply-adds" in page
+    order = re.findall(r"<title>(block \d|stage \d): ", page)
+    assert order[::2] == [
+        "block 0",
+        "block 1",
+        "stage 1",
+        *(f"block {n}" for n in (2, 3)),
+        "stage 2",
+        "block 4",
+        "block 5",
+    ]
+    assert f"stage 2: {counted.stages[1] / 1e6:.4g} million multiply-adds" in page
     assert "stage 2 ends at 50.0%" in page and "stage 1 ends at 60.0%" in page
     curve = re.search(r"GMACs over ρ: (.*?) at 0.5, ", page)
     model.tokenprune.keep_ratio = 0.5
@@ -126,9 +137,12 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
 def test_a_torn_log_keeps_its_whole_lines(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
     assert len(run.training) == 30 and len(run.evaluation) == 3
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text(log.read_text() + "\n" + json.dumps({"kind": "evaluation", "step": 40, "top1": 1}) + "\n")
+    assert len(read_run(tmp_path / "run").evaluation) == 4  # a run that went on behind a torn line
     assert run.kept()["stage 1"][-1] == (30, pytest.approx(0.6)) and list(run.kept()) == ["stage 1", "stage 2"]
     assert all("loss" not in line for line in run.training)  # not a number
-    (tmp_path / "run" / "log.jsonl").unlink()
+    log.unlink()
     assert read_run(tmp_path / "run").kept() == {}
 
 

@@ -49,6 +49,7 @@ def show(
     """
     from tokenprune.inspection import kept_tokens
     from tokenprune.pictures import drawn, write_animation
+    from tokenprune.verbs import sparsifier_of
 
     chosen = None if keep_ratio is None else ratio(keep_ratio)
     if not output.parent.is_dir():
@@ -76,7 +77,8 @@ def show(
     counts = [kept.num_kept(stage) for stage in range(len(kept.keep))]
     if as_json:
         found = {"model": model, "output": str(output), "images": list(map(str, images)), "grid": kept.grid}
-        show_json({**found, "num_patches": kept.num_patches, "stages": kept.stages, "num_kept": counts})
+        decided = {"stages": kept.stages, "num_kept": counts, "scorer": sparsifier_of(loaded).scorer}
+        show_json({**found, "num_patches": kept.num_patches, **decided})
     else:
         told = " → ".join(map(str, (kept.num_patches, *counts)))
         say(f"Of {kept.num_patches} patches the stages keep {told}. The picture is in {output}.")
