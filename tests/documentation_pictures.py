@@ -50,9 +50,9 @@ def main(
 def digits(model: Any, files: list[Path]) -> None:
     """Scenes of the demo, and what the learned scorer keeps of them."""
     title = "Tokens kept by the learned scorer, ρ = 0.7"
-    _write(tokenprune.show(model, files, scores=False, title=title), "kept_tokens", dpi=80)
+    _save(_drawn(tokenprune.show(model, files, scores=False, title=title), dpi=80), "kept_tokens")
     title = "Digits among clutter, learned scorer, ρ = 0.7"
-    _write(tokenprune.show(model, files[:3], title=title), "kept_and_scores", dpi=90)
+    _save(_drawn(tokenprune.show(model, files[:3], title=title), dpi=90), "kept_and_scores")
     tokenprune.animate(model, files[:4], IMAGES / "kept_tokens.gif")
 
 
@@ -62,7 +62,8 @@ def photographs() -> None:
     model = timm.create_model("deit_small_patch16_224")
     tokenprune.sparsify(model, keep_ratio=0.7, scorer="cls_attention")
     shown = [*load_sample_images().images, skimage.data.astronaut(), skimage.data.chelsea()]
-    _write(tokenprune.show(model, shown, title="Class attention with random weights"), "photographs", dpi=64)
+    figure = tokenprune.show(model, shown, title="Class attention with random weights")
+    _drawn(figure, dpi=64).save(IMAGES / "photographs.jpg", quality=85, optimize=True)
 
 
 def report(page: str) -> None:
@@ -93,10 +94,10 @@ def _pieces(picture: Image.Image, *, number: int, gap: int = 12) -> Image.Image:
     return wide
 
 
-def _write(figure: Any, name: str, *, dpi: int) -> None:
+def _drawn(figure: Any, *, dpi: int) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
-    _save(Image.open(buffer).convert("RGB"), name)
+    return Image.open(buffer).convert("RGB")
 
 
 def _save(picture: Image.Image, name: str) -> None:

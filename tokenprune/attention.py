@@ -20,6 +20,7 @@ class AttentionPatch:
 
     Attributes:
         cuts: Whether attention has something for all tokens, so that `cut` is needed.
+        entered: Whether anything has been entered that is to be left.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -33,9 +34,11 @@ class AttentionPatch:
         self._received: list[Tensor] = []
         self._full_tables: list[Tensor] = []
         self.cuts = bool(backbone.biased_attention or backbone.token_tables or backbone.shared_token_inputs)
+        self.entered = False
 
     def mask(self, keep: Tensor) -> None:
         """From now on tokens with a 0 in ``keep`` (B, N) are visible to none but themselves."""
+        self.entered = True
         self._masking.keep, self._masking.hits = keep, 0
         self._masking.enter()
 
@@ -48,6 +51,7 @@ class AttentionPatch:
             layout: The sequence before any pruning.
             tables: Side inputs that were cut already, to which attention adds a dimension for all images.
         """
+        self.entered = True
         backbone, positions = self._backbone, layout.positions(indices)
         if backbone.biased_attention or backbone.shared_token_inputs:
             self._cutting.positions, self._cutting.length = positions, layout.length
@@ -67,6 +71,7 @@ class AttentionPatch:
         Args:
             num_patches: How many there are in the sequence.
         """
+        self.entered = True
         self._watching.start(num_patches, self._masking.keep)
 
     def take_received(self) -> Tensor | None:
@@ -110,6 +115,7 @@ class AttentionPatch:
         self._received = []
 
     def _leave_interceptions(self) -> None:
+        self.entered = False
         if self._watching.num_patches is not None:
             self._watching.stop()
         if self._masking.keep is not None:

@@ -63,9 +63,11 @@ class PruningHooks(nn.Module):
         yield blocks[0].register_forward_pre_hook(self._before_first_block, with_kwargs=True)
         for index in range(first, len(blocks)):
             names = tuple(inspect.signature(blocks[index].forward).parameters)
-            yield blocks[index].register_forward_pre_hook(partial(self._before_block, index, names), with_kwargs=True)
+            number = self._stage_before(index)
+            before_block = partial(self._before_block, number, self._plan.stages[number] == index, names)
+            yield blocks[index].register_forward_pre_hook(before_block, with_kwargs=True)
             # In front of hooks that collect hidden states, so that these see what the next block sees.
-            after_block = partial(self._after_block, self._stage_before(index))
+            after_block = partial(self._after_block, number)
             yield blocks[index].register_forward_hook(after_block, prepend=True)
         for index in range(len(blocks)):
             watcher = self._watcher_of(index)
@@ -201,13 +203,18 @@ class PruningHooks(nn.Module):
         return None
 
     def _before_block(
-        self, index: int, names: tuple[str, ...], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        number: int,
+        starts: bool,
+        names: tuple[str, ...],
+        block: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """In front of a block behind stage ``number``, which stands right in front of it if it ``starts`` there."""
         trace, pruning = self.trace, self._pruning
         if not self.enabled or trace is None:
             return None
-        number = self._stage_before(index)
-        stage, starts = cast(Stage, self.stages[number]), self._plan.stages[number] == index
         waits = self.backbone.put_back
         if trace.execution == "mask":
             if starts or waits:
@@ -217,6 +224,7 @@ class PruningHooks(nn.Module):
                 self._check_grad(block)
                 decided = self._current_decisions()
                 received = decided.received[number] if _recomputing() else self._attention.take_received()
+                stage = cast(Stage, self.stages[number])
                 decisions = pruning.mask(number, stage, self._plan, trace, decided, tokens, received)
                 if not _recomputing():
                     self._decisions = decisions
@@ -226,31 +234,37 @@ class PruningHooks(nn.Module):
         if starts:
             pruning.side_inputs.forget()
             tokens, received = pruning.find(block, args, kwargs), self._attention.take_received()
+            stage = cast(Stage, self.stages[number])
             tokens = pruning.gather(number, stage, self._plan, trace, tokens, received)
         elif waits:
             tokens = pruning.left(pruning.find(block, args, kwargs), trace.indices[number], trace)
+        elif len(args) + len(kwargs) == 1 and self.backbone.position_input is None:
+            return None  # tokens alone, which are those that are left
         if starts or waits:
             args, kwargs = pruning.replace(args, kwargs, tokens)
         return pruning.shorten(args, kwargs, names, trace.indices[number], trace)
 
     def _before_attention(self, stage: int, watcher: int | None, attention: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self.enabled or self.trace is None:
+            return
+        if self.trace.execution == "gather" and watcher is None and not self._attention.cuts:
+            return
         mask = self._mask_of(stage)
         if mask is not None:
             self._check_grad(attention)
             self._attended = True
             self._attention.mask(mask)
         elif stage >= 0 and self._attention.cuts and self._gathers():
-            assert self.trace is not None
             self._check_not_recomputed(attention)
             layout = self._pruning.full_layout(self.trace.num_patches)
             self._attention.cut(attention, self.trace.indices[stage], layout, self._pruning.side_inputs.tables())
         if watcher is not None and self._asks(watcher):
-            assert self.trace is not None
             left = self.trace.indices[stage] if stage >= 0 and self._gathers() else None
             self._attention.watch(self.trace.num_patches if left is None else sizes(left)[1])
 
     def _after_attention(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._attention.leave(attention, failed=output is None)  # None: an exception is passing through
+        if self._attention.entered:
+            self._attention.leave(attention, failed=output is None)  # None: an exception is passing through
 
     def _asks(self, number: int) -> bool:
         """Whether a stage's scorer will be asked in this pass; what it was told is kept for recomputations."""
@@ -282,8 +296,12 @@ class PruningHooks(nn.Module):
         return masks[stage] if 0 <= stage < len(masks) else None
 
     def _after_block(self, stage: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not self.enabled or self.trace is None:
+            return None
+        if self.trace.execution == "gather" and not self.backbone.put_back:
+            return None
         mask = self._mask_of(stage)
-        indices = self.trace.indices[stage] if self.trace is not None and self._gathers() else None
+        indices = self.trace.indices[stage] if self._gathers() else None
         completed = self._pruning.complete(output_tokens(output), mask, indices)
         if mask is not None and not torch.compiler.is_compiling():
             self._check_attended(block)
