@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -210,6 +211,8 @@ def test_the_model_inside_of_a_feature_wrapper(wrapped_first: bool) -> None:
 )
 @torch.no_grad()
 def test_hidden_states_of_transformers(name: str) -> None:
+    if name == "ViTModel" and int(version("transformers").partition(".")[0]) < 5:
+        pytest.skip("its blocks' outputs are recorded before hooks run, by which pruned tokens are put back")
     entry = entry_of(name)
     model, inputs = entry.model(), {**entry.example(), "output_hidden_states": True}
     inputs.pop("bool_masked_pos", None)

@@ -40,7 +40,7 @@ def load(name: str, *, pretrained: bool = False, image_size: tuple[int, int] | N
         return made
     try:
         with _without_report():
-            model, info = cls.from_pretrained(name, output_loading_info=True)
+            model, info = cls.from_pretrained(name, dtype="auto", output_loading_info=True)
     except Exception as error:  # damaged files, downloads, configs that do not fit
         raise UnsupportedModelError(f"transformers cannot load {name!r}: {error}") from error
     # It would go on with random numbers in their place. What is not the model's own may be tokenprune's.

@@ -50,7 +50,7 @@ def build(identity: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
     try:
         config = cls.config_class.from_dict(dict(identity["config"]))
         config._name_or_path = hub_id or ""
-        model: nn.Module = cls.from_pretrained(hub_id, config=config) if pretrained else cls(config)
+        model: nn.Module = cls.from_pretrained(hub_id, config=config, dtype="auto") if pretrained else cls(config)
     except Exception as error:  # configs check themselves in many ways, and downloads fail in others
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} does not build this {cls.__name__}: {error}"
