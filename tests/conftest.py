@@ -26,6 +26,7 @@ def _seed() -> None:
 def _no_accelerator_is_left() -> Iterator[None]:
     """Accelerate keeps precision and device for the rest of the process, and a later test may want others."""
     yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # where older Trainers write theirs
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 

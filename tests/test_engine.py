@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,8 @@ def test_streams_need_workers_and_a_number_of_classes(shards: Path, tmp_path: Pa
 def test_a_run_on_streamed_tars_goes_on_alike(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
+    if stop == 5 and tuple(map(int, version("accelerate").split(".")[:2])) < (1, 15):
+        pytest.skip("earlier releases go on at another image of a later epoch's stream")
     whole = fine_tune(streamed(shards, tmp_path / "whole")).model.state_dict()
     save = Checkpoints.save
 

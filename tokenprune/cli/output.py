@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import typer
@@ -30,11 +30,9 @@ def working(what: str) -> Iterator[Progress]:
     """While it lasts, a progress bar on stderr, and stray prints of libraries go there too, away from the results."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-        redirect_stdout(sys.stderr),
-    ):
-        progress.add_task(what, total=None)
+    progress = Progress(*columns, console=console, transient=True)
+    progress.add_task(what, total=None)
+    with redirect_stdout(sys.stderr), progress if console.is_terminal else nullcontext():
         yield progress
 
 
