@@ -76,7 +76,7 @@ def report(page: str) -> None:
         browser = driver.chromium.launch(executable_path=find_browser())
         taken = {}
         for name, (width, height), scheme in (("desktop", DESKTOP, "light"), ("phone", PHONE, "dark")):
-            tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
+            tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
             tab.goto(file.as_uri())
             taken[name] = Image.open(io.BytesIO(tab.screenshot(full_page=True))).convert("RGB")
         browser.close()

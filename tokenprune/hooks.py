@@ -1,4 +1,4 @@
-"""The hooks that prune a model's tokens while it runs, and what one forward pass has to remember between them.
+"""The hooks that prune a model's tokens while it runs.
 
 Shapes: B images, P prefix tokens, N patch tokens, n of them left, Q suffix tokens, L = P + N + Q, C channels.
 """
