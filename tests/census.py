@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import tokenprune
 from tests.tolerances import CENSUS_IDENTITY, CENSUS_MASK_EQUALS_GATHER
 from tests.zoo import hook_counts
-from tokenprune.verification import named_outputs
+from tokenprune.analysis.verification import named_outputs
 
 STAGES, KEEP_RATIO, NUM_IMAGES = (1, 2), (0.6, 0.36), 3
 

@@ -130,8 +130,8 @@ def test_compiled_and_exported(entry: Entry, how: str, record_property: Any) -> 
         pytest.skip(f"the unpruned model cannot be {how}ed: {type(error).__name__}")
     tokenprune.sparsify(model, STAGES)
     with torch.no_grad():
-        expected = tokenprune.verification.named_outputs(model(**inputs))
-    actual = tokenprune.verification.named_outputs(run(model))
+        expected = tokenprune.analysis.verification.named_outputs(model(**inputs))
+    actual = tokenprune.analysis.verification.named_outputs(run(model))
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-4)
     record_property(f"passes {entry.library}", {**describe(entry, model, inputs), "passes": [how]})

@@ -22,9 +22,9 @@ from tests.test_hosts import assert_same_gradients, enable_checkpointing, gradie
 from tests.test_refusals import refused
 from tests.zoo import BY_NAME, EMBED_DIM, KEEP_RATIO, NUM_PATCHES, STAGES, Case, hook_counts
 from tokenprune import Candidates, ScorerContext
+from tokenprune.analysis.verification import named_outputs
+from tokenprune.pruning.attention_recorder import Watching, received_attention
 from tokenprune.scorers import ClassAttention
-from tokenprune.verification import named_outputs
-from tokenprune.watching import Watching, received_attention
 
 NUM_HEADS = 2
 

@@ -112,7 +112,7 @@ def test_bench_runs_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
             sparse_seconds=seconds, dense_peak_bytes=3 << 20, sparse_peak_bytes=2 << 20,
         )  # fmt: skip
 
-    monkeypatch.setattr("tokenprune.timing.throughput", throughput)
+    monkeypatch.setattr("tokenprune.analysis.benchmark.throughput", throughput)
     result = run("bench", *SMALL, "--compile", "--dtype", "float16", "-b", "4", "--pairs", "9", "--warmup", "1",
                  "--image-size", "96", "-k", "0.7", "-k", "0.5", "--device", "cpu")  # fmt: skip
     assert result.exit_code == 0, result.stderr
@@ -159,7 +159,7 @@ def test_several_ratios_make_a_table_and_a_curve(tmp_path: Path) -> None:
 
 
 def test_the_curve_shows_what_was_counted() -> None:
-    from tokenprune.plotting import flops_curve
+    from tokenprune.analysis.plotting import flops_curve
 
     model = BY_NAME["timm class token"].sparsified()
     reports = []

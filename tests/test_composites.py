@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import tokenprune
 from tests.census import STAGES, Entry
 from tests.census_transformers import GRID, IMAGE_TOKEN, NUM_PATCHES, composites, language_models, prompt
-from tokenprune.verification import named_outputs
+from tokenprune.analysis.verification import named_outputs
 
 KEEP_RATIO = (0.6, 0.4)
 KEPT = (int(NUM_PATCHES * 0.6), int(NUM_PATCHES * 0.4))

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
 from tests.zoo import ALL, BY_NAME, Case, every_model
-from tokenprune.counting import count
+from tokenprune.analysis.flop_counter import count
 
 
 def closed_form(

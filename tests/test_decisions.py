@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenprune.decisions import sample, top_k
+from tokenprune.pruning.sampling import sample, top_k
 
 
 def test_samples_are_exactly_zero_or_one_and_follow_the_odds() -> None:

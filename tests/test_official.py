@@ -64,7 +64,7 @@ def test_an_lvvit_is_recognised_by_its_sizes(width: int, depth: int, divisor: fl
     stem, heads = (128, 12) if name == "lvvit_l" else (64, {240: 4, 384: 6, 512: 8}[width])
     with torch.device("meta"):  # weights without values, which take long to draw
         weights = LVViT(img_size=32, embed_dim=width, depth=depth, num_heads=heads, num_classes=2, stem_channels=stem)
-        model = tokenprune.discovery.model_of(weights.state_dict(), num_heads=None)
+        model = tokenprune.backbones.adapters.model_of(weights.state_dict(), num_heads=None)
     assert model.pretrained_cfg["architecture"] == name
     assert {block.attn.num_heads for block in model.blocks} == {heads}
     assert {block.ls2.divisor for block in model.blocks} == {divisor}

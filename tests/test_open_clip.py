@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokenprune
-from tokenprune.structure import observe
+from tokenprune.backbones.structure import observe
 
 open_clip = pytest.importorskip("open_clip")
 

@@ -23,7 +23,7 @@ from recipes.dynamicvit import Objective, SparseSettings
 from recipes.engine.settings import SettingsError
 from recipes.structural import StructuralDownsampling, TaughtCrossEntropy, count
 from recipes.width_scaling import WidthSettings, dense_at, run_width_scaling
-from tokenprune.counting import count as count_operations
+from tokenprune.analysis.flop_counter import count as count_operations
 
 # test_vit has six blocks of width 64 and, at 64 pixels, 4 x 4 patches.
 TINY: dict[str, Any] = {

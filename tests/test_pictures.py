@@ -19,8 +19,8 @@ from torch import nn
 
 import tokenprune
 from tests.zoo import BY_NAME, Case, hook_counts, some_models
-from tokenprune.discovery import preprocessing_of
-from tokenprune.pictures import UNSCORED, VEIL, VEIL_OPACITY, coloured, heat_maps, pictures_of
+from tokenprune.analysis.overlays import UNSCORED, VEIL, VEIL_OPACITY, coloured, heat_maps, pictures_of
+from tokenprune.backbones.adapters import preprocessing_of
 
 PHOTOS = load_sample_images().images  # a temple and a flower, 427 × 640
 

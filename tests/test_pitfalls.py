@@ -17,8 +17,8 @@ from tests.census_timm import flat, volo
 from tests.census_transformers import refused, supported
 from tests.tolerances import CENSUS_MASK_EQUALS_GATHER
 from tests.zoo import BY_NAME
-from tokenprune.discovery import describe
-from tokenprune.verification import named_outputs
+from tokenprune.analysis.verification import named_outputs
+from tokenprune.backbones.adapters import describe
 
 BY_ENTRY = {entry.name: entry for entry in (*flat(), *volo(), *supported())}
 

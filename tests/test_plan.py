@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tokenprune import Plan, PlanError
-from tokenprune.plan import default_stages
+from tokenprune.pruning.plan import default_stages
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from tests.test_hosts import assert_same_gradients, enable_checkpointing, gradie
 from tests.test_protocol import assert_close
 from tests.tolerances import CENSUS_MASK_EQUALS_GATHER, IDENTITY, MASK_EQUALS_GATHER
 from tests.zoo import BY_NAME, EMBED_DIM, KEEP_RATIO, NUM_PATCHES, STAGES, Case, every_model, hook_counts
+from tokenprune.analysis.verification import named_outputs
 from tokenprune.tokens import output_tokens
-from tokenprune.verification import named_outputs
 
 TOLERANCE = MASK_EQUALS_GATHER[torch.float32]
 KINDS = ("timm class token", "timm no class token, average", "transformers ViT classifier", "torchvision")

@@ -16,7 +16,7 @@ from torch import nn
 import tokenprune
 from tests.zoo import BY_NAME, DEPTH, hook_counts
 from tokenprune import PlanError, StateError, UnsupportedModelError
-from tokenprune.discovery import describe
+from tokenprune.backbones.adapters import describe
 from tokenprune.scorers import Random
 
 PLAIN = BY_NAME["timm class token"]

@@ -17,8 +17,8 @@ from sklearn.datasets import load_sample_images
 
 import tokenprune
 from tests.browser import find_browser
-from tokenprune.reporting.charts import bar_chart, line_chart, thinned, ticks
-from tokenprune.reporting.runs import read_run
+from tokenprune.analysis.report.charts import bar_chart, line_chart, thinned, ticks
+from tokenprune.analysis.report.runs import read_run
 
 EVIL = '<script>alert("1")</script><img src="http://example.com/x.png" onerror=alert(1)> & "q" \'s\''
 PHOTOS = load_sample_images().images

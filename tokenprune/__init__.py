@@ -1,9 +1,19 @@
 """tokenprune makes a Vision Transformer faster by letting it drop the tokens it does not need."""
 
+import sys
+
 from tokenprune import functional
-from tokenprune.backbone import Backbone, Setting, TokenTable
-from tokenprune.counting import FlopReport, flops
-from tokenprune.discovery import SupportedModel, supported
+from tokenprune.analysis.benchmark import ThroughputReport, throughput
+from tokenprune.analysis.flop_counter import FlopReport, flops
+from tokenprune.analysis.kept_tokens import KeptTokens, kept_tokens
+from tokenprune.analysis.overlays import animate, show
+from tokenprune.analysis.report import report
+from tokenprune.analysis.verification import VerificationReport, verify
+from tokenprune.api import dense, sparsify, unsparsify
+from tokenprune.backbones import probing, structure
+from tokenprune.backbones.adapters import SupportedModel, supported
+from tokenprune.backbones.backbone import Backbone, Setting, TokenTable
+from tokenprune.backbones.preprocessing import Preprocessing
 from tokenprune.errors import (
     CheckpointError,
     CountingError,
@@ -17,23 +27,19 @@ from tokenprune.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
-from tokenprune.exporting import ExportReport, export
-from tokenprune.inspection import KeptTokens, kept_tokens
-from tokenprune.losses import DynamicViTLoss
-from tokenprune.official import load_dynamicvit
-from tokenprune.pictures import animate, show
-from tokenprune.plan import Plan
-from tokenprune.preprocessing import Preprocessing
-from tokenprune.reporting import report
+from tokenprune.pruning.plan import Plan
+from tokenprune.pruning.sparsifier import Sparsifier
+from tokenprune.pruning.trace import Trace
 from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
+from tokenprune.saving.dynamicvit import load_dynamicvit
+from tokenprune.saving.export import ExportReport, export
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
-from tokenprune.sparsifier import Sparsifier
-from tokenprune.timing import ThroughputReport, throughput
-from tokenprune.trace import Trace
-from tokenprune.verbs import dense, sparsify, unsparsify
-from tokenprune.verification import VerificationReport, verify
+from tokenprune.training.losses import DynamicViTLoss
 
 __version__ = "0.1.0"
+
+# Where the documentation of 0.1 imports these from.
+sys.modules.update({f"{__name__}.structure": structure, f"{__name__}.probing": probing})
 
 __all__ = [
     "Backbone",

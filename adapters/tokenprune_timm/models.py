@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from tokenprune import Backbone, Setting, TokenTable, UnsupportedModelError
-from tokenprune.probing import random_inputs
-from tokenprune.structure import observe
+from tokenprune.backbones.probing import random_inputs
+from tokenprune.backbones.structure import observe
 
 # Rotary tables: one for all images and heads, one a head, or one an image.
 _ROPE = {"rope": ("n d -> b 1 n d", "h n d -> b h n d", "b h n d -> b h n d")}

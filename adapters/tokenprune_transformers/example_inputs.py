@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokenprune.probing import random_inputs
+from tokenprune.backbones.probing import random_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

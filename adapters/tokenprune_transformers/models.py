@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tokenprune import Backbone, Setting, UnsupportedModelError
-from tokenprune.structure import observe
+from tokenprune.backbones.structure import observe
 from tokenprune_transformers.example_inputs import example_inputs, image_size, pair, vision_config
 
 if TYPE_CHECKING:

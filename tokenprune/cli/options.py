@@ -85,9 +85,9 @@ def sparsified(
     Returns:
         The model in eval mode; channels, height and width.
     """
+    from tokenprune.api import sparsifier_of, sparsify
+    from tokenprune.pruning.sparsifier import Sparsifier
     from tokenprune.saving.resolve import load_model
-    from tokenprune.sparsifier import Sparsifier
-    from tokenprune.verbs import sparsifier_of, sparsify
 
     size, chosen = _size(image_size), stage_indices(stages)
     if scorer is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from tokenprune.errors import StateError
-from tokenprune.sparsifier import Sparsifier
+from tokenprune.pruning.sparsifier import Sparsifier
 
 PAPER_LEARNING_RATE_SCALE = 0.01
 

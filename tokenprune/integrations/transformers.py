@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from tokenprune.api import dense, unsparsify
 from tokenprune.errors import StateError
 from tokenprune.integrations.averages import Averages
 from tokenprune.integrations.checks import (
@@ -25,9 +26,8 @@ from tokenprune.integrations.checks import (
     check_sparsified,
     use_non_reentrant_checkpointing,
 )
-from tokenprune.losses import DynamicViTLoss, logits_of
-from tokenprune.trace import Trace
-from tokenprune.verbs import dense, unsparsify
+from tokenprune.pruning.trace import Trace
+from tokenprune.training.losses import DynamicViTLoss, logits_of
 
 PAPER_FROZEN_SHARE = 5 / 30
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
-from tokenprune.counting import FlopReport, flops
+from tokenprune.analysis.flop_counter import FlopReport, flops
+from tokenprune.api import sparsifier_of
 from tokenprune.saving.manifest import Manifest
-from tokenprune.verbs import sparsifier_of
 
 FILE = "README.md"
 SOURCE = "<this folder or repository>"

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.backbone import Backbone
-from tokenprune.discovery import describe
+from tokenprune.api import sparsifier_of, sparsify, unsparsify
+from tokenprune.backbones.adapters import describe
+from tokenprune.backbones.backbone import Backbone
 from tokenprune.errors import CheckpointError, PlanError, StateError, UnknownModelError, UnsupportedModelError
-from tokenprune.record import Record
+from tokenprune.pruning.record import Record
 from tokenprune.saving import hub, weights
 from tokenprune.saving.manifest import MANIFEST, WEIGHTS, Manifest
 from tokenprune.saving.named import load_from_library
 from tokenprune.saving.rebuilding import build, cast_buffers
 from tokenprune.scorers import ScorerBuilder, scorer_builder
-from tokenprune.verbs import sparsifier_of, sparsify, unsparsify
 
 _PREFIX = "tokenprune."
 _EXTRA = f"{_PREFIX}_extra_state"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import CheckpointError
-from tokenprune.record import Record
+from tokenprune.pruning.record import Record
 
 MANIFEST = "tokenprune.json"
 WEIGHTS = "tokenprune.safetensors"

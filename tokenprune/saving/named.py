@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tokenprune.discovery import adapter, libraries, supported
+from tokenprune.backbones.adapters import adapter, libraries, supported
 from tokenprune.errors import UnknownModelError
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenprune.compilation import has_own_forward
-from tokenprune.discovery import adapter, library_of
+from tokenprune.backbones.adapters import adapter, library_of
 from tokenprune.errors import CheckpointError, UnsupportedModelError
+from tokenprune.pruning.compilation import has_own_forward
 
 # What is switched on a model for a while and does not make it another one.
 _SWITCHES = frozenset({"training", "grad_checkpointing", "gradient_checkpointing", "name_or_path"})

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenprune.api import sparsifier_of, unwrap
 from tokenprune.errors import CheckpointError, TokenpruneError, UnsupportedModelError
+from tokenprune.pruning.sparsifier import Sparsifier
 from tokenprune.saving import card, weights
 from tokenprune.saving.manifest import MANIFEST, WEIGHTS, Manifest
 from tokenprune.saving.rebuilding import Identity, identify
 from tokenprune.scorers import ScorerContext, scorer_builder
-from tokenprune.sparsifier import Sparsifier
-from tokenprune.verbs import sparsifier_of, unwrap
 
 _logger = logging.getLogger(__name__)
 _PREFIX = "tokenprune."

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-    from tokenprune.counting import FlopReport
-    from tokenprune.timing import ThroughputReport
+    from tokenprune.analysis.benchmark import ThroughputReport
+    from tokenprune.analysis.flop_counter import FlopReport
 
 
 class DType(str, Enum):
@@ -53,9 +53,9 @@ def bench(
     """
     import torch
 
-    from tokenprune.counting import flops
-    from tokenprune.timing import throughput
-    from tokenprune.verbs import sparsifier_of
+    from tokenprune.analysis.benchmark import throughput
+    from tokenprune.analysis.flop_counter import flops
+    from tokenprune.api import sparsifier_of
 
     chosen, where = ratios(keep_ratio), _device(device)
     results: list[tuple[FlopReport, ThroughputReport]] = []

@@ -34,9 +34,9 @@ def convert(
 
     In Python: tokenprune.save_pretrained(tokenprune.load_dynamicvit(checkpoint), output).
     """
-    from tokenprune.official import load_dynamicvit
+    from tokenprune.api import sparsifier_of
     from tokenprune.saving import save_pretrained
-    from tokenprune.verbs import sparsifier_of
+    from tokenprune.saving.dynamicvit import load_dynamicvit
 
     chosen, blocks = ratio(keep_ratio), stage_indices(stages)
     if output.is_file():

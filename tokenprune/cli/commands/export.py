@@ -41,8 +41,8 @@ def export(
 
     In Python: tokenprune.export(model, path).
     """
-    from tokenprune.exporting import check_path
-    from tokenprune.exporting import export as write
+    from tokenprune.saving.export import check_path
+    from tokenprune.saving.export import export as write
 
     try:
         check_path(output)

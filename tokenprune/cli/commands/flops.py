@@ -15,7 +15,7 @@ from tokenprune.cli.output import show, show_json, step, working
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tokenprune.counting import FlopReport
+    from tokenprune.analysis.flop_counter import FlopReport
 
 
 class By(str, Enum):
@@ -41,8 +41,8 @@ def flops(
 
     In Python: tokenprune.flops(model).
     """
-    from tokenprune.counting import flops as count
-    from tokenprune.verbs import sparsifier_of
+    from tokenprune.analysis.flop_counter import flops as count
+    from tokenprune.api import sparsifier_of
 
     chosen = ratios(keep_ratio)
     if plot is not None and len(chosen) < 2:
@@ -86,7 +86,7 @@ def _table(model: str, reports: list[FlopReport]) -> Table:
 
 def _plot(file: Path, reports: list[FlopReport], title: str) -> None:
     try:
-        from tokenprune.plotting import flops_curve
+        from tokenprune.analysis.plotting import flops_curve
 
         figure = flops_curve(reports, title=title)
     except ImportError as error:

@@ -14,7 +14,7 @@ from tokenprune.cli.output import show, show_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tokenprune.discovery import SupportedModel
+    from tokenprune.backbones.adapters import SupportedModel
 
 
 def models(
@@ -30,7 +30,7 @@ def models(
 
     In Python: tokenprune.supported().
     """
-    from tokenprune.discovery import installed_version, libraries, proved_version, supported
+    from tokenprune.backbones.adapters import installed_version, libraries, proved_version, supported
 
     known = libraries()
     if library is not None and library not in known:

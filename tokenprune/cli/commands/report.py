@@ -54,10 +54,10 @@ def report(
 
     In Python: tokenprune.report(model, runs=…, images=…).
     """
+    from tokenprune.analysis.benchmark import throughput
+    from tokenprune.analysis.report import report as write
+    from tokenprune.analysis.report.runs import is_run
     from tokenprune.errors import TokenpruneError
-    from tokenprune.reporting import report as write
-    from tokenprune.reporting.runs import is_run
-    from tokenprune.timing import throughput
 
     chosen = None if keep_ratio is None else ratio(keep_ratio)
     runs = [source for source in sources if is_run(source)]

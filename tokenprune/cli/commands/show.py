@@ -47,9 +47,9 @@ def show(
 
     In Python: tokenprune.show(model, images), and tokenprune.animate(model, images, file).
     """
-    from tokenprune.inspection import kept_tokens
-    from tokenprune.pictures import drawn, write_animation
-    from tokenprune.verbs import sparsifier_of
+    from tokenprune.analysis.kept_tokens import kept_tokens
+    from tokenprune.analysis.overlays import drawn, write_animation
+    from tokenprune.api import sparsifier_of
 
     chosen = None if keep_ratio is None else ratio(keep_ratio)
     if not output.parent.is_dir():

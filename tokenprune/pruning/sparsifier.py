@@ -9,13 +9,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenprune.backbone import Backbone, Setting, exchange
-from tokenprune.compilation import rejoin, set_apart
+from tokenprune.backbones.backbone import Backbone, Setting, exchange
 from tokenprune.errors import CheckpointError
-from tokenprune.grid_methods import GridMethod
-from tokenprune.hooks import Execution, PruningHooks
-from tokenprune.plan import Plan
-from tokenprune.record import Record
+from tokenprune.pruning.compilation import rejoin, set_apart
+from tokenprune.pruning.grid_methods import GridMethod
+from tokenprune.pruning.hooks import Execution, PruningHooks
+from tokenprune.pruning.plan import Plan
+from tokenprune.pruning.record import Record
 from tokenprune.scorers import Scorer
 
 Pruned = Literal["drop", "preserve"]

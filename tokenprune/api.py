@@ -9,12 +9,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from tokenprune.backbone import Backbone
-from tokenprune.discovery import describe
+from tokenprune.backbones.adapters import describe
+from tokenprune.backbones.backbone import Backbone
 from tokenprune.errors import PlanError, StateError, UnsupportedModelError
-from tokenprune.plan import Plan
+from tokenprune.pruning.plan import Plan
+from tokenprune.pruning.sparsifier import Pruned, Sparsifier
 from tokenprune.scorers import Scorer, ScorerBuilder, ScorerContext, scorer_builder, scorer_name
-from tokenprune.sparsifier import Pruned, Sparsifier
 
 Model = TypeVar("Model", bound=nn.Module)
 

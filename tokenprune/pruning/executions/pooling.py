@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.backbones.interception import Masking
 from tokenprune.errors import InterceptionError
-from tokenprune.interception import Masking
 
 
 class TailInterception(Masking):

@@ -13,15 +13,15 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.counting import FlopReport, flops
+from tokenprune.analysis.benchmark import ThroughputReport
+from tokenprune.analysis.flop_counter import FlopReport, flops
+from tokenprune.analysis.kept_tokens import kept_tokens
+from tokenprune.analysis.report import sections
+from tokenprune.analysis.report.runs import Run, read_run
+from tokenprune.api import sparsifier_of, unwrap
+from tokenprune.backbones.preprocessing import Picture, Preprocessing
 from tokenprune.errors import PictureError
 from tokenprune.extras import extra
-from tokenprune.inspection import kept_tokens
-from tokenprune.preprocessing import Picture, Preprocessing
-from tokenprune.reporting import sections
-from tokenprune.reporting.runs import Run, read_run
-from tokenprune.timing import ThroughputReport
-from tokenprune.verbs import sparsifier_of, unwrap
 
 KEEP_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -143,12 +143,12 @@ def _page(**content: Any) -> str:
     with extra("plots"):
         from jinja2 import Environment, PackageLoader, StrictUndefined
     environment = Environment(
-        loader=PackageLoader("tokenprune.reporting"),
+        loader=PackageLoader("tokenprune.analysis.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    script = (files("tokenprune.reporting") / "templates" / "page.js").read_text(encoding="utf-8")
+    script = (files("tokenprune.analysis.report") / "templates" / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html").render(**content, script=script, script_digest=digest)

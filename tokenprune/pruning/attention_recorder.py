@@ -13,10 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.backbone import Backbone
+from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.interception import (
+    SOFTMAXES,
+    AttentionCall,
+    GatherInterception,
+    Interception,
+    for_each_query_head,
+)
 from tokenprune.errors import InterceptionError
 from tokenprune.functional import additive, compute_dtype, mask_block, masked_weights, score_blocks
-from tokenprune.interception import SOFTMAXES, AttentionCall, GatherInterception, Interception, for_each_query_head
 from tokenprune.tokens import Layout, sizes
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import CheckpointError, PlanError
-from tokenprune.plan import Plan
+from tokenprune.pruning.plan import Plan
 
 # A state dict's tensor is as long as this, or a multiple, whatever the figures in it, so that averages of
 # models (EMA) that copy one state dict into another find the same shapes at another keep ratio.

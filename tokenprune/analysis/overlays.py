@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.analysis.kept_tokens import KeptTokens, kept_tokens
+from tokenprune.backbones.preprocessing import Picture, Preprocessing
 from tokenprune.errors import PictureError
 from tokenprune.extras import extra
-from tokenprune.inspection import KeptTokens, kept_tokens
-from tokenprune.preprocessing import Picture, Preprocessing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

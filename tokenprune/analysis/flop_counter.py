@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tokenprune.analysis.flop_handlers import HANDLERS, is_weightless
+from tokenprune.api import dense, sparsifier_of, unwrap
+from tokenprune.backbones.probing import eval_mode, random_inputs
 from tokenprune.errors import CountingError
-from tokenprune.operators import HANDLERS, is_weightless
-from tokenprune.probing import eval_mode, random_inputs
-from tokenprune.verbs import dense, sparsifier_of, unwrap
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from tokenprune.errors import InterceptionError
 from tokenprune.functional import attend, masked_softmax, visible
-from tokenprune.side_inputs import gather_mask
+from tokenprune.pruning.side_inputs import gather_mask
 from tokenprune.tokens import Layout, sizes
 
 

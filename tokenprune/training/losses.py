@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenprune.api import sparsifier_of, unwrap
 from tokenprune.errors import StateError
-from tokenprune.sparsifier import Sparsifier
-from tokenprune.verbs import sparsifier_of, unwrap
+from tokenprune.pruning.sparsifier import Sparsifier
 
 
 class DynamicViTLoss(nn.Module):

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenprune.backbone import Backbone
-from tokenprune.plan import Plan
+from tokenprune.backbones.backbone import Backbone
+from tokenprune.pruning.plan import Plan
+from tokenprune.pruning.side_inputs import SideInputs
+from tokenprune.pruning.stage import Stage
+from tokenprune.pruning.trace import Trace
 from tokenprune.scorers import Candidates
-from tokenprune.side_inputs import SideInputs
-from tokenprune.stage import Stage
 from tokenprune.tokens import Layout, find_tokens, put_back, replace_tokens, select, sizes
-from tokenprune.trace import Trace
 
 
 class Decisions(NamedTuple):

@@ -9,7 +9,7 @@ from torch import nn
 from tokenprune.errors import StateError
 
 if TYPE_CHECKING:
-    from tokenprune.sparsifier import Sparsifier
+    from tokenprune.pruning.sparsifier import Sparsifier
 
 
 class GridMethod:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tokenprune.backbone import Backbone
+from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.interception import BlockInterception, GatherInterception
 from tokenprune.errors import InterceptionError
-from tokenprune.interception import BlockInterception, GatherInterception
-from tokenprune.side_inputs import gather_tokens
+from tokenprune.pruning.attention_recorder import Watching
+from tokenprune.pruning.side_inputs import gather_tokens
 from tokenprune.tokens import Layout, sizes
-from tokenprune.watching import Watching
 
 
 class AttentionPatch:

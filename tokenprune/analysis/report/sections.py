@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenprune.counting import FlopReport
+from tokenprune.analysis.benchmark import ThroughputReport
+from tokenprune.analysis.flop_counter import FlopReport
+from tokenprune.analysis.kept_tokens import KeptTokens
+from tokenprune.analysis.overlays import coloured, heat_maps, pictures_of
+from tokenprune.analysis.report.charts import bar_chart, line_chart
+from tokenprune.analysis.report.runs import Run
+from tokenprune.api import sparsifier_of, unwrap
 from tokenprune.extras import extra
-from tokenprune.inspection import KeptTokens
-from tokenprune.pictures import coloured, heat_maps, pictures_of
-from tokenprune.reporting.charts import bar_chart, line_chart
-from tokenprune.reporting.runs import Run
-from tokenprune.timing import ThroughputReport
-from tokenprune.verbs import sparsifier_of, unwrap
 
 SMALL = 128  # pixels; pictures below are enlarged with sharp edges, and stored without loss
 

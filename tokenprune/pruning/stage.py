@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tokenprune.decisions import sample, top_k
 from tokenprune.errors import StateError
+from tokenprune.pruning.sampling import sample, top_k
 from tokenprune.scorers import Candidates, Scorer
 
 

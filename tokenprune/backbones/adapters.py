@@ -11,9 +11,9 @@ from typing import Protocol, cast
 
 from torch import Tensor, nn
 
-from tokenprune.backbone import Backbone
+from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.preprocessing import Preprocessing
 from tokenprune.errors import CheckpointError, UnsupportedModelError
-from tokenprune.preprocessing import Preprocessing
 
 ENTRY_POINT_GROUP = "tokenprune.adapters"
 

@@ -1,5 +1,5 @@
 """The report: one self-contained page about a sparsified model or a training run."""
 
-from tokenprune.reporting.report import report
+from tokenprune.analysis.report.report import report
 
 __all__ = ["report"]

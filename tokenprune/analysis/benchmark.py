@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenprune.probing import eval_mode, random_inputs
-from tokenprune.verbs import dense, sparsifier_of, unwrap
+from tokenprune.api import dense, sparsifier_of, unwrap
+from tokenprune.backbones.probing import eval_mode, random_inputs
 
 MIN_PAIRS = 8
 """Fewer pairs do not tell how much they scatter."""

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.discovery import model_of
+from tokenprune.api import sparsify
+from tokenprune.backbones.adapters import model_of
 from tokenprune.errors import CheckpointError
+from tokenprune.saving.state_files import read_state
 from tokenprune.scorers import Predictor
-from tokenprune.state_files import read_state
-from tokenprune.verbs import sparsify
 
 _NUM_DEFAULT_STAGES = 3
 # Where stage s has its predictor's weights in the authors' files, and where in ours.

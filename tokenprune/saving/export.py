@@ -17,10 +17,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from tokenprune.backbones.probing import eval_mode, random_inputs
 from tokenprune.errors import ExportError, TokenpruneError
-from tokenprune.probing import eval_mode, random_inputs
-from tokenprune.sparsifier import Sparsifier
-from tokenprune.stage import Stage
+from tokenprune.pruning.sparsifier import Sparsifier
+from tokenprune.pruning.stage import Stage
 
 BATCH_SIZES = (1, 3, 8)
 """Images a batch with which a file is checked."""

@@ -14,14 +14,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tokenprune.discovery import preprocessing_of
+from tokenprune.api import sparsifier_of, unwrap
+from tokenprune.backbones.adapters import preprocessing_of
+from tokenprune.backbones.preprocessing import Picture, Preprocessing, name_of
+from tokenprune.backbones.probing import eval_mode
 from tokenprune.errors import PictureError, StateError, UnsupportedModelError
-from tokenprune.preprocessing import Picture, Preprocessing, name_of
-from tokenprune.probing import eval_mode
+from tokenprune.pruning.sparsifier import Sparsifier
+from tokenprune.pruning.stage import Stage
 from tokenprune.scorers import Candidates
-from tokenprune.sparsifier import Sparsifier
-from tokenprune.stage import Stage
-from tokenprune.verbs import sparsifier_of, unwrap
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

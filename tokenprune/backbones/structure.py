@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenprune.backbone import Setting, exchange, outermost_attention
+from tokenprune.backbones.backbone import Setting, exchange, outermost_attention
+from tokenprune.backbones.interception import SOFTMAXES, AttentionCall, Interception
+from tokenprune.backbones.probing import eval_mode
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.interception import SOFTMAXES, AttentionCall, Interception
-from tokenprune.probing import eval_mode
 from tokenprune.tokens import output_tokens
 
 

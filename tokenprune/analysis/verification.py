@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.probing import eval_mode, kept_modes
+from tokenprune.api import dense, sparsifier_of
+from tokenprune.backbones.probing import eval_mode, kept_modes
+from tokenprune.pruning.sparsifier import Sparsifier
 from tokenprune.scorers import Candidates, Scorer
-from tokenprune.sparsifier import Sparsifier
 from tokenprune.tokens import Layout, kept_indices, select
-from tokenprune.verbs import dense, sparsifier_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tokenprune.counting import FlopReport
+from tokenprune.analysis.flop_counter import FlopReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenprune.attention import AttentionPatch
-from tokenprune.backbone import Backbone
+from tokenprune.backbones.backbone import Backbone
 from tokenprune.errors import InterceptionError, StateError
-from tokenprune.outputs import without_pruned
-from tokenprune.plan import Plan
-from tokenprune.pooling import TailInterception
-from tokenprune.pruning import Decisions, Pruning
+from tokenprune.pruning.attention import AttentionPatch
+from tokenprune.pruning.executions.outputs import without_pruned
+from tokenprune.pruning.executions.pooling import TailInterception
+from tokenprune.pruning.plan import Plan
+from tokenprune.pruning.pruning import Decisions, Pruning
+from tokenprune.pruning.stage import Stage
+from tokenprune.pruning.trace import Trace
 from tokenprune.scorers import Scorer
-from tokenprune.stage import Stage
 from tokenprune.tokens import output_tokens, sizes
-from tokenprune.trace import Trace
 
 Execution = Literal["auto", "mask", "gather"]
 

@@ -1,0 +1,1 @@
+"""Executions: how decisions are carried out while a model runs."""
