@@ -1,0 +1,40 @@
+"""Sparsified models put out what they did before the core was rebuilt: tests/golden.safetensors, by tests/golden.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.census import Entry, is_older
+from tests.golden import entries, of_case, of_entry
+from tests.zoo import ALL, Case
+
+RECORDED = load_file(Path(__file__).with_name("golden.safetensors"))
+ENTRIES = [entry for entry in entries() if any(name.startswith(f"{entry}: ") for name in RECORDED)]
+# Double precision on another processor and in other orders of sums gives 1e-12 and less.
+TOLERANCE = 1e-6
+
+
+def compare(model: str, found: dict[str, torch.Tensor]) -> None:
+    expected = {name: value for name, value in RECORDED.items() if name.startswith(f"{model}: ")}
+    assert expected.keys() == {f"{model}: {name}" for name in found}
+    for name, value in found.items():
+        reference = expected[f"{model}: {name}"]
+        assert value.shape == reference.shape, name
+        error = (value - reference).abs().max() / reference.abs().max().clamp(min=1e-12)
+        assert error <= TOLERANCE, f"{name} differs by {error}"
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_a_form_of_model(case: Case) -> None:
+    compare(str(case), of_case(case))
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+def test_a_model_of_the_census(entry: Entry) -> None:
+    if is_older(entry.library):
+        pytest.skip(f"the outputs were written down with a later release of {entry.library}")
+    compare(str(entry), of_entry(entry))
