@@ -1,13 +1,12 @@
-"""The outputs of sparsified models as they were before the core was rebuilt, written down once and compared ever since.
+"""The outputs of sparsified models as they were before the core was rebuilt, written down once and compared since.
 
-``python -m tests.golden write FILE`` writes them, with whatever state the checkout is in; ``tests/test_golden.py`` compares.
+``python -m tests.golden write FILE`` writes them, of the checkout that it runs in; ``tests/test_golden.py`` compares.
 Of every output up to 64 values are written, evenly spread, in double precision, so that the file stays small.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,31 +91,26 @@ def _tensors(value: Any, name: str = "output") -> dict[str, Tensor]:
     return found
 
 
-# One model of every family of which an adapter says something that structure alone does not, and one of each library.
+# Of timm one model of each of these files; of the other libraries one of each family.
 FAMILIES = {
-    "beit", "cait", "convit", "deepseek_vit", "eva", "gemma4_vit", "naflexvit", "qwen3_vit", "vision_transformer_relpos",
-    "vitamin", "volo", "vision_transformer_hybrid", "data2vec", "vjepa2", "step3p7", "mlcd", "llama4", "pixtral", "x_clip",
-    "yolos", "siglip2", "phi4_multimodal", "gemma4", "granite_docling", "janus", "dinov3_vit", "sapiens2",
+    "beit", "cait", "convit", "deepseek_vit", "eva", "gemma4_vit", "naflexvit", "qwen3_vit", "vitamin", "volo",
+    "vision_transformer_relpos", "vision_transformer_hybrid",
 }  # fmt: skip
 
 
-def entries() -> Iterator[Entry]:
-    """The models of the census that are written down."""
-    seen: set[tuple[str, str]] = set()
+def entries() -> dict[str, Entry]:
+    """The models of the census that are written down, by names that differ."""
     timm = [*census_timm.flat(), *census_timm.volo(), *census_timm.naflex_dict()]
-    transformers = [
-        *census_transformers.supported(),
-        *census_transformers.uncovered(),
-        *census_transformers.composites(),
-    ]
-    for entry in (*timm, *transformers, *census_torchvision.supported()):
-        kind = (entry.library, entry.family)
-        composite = entry in transformers[-17:]
-        if kind in seen and not composite:
-            continue
+    others = [*census_transformers.supported(), *census_transformers.uncovered(), *census_torchvision.supported()]
+    kinds: dict[tuple[str, str], Entry] = {}
+    for entry in (*timm, *others):
         if entry.library != "timm" or entry.family in FAMILIES:
-            seen.add(kind)
-            yield entry
+            kinds.setdefault((entry.library, entry.family), entry)
+    found: dict[str, Entry] = {}
+    for entry in (*kinds.values(), *census_transformers.composites()):
+        number = sum(other.name == entry.name for other in found.values())
+        found[f"{entry} {number}" if number else str(entry)] = entry
+    return found
 
 
 def record() -> tuple[dict[str, Tensor], list[str]]:
@@ -125,11 +119,11 @@ def record() -> tuple[dict[str, Tensor], list[str]]:
     left_out: list[str] = []
     for case in ALL:
         found |= {f"{case}: {name}": value for name, value in of_case(case).items()}
-    for entry in entries():
+    for key, entry in entries().items():
         try:
-            found |= {f"{entry}: {name}": value for name, value in of_entry(entry).items()}
+            found |= {f"{key}: {name}": value for name, value in of_entry(entry).items()}
         except Exception as error:
-            left_out.append(f"{entry}: {type(error).__name__}: {str(error)[:90]}")
+            left_out.append(f"{key}: {type(error).__name__}: {str(error)[:90]}")
     return found, left_out
 
 
