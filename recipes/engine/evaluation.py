@@ -68,9 +68,7 @@ def kept_ratios(model: nn.Module) -> list[float]:
     trace = None if sparsifier is None else sparsifier.trace
     if not isinstance(trace, tokenprune.Trace):
         return []
-    if trace.execution == "mask":
-        return [float(keep.mean()) for keep in trace.keep]
-    return [indices.shape[1] / trace.num_patches for indices in trace.indices]
+    return [float(keep.mean()) for keep in trace.keep]
 
 
 def is_sparsified(model: nn.Module) -> bool:
