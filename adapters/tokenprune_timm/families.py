@@ -96,5 +96,5 @@ class GridTokens(Adaptation):
         return replace_output_tokens(output, self._as_grid(output_tokens(output)))
 
     def _as_grid(self, tokens: Tensor) -> Tensor:
-        rows, columns = self._grid
-        return tokens.unflatten(1, (rows, columns) if tokens.shape[1] == rows * columns else (1, -1))
+        rows, columns = self._grid if tokens.shape[1] == self._grid[0] * self._grid[1] else (1, tokens.shape[1])
+        return tokens.view(tokens.shape[0], rows, columns, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -10,6 +11,7 @@ from torch import nn
 
 from tokenprune.backbones.adaptations import Adaptation
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.tokens import Layout
 
 Downstream = Literal["pooled", "all tokens", "any number"]
 
@@ -75,6 +77,43 @@ class Backbone:
     def num_prefix_at(self, index: int) -> int:
         """The prefix tokens in the sequence that block ``index`` gets; behind the last block, that of its output."""
         return self.num_prefix_tokens + sum(adaptation.num_late_prefix(index) for adaptation in self.adaptations)
+
+    def layout_at(self, layout: Layout, block: int) -> Layout:
+        """A layout as block ``block`` gets it: with the prefix tokens that have joined by then."""
+        return layout._replace(num_prefix=self.num_prefix_at(block))
+
+    def attention_layouts(self, layout: Layout, block: int) -> list[Layout]:
+        """The sequence that a block gets, and those that it attends over instead."""
+        own = self.layout_at(layout, block)
+        return [own, *(other for adaptation in self.adaptations for other in adaptation.attention_layouts(own))]
+
+    def tail_layouts(self, layout: Layout) -> list[Layout]:
+        """The sequence behind the last block, and those that the model makes of it there."""
+        patches, without_suffix = layout._replace(num_prefix=0, num_suffix=0), layout._replace(num_suffix=0)
+        made = [other for adaptation in self.adaptations for other in adaptation.tail_layouts(layout)]
+        return [patches, layout, without_suffix, *made]
+
+    def grid_of(self, num_patches: int, image_size: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Rows and columns of the patches of an image.
+
+        Args:
+            num_patches: N.
+            image_size: Its height and width in pixels, ``None`` where unknown.
+
+        Returns:
+            ``None`` where so many patches make no grid that is known.
+        """
+        if image_size is not None and self.patch_size is not None:
+            (height, width), (patch_height, patch_width) = image_size, self.patch_size
+            for grid in (
+                (height // patch_height, width // patch_width),
+                (-(-height // patch_height), -(-width // patch_width)),  # images padded to whole patches
+            ):
+                if grid[0] * grid[1] == num_patches:
+                    return grid
+            return None
+        fits = self.grid_size is not None and math.prod(self.grid_size) == num_patches
+        return self.grid_size if fits else None
 
     @property
     def summary_obstacles(self) -> tuple[str, ...]:

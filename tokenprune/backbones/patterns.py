@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from einops import repeat
 from torch import Tensor
 
@@ -62,6 +63,25 @@ def gather_mask(mask: Tensor, kept: Tensor) -> Tensor:
     """
     mask = mask[(None,) * (4 - mask.dim())]
     return gather_tokens(mask, "b h n m -> b h n m" if sizes(mask)[2] > 1 else "b h i m -> b h i m", kept)
+
+
+def open_mask(mask: Tensor, start: int, number: int) -> Tensor:
+    """A boolean mask with further tokens, which see and are seen by all that any token sees.
+
+    Args:
+        mask: Broadcastable to (B, H, K, K), ``True`` = may attend.
+        start: In front of which token they are to stand.
+        number: S, how many.
+
+    Returns:
+        (…, K + S or 1, K + S).
+    """
+    for axis in (-1, -2) if sizes(mask)[-2] > 1 else (-1,):
+        shape = [*sizes(mask)]
+        shape[axis] = number
+        before, behind = mask.narrow(axis, 0, start), mask.narrow(axis, start, sizes(mask)[axis] - start)
+        mask = torch.cat([before, mask.new_ones(shape), behind], dim=axis)
+    return mask
 
 
 def axes(pattern: str) -> tuple[list[str], list[str]]:

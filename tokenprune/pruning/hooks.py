@@ -9,9 +9,7 @@ pruning, K tokens of the sequence as it is, C channels.
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -20,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenprune.backbones.adaptations import Adaptation, Removed, Scope
+from tokenprune.backbones.adaptations import Removed, Scope
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
-from tokenprune.backbones.patterns import besides_tokens, names_with_entries
 from tokenprune.errors import InterceptionError, StateError
-from tokenprune.pruning.attention_recorder import AttentionRecorder
+from tokenprune.pruning.attention_scopes import AttentionScopes
 from tokenprune.pruning.executions import AUTO, Execution, default_execution, execution_class
 from tokenprune.pruning.plan import Plan
+from tokenprune.pruning.recomputation import State, recomputing, remember
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.stage import Stage
 from tokenprune.pruning.trace import Trace
@@ -50,18 +48,6 @@ class _Place(NamedTuple):
     starts: bool
     awaited_by: int | None
     names: tuple[str, ...]
-
-
-class _State(NamedTuple):
-    """What a block finds decided when it runs; kept for activation checkpointing, which runs it once more.
-
-    Attributes:
-        selections: Those of the stages in front of it.
-        summaries: (B, S, C), summary tokens that go from block to block beside the sequence; ``None`` if none do.
-    """
-
-    selections: tuple[Selection, ...] = ()
-    summaries: Tensor | None = None
 
 
 class PruningHooks(nn.Module):
@@ -141,24 +127,18 @@ class PruningHooks(nn.Module):
         )
         self._executions: dict[str, Execution] = {}
         self._running: Execution | None = None
-        self._recorder = AttentionRecorder(class_token=backbone.class_token)
-        self._around_attention = tuple(
-            one for one in backbone.adaptations if type(one).around_attention is not Adaptation.around_attention
-        )
-        self._scopes: list[Scope] = []
-        self._recorded: list[Tensor] = []
+        self._scopes = AttentionScopes(backbone)
         self._tail: Interception | None = None
         self._in_tower = False
         self._attended = False
         self._image_size: tuple[int, int] | None = None
         self._grad_enabled = False
         self._everything: Tensor | None = None
-        self._entry = _State()
-        self._state = _State()
-        self._recomputed = _State()
+        self._entry = State()
+        self._state = State()
+        self.recomputed = State()
 
-    _LIVE = ("trace", "_executions", "_running", "_recorder", "_around_attention", "_scopes", "_recorded", "_tail",
-             "_everything", "_entry", "_state", "_recomputed")  # fmt: skip
+    _LIVE = ["trace", "_executions", "_running", "_scopes", "_tail", "_everything", "_entry", "_state", "recomputed"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._LIVE}
@@ -170,18 +150,13 @@ class PruningHooks(nn.Module):
 
     def _selection(self, stage: int) -> Selection | None:
         """What is in force behind a stage; ``None`` in front of the first one, and in a pass without pruning."""
-        selections = (self._recomputed if _recomputing() else self._state).selections
+        selections = (self.recomputed if recomputing() else self._state).selections
         return selections[stage] if self._running is not None and 0 <= stage < len(selections) else None
 
     def _full_layout(self, block: int) -> Layout:
         """The sequence that a block would get had nothing been pruned."""
         assert self.trace is not None
-        return self.trace.start.layout._replace(num_prefix=self.backbone.num_prefix_at(block))
-
-    def _layouts(self, selection: Selection, block: int) -> list[Layout]:
-        """The sequence that a block gets, and those that it attends over besides."""
-        layout = selection.layout._replace(num_prefix=self.backbone.num_prefix_at(block))
-        return [layout, *(other for one in self.backbone.adaptations for other in one.attention_layouts(layout))]
+        return self.backbone.layout_at(self.trace.start.layout, block)
 
     # What adaptations ask
 
@@ -197,7 +172,7 @@ class PruningHooks(nn.Module):
 
     def mask_weights(self, weights: Tensor) -> Tensor | None:
         """Finished attention weights (B, K, K, H) with those of pruned tokens at 0; ``None`` where all are seen."""
-        return None if self._running is None or not self._scopes else self._running.mask_weights(weights)
+        return None if self._running is None or not self._scopes.entered else self._running.mask_weights(weights)
 
     def drops(self) -> bool:
         """Whether tokens are missing behind a block, for good."""
@@ -237,9 +212,9 @@ class PruningHooks(nn.Module):
         return self.backbone.downstream == "any number" and not self._restores
 
     def _before_first_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _recomputing():
+        if recomputing():
             return
-        self.trace, self._running, self._state = None, None, _State()
+        self.trace, self._running, self._state = None, None, State()
         if not self.enabled:
             return
         backbone, tokens = self.backbone, find_tokens(block, args, kwargs)
@@ -266,31 +241,16 @@ class PruningHooks(nn.Module):
                 f"{default_execution(training=False)!r}, in which scorers do not learn."
             )
         running.begin()
-        self._leave_scopes()
+        self._scopes.close()
         layout = Layout(backbone.num_prefix_tokens, num_patches, num_suffix=backbone.num_suffix_tokens)
         self._running = running
         self.trace = Trace(
             execution=name,
             start=Selection(layout, all_kept=True),
             num_prefix_tokens=backbone.num_prefix_at(len(backbone.blocks)),
-            grid=self._grid(num_patches),
+            grid=backbone.grid_of(num_patches, self._image_size),
             restored=self._restores,
         )
-
-    def _grid(self, num_patches: int) -> tuple[int, int] | None:
-        backbone = self.backbone
-        if self._image_size is not None and backbone.patch_size is not None:
-            (height, width), (patch_height, patch_width) = self._image_size, backbone.patch_size
-            for grid in (
-                (height // patch_height, width // patch_width),
-                (-(-height // patch_height), -(-width // patch_width)),  # images padded to whole patches
-            ):
-                if grid[0] * grid[1] == num_patches:
-                    return grid
-            return None
-        if backbone.grid_size is not None and math.prod(backbone.grid_size) == num_patches:
-            return backbone.grid_size
-        return None
 
     def _before_block(
         self, place: _Place, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -299,12 +259,12 @@ class PruningHooks(nn.Module):
         running, trace = self._running, self.trace
         if running is None or trace is None:
             return None
-        recomputing = _recomputing()
-        self._check_recomputed(running, block, recomputing)
+        again = recomputing()
+        self._check_recomputed(running, block)
         if not place.starts and not self._restores:
             return self._side_inputs(place, running, args, kwargs)
         given = tokens = find_tokens(block, args, kwargs)  # (B, K, C)
-        state = self._recomputed if recomputing else self._state
+        state = self.recomputed if again else self._state
         before = trace.start
         if place.stage > 0 or not place.starts:
             before = state.selections[place.stage - 1 if place.starts else place.stage]
@@ -312,7 +272,7 @@ class PruningHooks(nn.Module):
             tokens = self._resume(place, running, tokens, before, state)
         if place.starts:
             self._check_grad(block)
-            before = before._replace(layout=self._layouts(before, place.block)[0])
+            before = before._replace(layout=self.backbone.layout_at(before.layout, place.block))
             tokens, selection = cast(Stage, self.stages[place.stage]).prune(
                 tokens,
                 before,
@@ -320,19 +280,19 @@ class PruningHooks(nn.Module):
                 trace,
                 num_keep=self._plan.num_keep(trace.num_patches)[place.stage],
                 probability=self._plan.keep_probabilities[place.stage],
-                attention=state.selections[place.stage].attention if recomputing else self._take_recorded(),
+                attention=state.selections[place.stage].attention if again else self._scopes.take_recorded(),
             )
-            if not recomputing:
+            if not again:
                 self._state = self._state._replace(selections=(*self._state.selections, selection))
                 trace.selections.append(selection)
         if tokens is not given:
             args, kwargs = replace_tokens(args, kwargs, tokens)
         return self._side_inputs(place, running, args, kwargs) or (args, kwargs)
 
-    def _resume(self, place: _Place, running: Execution, tokens: Tensor, before: Selection, state: _State) -> Tensor:
+    def _resume(self, place: _Place, running: Execution, tokens: Tensor, before: Selection, state: State) -> Tensor:
         """Of all tokens (B, L, C) those that a block runs on, summary tokens included; the others wait."""
         self._everything, self._entry = tokens, state
-        layout = before.layout._replace(num_prefix=self.backbone.num_prefix_at(place.block), num_summary=0)
+        layout = self.backbone.layout_at(before.layout, place.block)._replace(num_summary=0)
         tokens = running.resume(tokens, before, self._full_layout(place.block))
         return tokens if state.summaries is None else layout.with_summaries(tokens, state.summaries)
 
@@ -344,72 +304,41 @@ class PruningHooks(nn.Module):
         if selection is None:
             return None
         full = self._full_layout(place.block)
-        if selection.layout.num_summary:
-            images = find_tokens(self.backbone.blocks[place.block], args, kwargs).shape[0]
-            inputs = besides_tokens(args, kwargs, place.names)
-            names = names_with_entries(inputs, self.backbone.token_inputs, full, images)
-            if names:
-                raise StateError(
-                    f"{type(self.backbone.blocks[place.block]).__name__} is given {', '.join(names)} with an entry for "
-                    "each token, and a summary token of several has none; choose a reduction that adds no token, such "
-                    "as pruned='merge', 'drop' or 'preserve'."
-                )
         return running.side_inputs(args, kwargs, place.names, selection, full)
 
     def _before_attention(self, place: _Place, attention: nn.Module, args: tuple[Any, ...]) -> None:
         running, trace = self._running, self.trace
         if running is None or trace is None:
             return
-        if not running.intercepts and place.awaited_by is None and not self._around_attention:
+        if not running.intercepts and place.awaited_by is None and not self._scopes.adapting:
             return
-        selection = self._selection(place.stage)
+        selection, layouts = self._selection(place.stage), self.backbone.attention_layouts
         scopes: list[Scope] = []
         if selection is not None:
-            masking = running.attention(selection, self._layouts(selection, place.block))
+            masking = running.attention(selection, layouts(selection.layout, place.block))
             if masking is not None:
                 self._check_grad(attention)
                 self._attended = True
                 scopes.append(masking)
         if place.awaited_by is not None and self._asks(place.awaited_by):
             seen = trace.start if selection is None else selection
-            scopes.append(self._recorder.prepare(seen, self._layouts(seen, place.block)))
-        if self._around_attention and selection is not None and selection.indices is not None and running.removes:
-            self._check_recomputed(running, attention, _recomputing())
+            scopes.append(self._scopes.recorder(seen, layouts(seen.layout, place.block)))
+        if self._scopes.adapting and selection is not None and selection.indices is not None and running.removes:
+            self._check_recomputed(running, attention)
             full = self._full_layout(place.block)
             removed = Removed(full.positions(selection.indices), full.length, running.gathered())
-            found = (one.around_attention(attention, removed) for one in self._around_attention)
-            scopes += [scope for scope in found if scope is not None]
-        for scope in scopes:
-            scope.enter()
-        self._scopes = scopes
+            scopes += self._scopes.of_adaptations(attention, removed)
+        if scopes:
+            self._scopes.enter(scopes)
 
     def _after_attention(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._scopes:
-            return
-        scopes = self._leave_scopes()
-        if output is None:  # an exception is passing through
-            return
-        for scope in scopes:
-            scope.check(attention)
-            if scope is self._recorder:
-                self._recorded += self._recorder.recorded
-
-    def _leave_scopes(self) -> list[Scope]:
-        """Leave what was entered in front of attention, the last one first."""
-        scopes, self._scopes = self._scopes, []
-        for scope in reversed(scopes):
-            scope.leave()
-        return scopes
+        if self._scopes.entered:
+            self._scopes.leave(attention, failed=output is None)  # None: an exception is passing through
 
     def _asks(self, stage: int) -> bool:
         """Whether a stage's scorer will be asked in this pass; what it was told is kept for recomputations."""
         asked = self._plan.keep_probabilities[stage] < 1 and cast(Stage, self.stages[stage]).scorer.needs_attention
-        return asked and not _recomputing()
-
-    def _take_recorded(self) -> Tensor | None:
-        """(B, m), what each patch token received where attention was recorded last; ``None`` where it was not."""
-        recorded, self._recorded = self._recorded, []
-        return torch.stack(recorded).mean(dim=0) if recorded else None
+        return asked and not recomputing()
 
     def _after_block(self, place: _Place, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         running = self._running
@@ -424,22 +353,19 @@ class PruningHooks(nn.Module):
         if not selection.all_kept and not torch.compiler.is_compiling():
             if running.intercepts:
                 self._check_attended(block)
-            if running.trains and tokens.requires_grad:
-                # This gradient is the first thing known of the block in the backward pass, so a block
-                # that is recomputed there finds the decisions of the forward pass it belongs to, even
-                # if another one in training has run since. The reference is weak: a hook lives as long as the graph.
-                state = self._recomputed if _recomputing() else self._state
-                upto = _State(state.selections[: place.stage + 1], self._entry.summaries if self._restores else None)
-                tokens.register_hook(partial(_remember, weakref.ref(self), upto))
+            if running.trains:
+                state = self.recomputed if recomputing() else self._state
+                found = State(state.selections[: place.stage + 1], self._entry.summaries if self._restores else None)
+                remember(self, tokens, found)
         return None if tokens is given else replace_output_tokens(output, tokens)
 
     def _restore(self, place: _Place, running: Execution, tokens: Tensor, selection: Selection) -> Tensor:
         """All tokens (B, L, C) behind a block: those it gave (B, K, C), and the others as they waited."""
         everything, self._everything = self._everything, None
         assert everything is not None
-        layout = selection.layout._replace(num_prefix=self.backbone.num_prefix_at(place.block))
+        layout = self.backbone.layout_at(selection.layout, place.block)
         if layout.num_summary:
-            if not _recomputing():
+            if not recomputing():
                 self._state = self._state._replace(summaries=layout.summaries(tokens))
             tokens = layout.without_summaries(tokens)
         return running.restore(tokens, selection, everything, self._full_layout(place.block))
@@ -453,14 +379,14 @@ class PruningHooks(nn.Module):
         self._attended = False
 
     def _after_last_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if _recomputing():
+        if recomputing():
             return
         if self.backbone.final_norm is None:
             self._record_tokens(output_tokens(output))
         running, trace = self._running, self.trace
         if running is None or trace is None or self._restores:
             return
-        tail = running.tail(trace.selections[-1], self._tail_layouts(trace.layout))
+        tail = running.tail(trace.selections[-1], self.backbone.tail_layouts(trace.layout))
         if tail is None:
             return
         if self._in_tower:
@@ -474,12 +400,6 @@ class PruningHooks(nn.Module):
                 stacklevel=2,
             )
 
-    def _tail_layouts(self, layout: Layout) -> list[Layout]:
-        """The sequence behind the last block, and those that the tail may make of it."""
-        patches = layout._replace(num_prefix=0, num_suffix=0)
-        made = [other for one in self.backbone.adaptations for other in one.tail_layouts(layout)]
-        return [patches, layout, layout._replace(num_suffix=0), *made]
-
     def _after_final_norm(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._record_tokens(output)
 
@@ -490,22 +410,19 @@ class PruningHooks(nn.Module):
 
     def _close(self) -> None:
         """Leave what is still entered: the tail's as a rule, a block's after an interrupted pass."""
-        self._leave_scopes()
+        self._scopes.close()
         tail, self._tail = self._tail, None
         if tail is not None:
             tail.leave()
-        self._recorded, self._everything, self._entry = [], None, _State()
+        self._everything, self._entry = None, State()
 
-    def _check_recomputed(self, running: Execution, module: nn.Module, recomputing: bool) -> None:
-        if recomputing and not running.trains:  # what is left is that of the latest forward pass, maybe another one
+    def _check_recomputed(self, running: Execution, module: nn.Module) -> None:
+        if not running.trains and recomputing():  # what is left is that of the latest pass, maybe another one
+            assert self.trace is not None
             raise StateError(
-                f"activation checkpointing runs {type(module).__name__} again in {self.trace_name()} execution; train "
-                f"in {default_execution(training=True)} execution, or without checkpointing."
+                f"activation checkpointing runs {type(module).__name__} again in {self.trace.execution} execution; "
+                f"train in {default_execution(training=True)} execution, or without checkpointing."
             )
-
-    def trace_name(self) -> str:
-        """The name of the execution of the last pass."""
-        return "dense" if self.trace is None else self.trace.execution
 
     def _check_grad(self, module: nn.Module) -> None:
         if self._in_tower and self._grad_enabled and not torch.is_grad_enabled():
@@ -513,14 +430,3 @@ class PruningHooks(nn.Module):
                 f"{type(module).__name__} runs without gradients inside a forward pass with them: re-entrant "
                 "activation checkpointing loses the gradients of the keep decisions. Use use_reentrant=False."
             )
-
-
-def _remember(hooks: weakref.ref[PruningHooks], state: _State, grad: Tensor) -> None:
-    alive = hooks()
-    if alive is not None:
-        alive._recomputed = state
-
-
-def _recomputing() -> bool:
-    """Whether a backward pass is running, in which activation checkpointing runs blocks again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenprune.backbones.patterns import (
@@ -19,9 +20,12 @@ from tokenprune.backbones.patterns import (
     axes,
     gather_mask,
     gather_tokens,
+    open_mask,
     pattern_of,
     token_axis,
 )
+from tokenprune.errors import StateError
+from tokenprune.pruning.selection import Selection
 from tokenprune.tokens import Layout, sizes
 
 
@@ -45,44 +49,73 @@ class SideInputs:
         return tuple(result for source, result in self._gathered if result is not source)
 
     def gather(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], indices: Tensor, full: Layout
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], selection: Selection, full: Layout
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A block's arguments with everything that has an entry a token gathered for those left.
+        """A block's arguments with everything that has an entry a token for the tokens of the sequence as it is.
 
         Args:
             args: Positional arguments; the first one is the tokens, and stays.
             kwargs: Keyword arguments; without positional ones, the first tensor is the tokens.
             names: The names of the block's parameters, in order.
-            indices: (B, n) int64, the patch tokens that are left.
+            selection: What is left; all tokens, where it has no ``indices``.
             full: The sequence before any pruning.
+
+        Raises:
+            StateError: There are summary tokens, and something has an entry a token that these cannot have.
         """
         tokens = None if args else next(name for name, value in kwargs.items() if isinstance(value, Tensor))
         gathered = tuple(
-            value if index == 0 else self._gather(value, names[index] if index < len(names) else "", indices, full)
+            value if index == 0 else self._gather(value, names[index] if index < len(names) else "", selection, full)
             for index, value in enumerate(args)
         )
         return gathered, {
-            name: value if name == tokens else self._gather(value, name, indices, full)
+            name: value if name == tokens else self._gather(value, name, selection, full)
             for name, value in kwargs.items()
         }
 
-    def _gather(self, value: Any, name: str, indices: Tensor, full: Layout) -> Any:
+    def _gather(self, value: Any, name: str, selection: Selection, full: Layout) -> Any:
         if isinstance(value, (tuple, list)):
-            return type(value)(self._gather(item, name, indices, full) for item in value)
+            return type(value)(self._gather(item, name, selection, full) for item in value)
         if not isinstance(value, Tensor):
             return value
         for source, result in self._gathered:
             if source is value:
                 return result
-        result = self._entries(value, name, indices, full)
+        result = self._entries(value, name, selection, full)
         self._gathered.append((value, result))
         return result
 
-    def _entries(self, value: Tensor, name: str, indices: Tensor, full: Layout) -> Tensor:
-        positions = {full.length: lambda: full.positions(indices), full.num_patches: lambda: indices}
-        pattern = pattern_of(value, name, self.patterns, full, sizes(indices)[0])
+    def _entries(self, value: Tensor, name: str, selection: Selection, full: Layout) -> Tensor:
+        indices = selection.indices
+        decided = selection.keep if indices is None else indices
+        assert decided is not None
+        pattern = pattern_of(value, name, self.patterns, full, sizes(decided)[0])
         if pattern is None:
             return value
+        if selection.layout.num_summary:
+            _check_open(value, name, pattern)
         if pattern == MASK:
-            return gather_mask(value, positions[full.length]())
-        return gather_tokens(value, pattern, positions[sizes(value)[token_axis(axes(pattern)[0])]]())
+            mask = value if indices is None else gather_mask(value, full.positions(indices))
+            start = full.num_prefix + selection.layout.num_patches
+            number = selection.layout.num_summary
+            return open_mask(mask, start, number) if number else mask
+        if indices is None:
+            return value
+        for_all = sizes(value)[token_axis(axes(pattern)[0])] == full.length
+        return gather_tokens(value, pattern, full.positions(indices) if for_all else indices)
+
+
+def _check_open(value: Tensor, name: str, pattern: str) -> None:
+    """Refuse what has an entry a token other than a mask that hides nothing, in which summary tokens are seen as well.
+
+    Raises:
+        StateError: It says what it is.
+    """
+    known = not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    if pattern == MASK and value.dtype == torch.bool and (not known or bool(value.all())):
+        return
+    what = "hides some tokens" if pattern == MASK and value.dtype == torch.bool else "has an entry for each token"
+    raise StateError(
+        f"the blocks are given {name!r}, which {what}, and a token that is the summary of several has none; choose a "
+        "reduction that adds no token, such as pruned='merge', 'drop' or 'preserve'."
+    )

@@ -69,10 +69,7 @@ class Gather(Execution):
     def side_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], selection: Selection, full: Layout
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if selection.all_kept or len(args) + len(kwargs) == 1:  # tokens alone
-            return None
-        assert selection.indices is not None
-        return self._inputs.gather(args, kwargs, names, selection.indices, full)
+        return None if selection.all_kept else self._inputs.gather(args, kwargs, names, selection, full)
 
     def gathered(self) -> tuple[Tensor, ...]:
         return self._inputs.tables()

@@ -19,6 +19,7 @@ from tokenprune.pruning.executions.masked_output import without_pruned
 from tokenprune.pruning.executions.masked_tail import MaskedTail
 from tokenprune.pruning.sampling import sample, top_k
 from tokenprune.pruning.selection import Selection
+from tokenprune.pruning.side_inputs import SideInputs
 from tokenprune.pruning.trace import Trace
 from tokenprune.tokens import Layout, select
 
@@ -37,6 +38,10 @@ class Mask(Execution):
         super().__init__(backbone)
         self._attention = BlockAttention()
         self._tail = MaskedTail()
+        self._inputs = SideInputs(backbone.token_inputs)
+
+    def begin(self) -> None:
+        self._inputs.forget()
 
     def keeps_all(self, num_keep: int, probability: float, before: Selection) -> bool:
         return probability == 1.0
@@ -52,6 +57,7 @@ class Mask(Execution):
         else:
             chosen = top_k(scores.detach(), before.keep, num_keep)
             keep = torch.zeros_like(scores).scatter(1, chosen, 1.0)
+        self._inputs.forget()
         return before._replace(keep=keep, all_kept=False)
 
     def remove(self, tokens: Tensor, before: Selection, selection: Selection) -> Tensor:
@@ -68,6 +74,13 @@ class Mask(Execution):
             patches = full.patches(tokens)
             everything = full.with_patches(everything, select(patches, selection.hosts))
         return tokens * kept + everything * (1 - kept)
+
+    def side_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], selection: Selection, full: Layout
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not selection.layout.num_summary:
+            return None
+        return self._inputs.gather(args, kwargs, names, selection, full)
 
     def attention(self, selection: Selection, layouts: Sequence[Layout]) -> Interception | None:
         return None if selection.all_kept else self._attention.prepare(selection, layouts)
