@@ -69,13 +69,14 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 		--build-constraint $(CONSTRAINTS)
 	touch $(READY)
 
-# Every lower bound in pyproject.toml, as the version itself.
-$(OLDEST_READY): pyproject.toml
+# Every lower bound in pyproject.toml, as the version itself, and the tested build tools.
+$(OLDEST_READY): pyproject.toml $(CONSTRAINTS)
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet pip --constraint $(CONSTRAINTS)
 	grep -oE '"[A-Za-z0-9_-]+(\[[a-z]+\])?>=[0-9a-z.]+' pyproject.toml | sed -E 's/"//; s/\[.*\]//; s/>=/==/' \
 		> $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet --editable ".[all,test]" --constraint $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --editable ".[all,test]" --constraint $(OLDEST)/constraints.txt \
+		--build-constraint $(CONSTRAINTS)
 	touch $(OLDEST_READY)
 
 # Today's newest versions: whenever it is asked for, since tomorrow there are others.
