@@ -12,7 +12,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,17 @@ class PruningHooks(nn.Module):
         self._state = State()
         self.recomputed = State()
 
-    _LIVE = ["trace", "_executions", "_running", "_scopes", "_tail", "_everything", "_entry", "_state", "recomputed"]
+    _LIVE: ClassVar[list[str]] = [
+        "trace",
+        "_executions",
+        "_running",
+        "_scopes",
+        "_tail",
+        "_everything",
+        "_entry",
+        "_state",
+        "recomputed",
+    ]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._LIVE}
