@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import tokenprune
 from tests.zoo import BY_NAME, Case, hook_counts
-from tokenprune import exporting
+from tokenprune.saving import export as exporting
 
 TOLERANCE = 1e-4
 """Single precision in other kernels: rounding gives some 1e-6 of logits of about 1, another token kept some 1e-3."""
