@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+# Their assertions say what was compared, as those of test files do.
+pytest.register_assert_rewrite("tests.census", "tests.helpers")
 torch.set_num_threads(1)
 
 
@@ -43,7 +45,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             recorded[name].append(fields)
     if not recorded:
         return
-    from tests.supported_models import counts, write
+    from tests.helpers.supported_models import counts, write
 
     terminalreporter.section("census")
     for line in counts(recorded):

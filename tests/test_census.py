@@ -15,9 +15,13 @@ import pytest
 import torch
 
 import tokenprune
-from tests import census_timm, census_torchvision, census_transformers
-from tests.census import KEEP_RATIO, STAGES, Entry, describe, is_older, prove, skip_what_older_releases_cannot_run
-from tests.zoo import hook_counts
+from tests.census import timm as census_timm
+from tests.census import timm_other_files, transformers_refused
+from tests.census import torchvision as census_torchvision
+from tests.census import transformers as census_transformers
+from tests.census.entry import KEEP_RATIO, STAGES, Entry, is_older, skip_what_older_releases_cannot_run
+from tests.census.proof import describe, prove
+from tests.helpers.zoo import hook_counts
 
 DISTINCT_TIMM = census_timm.distinct([*census_timm.flat(), *census_timm.volo(), *census_timm.naflex_dict()])
 _distinct_names = {entry.name for entry in DISTINCT_TIMM}
@@ -32,7 +36,7 @@ OTHERS = [
     *census_transformers.composites(),
     *census_torchvision.supported(),
 ]
-REFUSED = census_transformers.refused() + census_transformers.refused_composites()
+REFUSED = transformers_refused.refused() + transformers_refused.refused_composites()
 
 
 def names(entries: list[Entry]) -> list[str]:
@@ -101,7 +105,7 @@ def test_what_needs_every_token_or_has_no_flat_list_of_blocks_is_refused(entry: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", census_timm.other_files(), ids=str)
+@pytest.mark.parametrize("entry", timm_other_files.other_files(), ids=str)
 def test_every_other_file_of_timm_is_refused(entry: Entry, record_property: Any) -> None:
     record_property(f"refused {entry.library}", {"name": entry.name, "reason": refuse(entry)})
 
