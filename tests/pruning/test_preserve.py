@@ -20,6 +20,7 @@ from tests.census.timm import flat, volo
 from tests.census.transformers import composites, supported, uncovered
 from tests.helpers.gradients import assert_same_gradients, enable_checkpointing, gradients
 from tests.helpers.outputs import assert_close
+from tests.helpers.refusals import refused
 from tests.helpers.tolerances import CENSUS_MASK_EQUALS_GATHER, IDENTITY, MASK_EQUALS_GATHER
 from tests.helpers.zoo import (
     BY_NAME,
@@ -418,8 +419,6 @@ def test_with_tokens_dropped_what_needs_the_grid_says_what_to_do(method: str) ->
 
 
 def test_with_tokens_dropped_feature_wrappers_are_refused() -> None:
-    from tests.test_refusals import refused
-
     model = timm.create_model("vit_tiny_patch16_224", img_size=48, features_only=True)
     refused(model, tokenprune.UnsupportedModelError, 'feature maps, which need every token; pass pruned="preserve"')
     tokenprune.sparsify(model.model)
