@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import tokenprune
 from tests.census.entry import STAGES, Entry
-from tests.census.transformers import composites, language_models
+from tests.census.lookup import entry_of
+from tests.census.transformers import language_models
 from tests.census.transformers_inputs import GRID, IMAGE_TOKEN, NUM_PATCHES, prompt
 from tests.helpers.zoo import wide_scorers
 from tokenprune.analysis.verification import named_outputs
@@ -30,7 +31,7 @@ def block_lengths(model: nn.Module) -> list[int]:
 
 @pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel"])
 def test_image_embeddings(name: str) -> None:
-    entry = next(entry for entry in composites() if entry.name == name)
+    entry = entry_of(name)
     model, inputs = entry.model(), entry.example()
     images = {"pixel_values": inputs["pixel_values"]}
     with torch.no_grad():
@@ -87,7 +88,7 @@ def test_a_language_model_generates_from_fewer_image_tokens(entry: Entry) -> Non
 
 @pytest.mark.parametrize("layer", [-2, -3])
 def test_an_earlier_layer_gives_what_was_left_at_it(layer: int) -> None:
-    entry = language_models()[0]
+    entry = entry_of("LlavaForConditionalGeneration")
     model, inputs = entry.model(), entry.example()
     for part in model.modules():
         if hasattr(getattr(part, "config", None), "vision_feature_layer"):
@@ -103,7 +104,7 @@ def test_an_earlier_layer_gives_what_was_left_at_it(layer: int) -> None:
 
 
 def test_a_tower_is_trained_by_itself_and_serves_in_the_language_model() -> None:
-    entry = language_models()[0]
+    entry = entry_of("LlavaForConditionalGeneration")
     model, inputs = entry.model(), entry.example()
     tower = next(module for name, module in model.named_modules() if name.endswith("vision_tower"))
     tokenprune.sparsify(tower, STAGES, KEEP_RATIO).train()

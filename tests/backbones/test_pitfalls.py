@@ -12,16 +12,13 @@ import torch
 from torch import nn
 
 import tokenprune
-from tests.census.entry import STAGES, Entry, is_older
-from tests.census.timm import flat, volo
-from tests.census.transformers import supported
-from tests.census.transformers_refused import refused
+from tests.census.entry import STAGES, Entry
+from tests.census.hosts import is_older
+from tests.census.lookup import entry_of
 from tests.helpers.tolerances import CENSUS_MASK_EQUALS_GATHER
 from tests.helpers.zoo import BY_NAME
 from tokenprune.analysis.verification import named_outputs
 from tokenprune.backbones.adapters import describe
-
-BY_ENTRY = {entry.name: entry for entry in (*flat(), *volo(), *supported())}
 
 
 def verified(entry: Entry, keep_ratio: Any, **changes: Any) -> tokenprune.VerificationReport:
@@ -32,7 +29,7 @@ def verified(entry: Entry, keep_ratio: Any, **changes: Any) -> tokenprune.Verifi
 
 def test_convit_when_a_perfect_square_of_tokens_is_left() -> None:
     """Its attention takes the square root of their number for the side of a grid."""
-    entry = BY_ENTRY["convit_tiny"]
+    entry = entry_of("convit_tiny")
     assert tokenprune.Plan.build(depth=6, stages=STAGES, keep_ratio=(0.7, 0.45)).num_keep(36) == (25, 16)
     report = verified(entry, (0.7, 0.45))
     assert report.passed, str(report)
@@ -40,7 +37,7 @@ def test_convit_when_a_perfect_square_of_tokens_is_left() -> None:
 
 
 def test_vjepa_counts_positions_inside_of_attention() -> None:
-    entry = BY_ENTRY["VJEPA2ForVideoClassification"]
+    entry = entry_of("VJEPA2ForVideoClassification")
     assert verified(entry, 0.6).passed
     assert not verified(entry, 0.6, position_input=None).passed
 
@@ -78,11 +75,10 @@ def test_a_bias_is_interpolated_to_all_tokens_and_not_to_those_left(family: str,
 )
 def test_what_a_family_needs_is_needed(name: str, changes: dict[str, Any]) -> None:
     """A description without it fails, by a report or by an error, and never passes."""
-    if name not in BY_ENTRY and any(map(is_older, ("timm", "transformers"))):
-        pytest.skip("an older release does not have it")
-    assert verified(BY_ENTRY[name], 0.6).passed
+    entry = entry_of(name)
+    assert verified(entry, 0.6).passed
     try:
-        report = verified(BY_ENTRY[name], 0.6, **changes)
+        report = verified(entry, 0.6, **changes)
     except (RuntimeError, ValueError):
         return
     assert not report.passed
@@ -92,7 +88,7 @@ def test_what_a_family_needs_is_needed(name: str, changes: dict[str, Any]) -> No
     "name", ["vit_base_patch16_224", "eva02_base_patch14_224", "beit_base_patch16_224", "convit_tiny"]
 )
 def test_methods_that_would_scramble_channels_are_refused(name: str) -> None:
-    entry = BY_ENTRY[name]
+    entry = entry_of(name)
     model, images = entry.model(), entry.example()["x"]
     if not hasattr(model, "forward_intermediates") and is_older("timm"):
         pytest.skip("an older release does not have the method")
@@ -117,7 +113,7 @@ def test_flex_attention_is_never_silently_unmasked() -> None:
 
 
 def test_a_kernel_that_cannot_be_masked_and_no_other_is_refused() -> None:
-    entry = BY_ENTRY["BlipVisionModel"]  # has no SDPA attention
+    entry = entry_of("BlipVisionModel")  # has no SDPA attention
     model = entry.model()
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(
@@ -154,14 +150,14 @@ def test_attention_that_is_never_called_does_not_pass() -> None:
 
 
 def test_one_stage_of_a_hierarchy_is_not_taken_for_a_model() -> None:
-    entry = next(entry for entry in refused() if entry.name == "GroupViTVisionModel")
+    entry = entry_of("GroupViTVisionModel")
     with pytest.raises(tokenprune.UnsupportedModelError, match="is one of several stages"):
         tokenprune.sparsify(entry.model())
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "DINOv3ViTModel"])
 def test_looking_at_a_model_leaves_no_trace(name: str) -> None:
-    model = BY_ENTRY[name].model()
+    model = entry_of(name).model()
     model.train()
     modes = {module: module.training for module in model.modules()}
     state = torch.get_rng_state()
@@ -203,7 +199,7 @@ def test_a_transformer_encoder_of_torch_works_with_three_lines(norm_first: bool,
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "cait_xxs24_224"])
 def test_a_subclass_of_a_family_is_described_like_it(name: str) -> None:
-    entry = BY_ENTRY[name]
+    entry = entry_of(name)
     model = entry.model()
     model.__class__ = type("Mine", (type(model),), {"__module__": type(model).__module__})
     tokenprune.sparsify(model, STAGES, 0.6)
@@ -211,7 +207,7 @@ def test_a_subclass_of_a_family_is_described_like_it(name: str) -> None:
 
 
 def test_a_model_that_does_not_look_at_the_image_is_refused() -> None:
-    model = BY_ENTRY["vit_base_patch16_224"].model()
+    model = entry_of("vit_base_patch16_224").model()
     nn.init.zeros_(model.patch_embed.proj.weight)
     with pytest.raises(tokenprune.UnsupportedModelError, match="the same for every image"):
         tokenprune.sparsify(model)
@@ -226,7 +222,7 @@ def test_images_of_one_channel(name: str) -> None:
 
 
 def test_checkpointing_in_gather_execution_is_refused() -> None:
-    model = BY_ENTRY["vit_base_patch16_224"].model().train()
+    model = entry_of("vit_base_patch16_224").model().train()
     tokenprune.sparsify(model, STAGES, 0.6).tokenprune.execution = "gather"
     model.set_grad_checkpointing(True)
     output = model(torch.randn(2, 3, 48, 48))
@@ -236,7 +232,7 @@ def test_checkpointing_in_gather_execution_is_refused() -> None:
 
 def test_a_model_on_the_meta_device_is_refused() -> None:
     with torch.device("meta"):
-        model = BY_ENTRY["vit_base_patch16_224"].build()
+        model = entry_of("vit_base_patch16_224").build()
     with pytest.raises(tokenprune.UnsupportedModelError, match="on the meta device"):
         tokenprune.sparsify(model)
 
@@ -244,7 +240,7 @@ def test_a_model_on_the_meta_device_is_refused() -> None:
 @pytest.mark.parametrize("name", ["Siglip2VisionModel", "ViTForMaskedImageModeling"])
 def test_checkpointed_blocks_whose_tokens_are_put_back(name: str) -> None:
     """What puts them back is the first to ask for the block again, before any gradient of the block is known."""
-    entry = BY_ENTRY[name]
+    entry = entry_of(name)
     model, inputs = tokenprune.sparsify(entry.model(), STAGES, 0.6).train(), entry.example()
 
     def gradients() -> dict[str, torch.Tensor]:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.resources import files
 from typing import Any
 
-import pytest
 import torch
-from packaging.version import Version
-from torch import nn
+from torch import Tensor, nn
 
 STAGES, KEEP_RATIO, NUM_IMAGES = (1, 2), (0.6, 0.36), 3
 
@@ -38,33 +33,24 @@ class Entry:
     def __str__(self) -> str:
         return f"{self.library} {self.name}"
 
-    def model(self) -> nn.Module:
+    def model(self, *, double: bool = False) -> nn.Module:
         """The model in eval mode, every parameter drawn anew, so that no zero hides anything."""
         generator = torch.Generator().manual_seed(7)
         model = self.build().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        return model
+        return model.double() if double else model
 
-    def example(self) -> dict[str, Any]:
+    def example(self, *, double: bool = False) -> dict[str, Any]:
         """The same inputs every time."""
-        return self.inputs(NUM_IMAGES, torch.Generator().manual_seed(8))
+        inputs = self.inputs(NUM_IMAGES, torch.Generator().manual_seed(8))
+        return _doubled(inputs) if double else inputs
 
 
-def is_older(library: str) -> bool:
-    """Whether a library is older than the release whose models the census lists."""
-    listed = json.loads((files(f"tokenprune_{library}") / "supported.json").read_text(encoding="utf-8"))
-    return Version(version(library)) < Version(listed["library_version"])
-
-
-def skip_what_older_releases_cannot_run(entry: Entry) -> None:
-    """Skip a test where an older release cannot build a model, or run it unpruned."""
-    if not is_older(entry.library):
-        return
-    try:
-        with torch.no_grad():
-            entry.model()(**entry.example())
-    except Exception as error:
-        release = f"{entry.library} {version(entry.library)}"
-        pytest.skip(f"{release} does not run {entry.name} unpruned: {type(error).__name__}: {error}")
+def _doubled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _doubled(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_doubled(item) for item in value]
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -58,7 +58,7 @@ def of_case(case: Case) -> dict[str, Tensor]:
 
 def of_entry(entry: Entry) -> dict[str, Tensor]:
     """What a model of the census puts out, in both executions."""
-    model, inputs = entry.model().double(), _doubled(entry.example())
+    model, inputs = entry.model(double=True), entry.example(double=True)
     tokenprune.sparsify(model, STAGES, KEEP_RATIO)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
@@ -70,14 +70,6 @@ def of_entry(entry: Entry) -> dict[str, Tensor]:
             outputs = _tensors(model(**inputs))
             found |= {f"{execution} {name}": spread(value) for name, value in outputs.items()}
     return found
-
-
-def _doubled(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _doubled(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_doubled(item) for item in value]
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _tensors(value: Any, name: str = "output") -> dict[str, Tensor]:
