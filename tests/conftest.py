@@ -14,6 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+# Their assertions say what was compared, as those of test files do.
+pytest.register_assert_rewrite("tests.census", "tests.helpers")
+from tests.census.entry import Entry
+from tests.census.hosts import skip_host_fault, summary
+
 torch.set_num_threads(1)
 
 
@@ -31,22 +36,33 @@ def _no_accelerator_is_left() -> Iterator[None]:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(autouse=True)
+def _its_library_runs_it(request: pytest.FixtureRequest, _seed: None) -> None:
+    """Of a model of the census nothing is proved where its own library cannot run it."""
+    callspec = getattr(request.node, "callspec", None)
+    entry = callspec.params.get("entry") if callspec else None
+    if isinstance(entry, Entry):
+        skip_host_fault(entry)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-supported", action="store_true", help="write what the census proved beside the adapters")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Count what the census proved in this run, and write it where asked."""
+    """Count what the census proved in this run and what it could not, and write it where asked."""
     recorded: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for report in terminalreporter.stats.get("passed", []):
         for name, fields in report.user_properties:
             recorded[name].append(fields)
-    if not recorded:
+    skipped = [report.longrepr for report in terminalreporter.stats.get("skipped", [])]
+    faults = [*summary(reason[-1] for reason in skipped if isinstance(reason, tuple))]
+    if not recorded and not faults:
         return
-    from tests.supported_models import counts, write
+    from tests.helpers.supported_models import counts, write
 
     terminalreporter.section("census")
-    for line in counts(recorded):
+    for line in (*counts(recorded), *faults):
         terminalreporter.write_line(line)
     if config.getoption("--write-supported"):
         write(recorded)

@@ -13,8 +13,8 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from tests import supported_models
-from tests.official import Layout
+from tests.helpers import supported_models
+from tests.helpers.official import Layout
 from tokenprune.cli import app as cli
 from tokenprune.scorers import base
 
@@ -98,7 +98,7 @@ def test_commands_on_the_pages_exist() -> None:
 
 
 def test_the_page_of_supported_models_is_up_to_date() -> None:
-    assert supported_models.PAGE.read_text() == supported_models.page(), "run python -m tests.supported_models"
+    assert supported_models.PAGE.read_text() == supported_models.page(), "run python -m tests.helpers.supported_models"
 
 
 def test_links_between_pages_lead_somewhere() -> None:

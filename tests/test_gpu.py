@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import tokenprune
-from tests.test_functional import formula, tensors
-from tests.test_protocol import assert_close
-from tests.tolerances import FORMULA, MASK_EQUALS_GATHER
-from tests.zoo import BY_NAME, Case, every_model, some_models
+from tests.helpers.masked_attention import formula, tensors
+from tests.helpers.outputs import assert_close
+from tests.helpers.tolerances import FORMULA, MASK_EQUALS_GATHER
+from tests.helpers.zoo import BY_NAME, Case, every_model, some_models
 from tokenprune.functional import masked_attention
 
 DEVICE = os.environ.get("TOKENPRUNE_TEST_DEVICE", "cuda")  # "cpu" tries the tests themselves

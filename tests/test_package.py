@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -64,6 +65,47 @@ print([name for name in ("timm", "transformers") if name in sys.modules])
 
 def test_the_arrows_of_the_design() -> None:
     assert "0 broken" in run_python("-c", "import sys; from importlinter.cli import lint_imports; lint_imports()")
+
+
+def imported(file: Path) -> set[str]:
+    """The modules that a file imports, at its top or inside a function, relative names in full."""
+    package = file.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*above, *([node.module] if node.module else ())))
+            found |= {module, *(f"{module}.{name.name}" for name in node.names)}
+    return found
+
+
+def test_no_test_file_imports_from_another() -> None:
+    files = [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "tests").rglob("conftest.py")]
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    assert len(files) > 30
+    crossing = {
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in (ROOT / "tests").rglob("*.py")
+        for name in imported(file) & modules.keys()
+    }
+    assert not crossing, "what several tests need is in tests/helpers"
+
+
+def test_no_file_is_longer_than_450_lines() -> None:
+    lengths = {
+        str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines())
+        for folder in ("tokenprune", "adapters", "recipes", "benchmarks", "tests")
+        for file in (ROOT / folder).rglob("*.py")
+    }
+    assert len(lengths) > 150
+    assert {name: length for name, length in lengths.items() if length > 450} == {}
+
+
+def test_the_top_of_the_library_can_be_taken_in_at_a_glance() -> None:
+    top = [path for path in (ROOT / "tokenprune").iterdir() if path.name != "__pycache__"]
+    assert sum(path.is_dir() for path in top) <= 8 and sum(path.is_file() for path in top) <= 8, sorted(top)
 
 
 def test_our_adapters_come_through_the_entry_points() -> None:

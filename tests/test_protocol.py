@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import tokenprune
-from tests.tolerances import IDENTITY, MASK_EQUALS_GATHER
-from tests.zoo import KEEP_RATIO, STAGES, Case, every_model, hook_counts
+from tests.helpers.outputs import assert_close
+from tests.helpers.tolerances import IDENTITY, MASK_EQUALS_GATHER
+from tests.helpers.zoo import KEEP_RATIO, STAGES, Case, every_model, hook_counts
 from tokenprune import Candidates, Plan, Scorer, ScorerContext
 from tokenprune.tokens import output_tokens
 
@@ -33,14 +34,6 @@ def ranked(context: ScorerContext) -> Ranked:
 def expected_positions(case: Case, batch: int, kept: int) -> Tensor:
     start = 5 * torch.arange(batch)[:, None]
     return ((start + torch.arange(kept)) % case.num_patches).sort(dim=1).values
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        scale = expected[name].abs().max().clamp(min=1)
-        error = ((actual[name] - expected[name]).abs().max() / scale).item()
-        assert error <= tolerance, f"{name} differs by {error}"
 
 
 @every_model

@@ -1,0 +1,1 @@
+"""Tests of counting, measuring, pictures and reports."""

@@ -1,0 +1,1 @@
+"""Tests of finding the blocks and tokens of models."""

@@ -1,0 +1,1 @@
+"""What tests share: models, tolerances, checks, and the scripts that write what is compared."""

@@ -1,0 +1,137 @@
+"""What the census proved: its counts, the lists beside the adapters, and the page of the docs made from them.
+
+``python -m tests.helpers.supported_models`` writes the page; a test fails where it is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import tokenprune
+from tests.census import timm as census_timm
+from tests.census import torchvision as census_torchvision
+from tests.census import transformers as census_transformers
+from tests.census.entry import Entry
+from tokenprune import SupportedModel
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "supported-models.md"
+LIBRARIES = ("timm", "transformers", "torchvision")
+
+TABLES: dict[str, dict[str, list[Entry]]] = {
+    "timm": {
+        "flat entry points": census_timm.flat(),
+        "of these ViTamin": [entry for entry in census_timm.flat() if entry.family == "vitamin"],
+        "VOLO": census_timm.volo(),
+        "given patches of many sizes": census_timm.naflex_dict(),
+    },
+    "transformers": {
+        "classes that differ little from a list of blocks": census_transformers.supported(),
+        "classes that differ more": census_transformers.uncovered(),
+        "models of several parts": census_transformers.composites(),
+    },
+    "torchvision": {"entry points": census_torchvision.supported()},
+}
+
+Recorded = Mapping[str, list[dict[str, Any]]]
+
+HEAD = """# Supported models
+
+{counts}
+
+Each was built by its library at a small size, with random weights, and passed on every output: with nothing pruned
+it is the dense model (to 1e-5), masking equals gathering (to 2e-5, relative), undoing is exact, and a training step
+gives every predictor a finite gradient. *Compile* and *export* say that `torch.compile(fullgraph=True)` or
+`torch.export` took the pruned model, and are tried on one model of each kind of timm's, on torchvision's first and on
+the plainer classes of transformers. Other sizes of these models work as well,
+and so do other input sizes and non-square grids wherever the model itself takes them. `tokenprune.supported()` gives
+this list in code.
+
+What is not here may work too: `sparsify` finds blocks by their structure, says so where it cannot, and
+[`verify`](write-an-adapter.md) proves the rest on your own model and inputs.
+"""
+
+TAIL = """
+## What is refused, and why
+
+- **Hierarchies** (Swin, PVT, Hiera, ConvNeXt, MaxViT, PiT, LeViT and others): they pool tokens as they go.
+- **Windows and grids** (SAM, ViTDet and others): their blocks need the full grid.
+- **Attention that is not over all tokens** (XCiT, CoaT, TimeSformer, VideoPrism): dropping one has no single meaning.
+- **Packed sequences** (the vision towers of Qwen-VL, GLM-4V, Kimi, MiniCPM and others): all images of a batch are one
+  sequence, with lengths of its own.
+- **Models of several parts whose other parts need every token** (LLaVA-NeXT, Idefics, Janus, OWL-ViT and others): their
+  towers can be sparsified alone.
+
+Each is refused with an error that says so, and is left as it was.
+"""
+
+
+def counts(recorded: Recorded) -> Iterator[str]:
+    """How many models of each library were proved in one run, of how many, and how many refused."""
+    for library in LIBRARIES:
+        supported, refused = recorded.get(f"supported {library}", []), recorded.get(f"refused {library}", [])
+        if supported or refused:
+            yield f"{library} {version(library)}: {len(supported)} models proved, {len(refused)} refused"
+        names = {model["name"] for model in supported}
+        for what, entries in TABLES[library].items():
+            if supported:
+                yield f"  {what}: {sum(entry.name in names for entry in entries)} of {len(entries)}"
+
+
+def write(recorded: Recorded) -> None:
+    """Write the lists beside the adapters, and the page."""
+    for library in LIBRARIES:
+        models: dict[tuple[str, str], dict[str, Any]] = {}
+        for model in recorded.get(f"supported {library}", []):
+            known = models.setdefault((model["family"], model["name"]), model)
+            known["side_inputs"] = sorted({*known["side_inputs"], *model["side_inputs"]})
+        for model in recorded.get(f"passes {library}", []):
+            passes = models[model["family"], model["name"]]["passes"]
+            passes += [one for one in model["passes"] if one not in passes]
+        if models:
+            data = {
+                "version": 1,
+                "library_version": version(library),
+                "models": [models[key] for key in sorted(models)],
+            }
+            path = ROOT / "adapters" / f"tokenprune_{library}" / "supported.json"
+            path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The page as it should be, from the lists beside the adapters."""
+    sections = []
+    numbers = []
+    for library in LIBRARIES:
+        path = ROOT / "adapters" / f"tokenprune_{library}" / "supported.json"
+        models = tokenprune.supported(library)
+        numbers.append(f"- **{library}** {json.loads(path.read_text())['library_version']}: {len(models)} models")
+        sections.append(f"\n## {library}\n\n{_table(models)}")
+    return HEAD.format(counts="\n".join(numbers)) + "".join(sections) + TAIL
+
+
+def _table(models: tuple[SupportedModel, ...]) -> str:
+    def kind(model: SupportedModel) -> tuple[Any, ...]:
+        return model.family, model.model_class, model.pooling, model.position_encoding, model.side_inputs
+
+    rows = ["| family | class | models | pooling | positions | side inputs | compile | export |", "|" + "---|" * 8]
+    for key, group in groupby(sorted(models, key=lambda model: (*map(str, kind(model)), model.name)), kind):
+        alike = list(group)
+        family, cls, pooling, positions, side_inputs = key
+        names = [model.name for model in alike]
+        listed = "" if names == [cls] else ", ".join(f"`{name}`" for name in names)
+        passes = {one for model in alike for one in model.passes}
+        ticks = ["yes" if how in passes else "" for how in ("compile", "export")]
+        cells = [family, f"`{cls}`", listed, pooling, positions, ", ".join(side_inputs), *ticks]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Tests of saving, loading and exporting."""

@@ -1,0 +1,148 @@
+"""Scorers: the predictor's formula and parameters, the baselines, and the way to add one's own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tokenprune
+from tests.helpers.zoo import BY_NAME, NUM_PATCHES
+from tokenprune.scorers import Candidates, Predictor, Random, ScorerContext, Static, scorer_builder
+
+
+def candidates(keep: torch.Tensor | None = None, indices: torch.Tensor | None = None, dim: int = 16) -> Candidates:
+    length = NUM_PATCHES if indices is None else indices.shape[1]
+    return Candidates(torch.randn(2, length, dim), torch.randn(2, 1, dim), keep, indices, NUM_PATCHES, (6, 6))
+
+
+def test_predictor_is_the_papers_formula() -> None:
+    predictor = Predictor(16, 0.7)
+    for parameter in predictor.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # wider, and log-softmax rounds to 0, where nothing ranks
+    keep = (torch.rand(2, NUM_PATCHES) < 0.5).float()
+    given = candidates(keep)
+    weights = dict(predictor.named_parameters())
+
+    x = F.layer_norm(given.patches, (16,), weights["in_conv.0.weight"], weights["in_conv.0.bias"])
+    z = F.gelu(x @ weights["in_conv.1.weight"].T + weights["in_conv.1.bias"])
+    local, other = z[..., :8], z[..., 8:]
+    total = torch.stack([(other[b] * keep[b, :, None]).sum(0) / keep[b].sum() for b in range(2)])
+    y = torch.cat([local, total[:, None].expand(-1, NUM_PATCHES, -1)], dim=-1)
+    for index in (0, 2):
+        y = F.gelu(y @ weights[f"out_conv.{index}.weight"].T + weights[f"out_conv.{index}.bias"])
+    pi = F.log_softmax(y @ weights["out_conv.4.weight"].T + weights["out_conv.4.bias"], dim=-1)
+    torch.testing.assert_close(predictor(given), pi[..., 0] - pi[..., 1], rtol=1e-5, atol=1e-4)
+    # Ranking by the difference is ranking by the keep log-probability, as the paper does.
+    assert torch.equal(predictor(given).argsort(dim=1), pi[..., 0].argsort(dim=1))
+
+
+@pytest.mark.parametrize(("width", "millions"), [(384, 0.724), (512, 1.284), (768, 2.885)])
+def test_parameters_of_three_predictors(width: int, millions: float) -> None:
+    count = 3 * sum(parameter.numel() for parameter in Predictor(width).parameters())
+    assert round(count / 1e6, 3) == millions
+
+
+def test_a_fresh_predictor_keeps_the_stages_own_share() -> None:
+    odds = Predictor(64, 0.7)(Candidates(torch.randn(4, 50, 64), torch.zeros(4, 0, 64), None, None, 50, None))
+    assert torch.sigmoid(odds).mean().item() == pytest.approx(0.7, abs=0.01)
+    assert math.isfinite(Predictor(64, 1.0).out_conv[-1].bias[0].item())
+
+
+def test_a_width_that_cannot_be_halved_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="embed_dim=30"):
+        Predictor(30)
+
+
+def test_random_positions_differ_between_images_and_calls() -> None:
+    scorer, given = Random(), candidates()
+    first, second = scorer(given), scorer(given)
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("scorer", [Random(), Static((6, 6), 0.5)], ids=["random", "static"])
+def test_random_and_static_look_scores_up_by_position(scorer: tokenprune.Scorer) -> None:
+    whole = candidates()
+    indices = torch.stack([torch.randperm(NUM_PATCHES)[:10] for _ in range(2)])
+    left = whole._replace(patches=whole.patches[:, :10], indices=indices)
+    torch.manual_seed(4)
+    of_all = scorer(whole)
+    torch.manual_seed(4)
+    assert torch.equal(scorer(left), of_all.gather(1, indices))
+
+
+def test_static_positions_are_the_same_for_every_image_and_learned() -> None:
+    case = BY_NAME["timm class token"]
+    model = tokenprune.sparsify(case.model(), (2, 4), 0.6, scorer="static")
+    with torch.no_grad():
+        model(case.images())
+    indices = model.tokenprune.trace.indices[1]
+    assert torch.equal(indices[0], indices[1]) and torch.equal(indices[0], indices[2])
+    model.train()(case.images()).square().sum().backward()
+    assert all(stage.scorer.log_odds.grad.abs().max() > 0 for stage in model.tokenprune.stages)
+
+
+def test_static_resizes_its_map_to_another_grid() -> None:
+    case = BY_NAME["timm non-square, dynamic size"]
+    model = tokenprune.sparsify(case.model(), (2, 4), 0.6, scorer="static")
+    with torch.no_grad():
+        model(case.images())
+    assert model.tokenprune.trace.grid == (4, 8)
+    assert [kept.shape[1] for kept in model.tokenprune.trace.indices] == [19, 11]
+    unknown = candidates()._replace(num_patches=20, grid=None)
+    with pytest.raises(ValueError, match="whose grid is unknown"):
+        Static((6, 6))(unknown)
+
+
+@pytest.mark.parametrize("scorer", ["random", "static", "cls_attention"])
+def test_mask_equals_gather_for_other_scorers(scorer: str) -> None:
+    case = BY_NAME["timm no class token, average"]
+    model, images = case.sparsified(scorer=scorer), case.images()
+    with torch.no_grad():
+        torch.manual_seed(1)
+        gathered, kept = model(images), model.tokenprune.trace.keep
+        model.tokenprune.execution = "mask"
+        torch.manual_seed(1)
+        masked = model(images)
+    assert torch.equal(kept[1], model.tokenprune.trace.keep[1])
+    torch.testing.assert_close(masked, gathered, rtol=0, atol=1e-4)
+
+
+def test_random_keeps_exact_counts_in_training() -> None:
+    case = BY_NAME["timm class token"]
+    model = case.sparsified(scorer="random").train()
+    model(case.images()).sum().backward()
+    assert [keep.sum(dim=1).tolist() for keep in model.tokenprune.trace.keep] == [[21.0] * 3, [12.0] * 3]
+
+
+def test_scorers_by_name_or_by_hand() -> None:
+    with pytest.raises(
+        ValueError, match=r"scorer='best' is unknown; choose from \['cls_attention', 'predictor', 'random', "
+    ):
+        scorer_builder("best")
+    with pytest.raises(TypeError, match="a callable that takes a ScorerContext"):
+        scorer_builder(Random())  # type: ignore[arg-type]
+    case = BY_NAME["timm class token"]
+    with pytest.raises(TypeError, match=r"built a Linear; expected a tokenprune\.Scorer"):
+        tokenprune.sparsify(case.model(), scorer=lambda context: torch.nn.Linear(1, 1))
+    seen: list[ScorerContext] = []
+
+    def build(context: ScorerContext) -> Random:
+        seen.append(context)
+        return Random()
+
+    tokenprune.sparsify(case.model(), (2, 4), (0.5, 0.25), scorer=build)
+    assert seen == [ScorerContext(32, 0.5, (6, 6))] * 2
+
+
+def test_a_wrong_shape_of_scores_is_stated() -> None:
+    class Wrong(tokenprune.Scorer):
+        def forward(self, candidates: Candidates) -> torch.Tensor:
+            return candidates.patches
+
+    case = BY_NAME["timm class token"]
+    model = tokenprune.sparsify(case.model(), scorer=lambda context: Wrong())
+    with pytest.raises(ValueError, match=r"Wrong returned scores of shape \(3, 36, 32\); expected \(3, 36\)"):
+        model(case.images())
