@@ -8,10 +8,9 @@ python -m recipes.ablation --digits      # on the digits, some minutes a row
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +21,10 @@ from typer import Option
 from recipes.dense import SMOKE_HELP
 from recipes.digits.presets import DIGITS_SPARSE, make_images
 from recipes.dynamicvit import SMOKE, SparseSettings, fine_tune
-from recipes.engine.checkpoints import write_whole
+from recipes.engine.checkpoints import write_json, write_text
 from recipes.engine.command_line import Preset, command
-from recipes.engine.fitting import evaluate_dense, read_results
+from recipes.engine.fitting import evaluate_dense, run_once
+from recipes.engine.options import Optimisation, Run
 from recipes.engine.settings import SettingsError
 from recipes.engine.tables import Table
 from recipes.structural import fine_tune_downsampled
@@ -79,25 +79,26 @@ TABLES: dict[str, tuple[Row, ...]] = {
 class AblationSettings(SparseSettings):
     """Settings that all rows share; what a row changes is not to be set."""
 
-    model: Annotated[str, Option(help="timm's name of the dense model.")] = "deit_small_patch16_224"
+    model: str = "deit_small_patch16_224"
     depth: Annotated[int, Option(min=4, help="Blocks of the model, to spread one or two stages over.")] = 12
     seeds: Annotated[int, Option(min=1, help="Runs of every row, with seeds from --seed on.")] = 3
     static_learning_rate: Annotated[
-        float | None, Option(min=0, help="Of the static scores, where it is not the predictors'.")
+        float | None, Optimisation(min=0, help="Of the static scores, where it is not the predictors'.")
     ] = None
-    output: Annotated[Path, Option(help="Where runs, tables and the picture go.")] = Path("runs/ablation")
+    output: Annotated[Path, Run(help="Where runs and tables go.")] = Path("runs/ablation")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("keep_ratio", "stages"):
             if getattr(self, name) is not None:
                 raise SettingsError(f"{name} is what the rows of the ablation differ in; leave it out.")
+        if self.static_learning_rate == 0:
+            raise SettingsError("static_learning_rate=0 trains nothing; give one above 0.")
         if self.scorer != "predictor":
             raise SettingsError(f"scorer={self.scorer!r}: scorers are what the rows of the ablation differ in.")
 
     def of_row(self, row: Row, seed: int) -> SparseSettings:
         """The settings of one run."""
-        shared = {item.name: getattr(self, item.name) for item in fields(SparseSettings)}
         changes = dict(row.changes)
         num_stages = changes.pop("num_stages", None)
         if num_stages is not None:
@@ -109,8 +110,8 @@ class AblationSettings(SparseSettings):
                 "backbone_factor": backbone / self.static_learning_rate,
             }
         # A run that was made is read, so that the ablation goes on where it was stopped.
-        return SparseSettings(
-            **{**shared, **changes, "seed": seed, "output": self.output / f"{row.run}-seed{seed}", "resume": True}
+        return self.derive(
+            SparseSettings, **changes, seed=seed, output=self.output / f"{row.run}-seed{seed}", resume=True
         )
 
 
@@ -135,13 +136,8 @@ def run_ablation(settings: AblationSettings, *, console: Console | None = None) 
 
 
 def _run(settings: SparseSettings, row: Row) -> dict[str, Any]:
-    made = read_results(settings)
-    if made is None:
-        make = fine_tune_downsampled if row.structural else fine_tune
-        make(settings, description=f"{row.run}, seed {settings.seed}")
-        made = read_results(settings)
-        assert made is not None
-    return made
+    train = fine_tune_downsampled if row.structural else fine_tune
+    return run_once(settings, lambda: train(settings, description=f"{row.run}, seed {settings.seed}"))
 
 
 def _report(
@@ -165,8 +161,8 @@ def _report(
     report = {"dense_top1": dense, "tables": tables, "settings": settings.to_dict()}
     head = f"Dense: {dense:.2%}. {settings.seeds} seed(s); points below dense are of the mean.\n\n"
     text = head + "\n".join(f"**{table.title}**\n\n{table.markdown()}" for table in drawn)
-    write_whole(settings.output / "ablation.json", lambda file: file.write_text(json.dumps(report, indent=2) + "\n"))
-    write_whole(settings.output / "ablation.md", lambda file: file.write_text(text))
+    write_json(settings.output / "ablation.json", report)
+    write_text(settings.output / "ablation.md", text)
 
 
 PRESETS = {

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 from accelerate.utils import extract_model_from_parallel
 from rich.console import Console
 from torch import Tensor, nn
-from typer import Option
 
 import tokenprune
 from recipes.dense import SMOKE as SMOKE_DENSE
@@ -23,16 +22,10 @@ SMOKE = {**SMOKE_DENSE, "frozen_epochs": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseSettings(PruningSettings, TrainingSettings):
+class SparseSettings(TrainingSettings, PruningSettings):  # in this order: the first one's defaults go before
     """Settings of a run that sparsifies; the defaults are DynamicViT's (arXiv 2106.02034)."""
 
-    model: Annotated[str, Option(help="timm's name of the dense model.")]
-    frozen_epochs: Annotated[float, Option(min=0, help="Epochs in which the predictors learn alone.")] = 5.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.frozen_epochs > self.epochs:
-            raise SettingsError(f"frozen_epochs={self.frozen_epochs} is more than epochs={self.epochs}.")
+    frozen_epochs: float = 5.0
 
 
 def fine_tune(
@@ -53,7 +46,7 @@ def fine_tune(
         description: Likewise; model and ratio if not given.
     """
 
-    def prepare(model: nn.Module, images_a_step: int) -> Job:
+    def prepare(model: nn.Module, images_per_step: int) -> Job:
         teacher = copy.deepcopy(model)
         try:
             sparse = tokenprune.sparsify(model, settings.stages, settings.ratio, scorer=settings.scorer)
@@ -67,7 +60,7 @@ def fine_tune(
             loss_function=Objective(teacher, settings, heads),
             parameter_groups=parameter_groups(
                 sparse,
-                learning_rate=settings.learning_rate * images_a_step / 1024,
+                learning_rate=settings.scaled_learning_rate(images_per_step),
                 weight_decay=settings.weight_decay,
                 slow=[parameter for parameter in sparse.parameters() if parameter not in scorers],
                 slow_factor=settings.backbone_factor,

@@ -17,10 +17,10 @@ from transformers import EvalPrediction, Trainer, default_data_collator, set_see
 from transformers.trainer_utils import get_last_checkpoint
 
 import tokenprune
-from recipes.engine.checkpoints import write_whole
 from recipes.engine.command_line import Preset, command
 from recipes.engine.fitting import Outcome, count_gmacs, results_table, write_results
-from recipes.engine.settings import SettingsError, check_continuation
+from recipes.engine.run_folder import check_folder, continues, write_settings
+from recipes.engine.settings import SettingsError
 from recipes.huggingface.arguments import training_arguments
 from recipes.huggingface.data import Images, input_config, open_images
 from recipes.huggingface.models import (
@@ -76,14 +76,12 @@ def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
     }
     try:
         trainer = _dense_trainer(model, settings, options) if settings.dense else _trainer(model, settings, options)
-        counts = count_gmacs(
-            model, config["input_size"]
-        )  # now, so that a model that cannot be pruned is not trained first
+        # Now, so that a model that cannot be pruned is not trained first.
+        counts = count_gmacs(model, config["input_size"])
     except (ValueError, TypeError, tokenprune.TokenpruneError) as error:
         raise SettingsError(str(error)) from error
-    if trainer.is_world_process_zero():
-        settings.output.mkdir(parents=True, exist_ok=True)
-        write_whole(settings.output / "settings.yaml", lambda partial: partial.write_text(settings.to_yaml()))
+    if trainer.is_world_process_zero() and not continues(settings):
+        write_settings(settings)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -98,11 +96,7 @@ def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
 
 def _checkpoint_to_resume(settings: HfSettings) -> str | None:
     there: str | None = get_last_checkpoint(str(settings.output)) if settings.output.is_dir() else None
-    if there is not None and not settings.resume:
-        raise SettingsError(f"{settings.output} holds a run already; add --resume, or take another --output.")
-    saved = settings.output / "settings.yaml"
-    if settings.resume and saved.exists():
-        check_continuation(settings, saved.read_text())
+    check_folder(settings, holds_checkpoint=there is not None)
     return there
 
 

@@ -63,7 +63,7 @@ def fine_tune_downsampled(
     """
     counted: dict[str, float] = {}
 
-    def prepare(model: nn.Module, images_a_step: int) -> Job:
+    def prepare(model: nn.Module, images_per_step: int) -> Job:
         teacher = copy.deepcopy(model)
         counted.update(count(model))
         blocks, grid, num_prefix_tokens = _layout(model)
@@ -74,7 +74,7 @@ def fine_tune_downsampled(
             loss_function=TaughtCrossEntropy(teacher, settings),
             parameter_groups=parameter_groups(
                 model,
-                learning_rate=settings.learning_rate * settings.backbone_factor * images_a_step / 1024,
+                learning_rate=settings.scaled_learning_rate(images_per_step) * settings.backbone_factor,
                 weight_decay=settings.weight_decay,
             ),
         )

@@ -8,7 +8,6 @@ python -m recipes.table1 --data-dir imagenet --checkpoint deit_small/0.7=runs/de
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -25,7 +24,7 @@ from typer import Option
 
 import tokenprune
 from recipes.dense import DenseSettings
-from recipes.engine.checkpoints import write_whole
+from recipes.engine.checkpoints import write_json, write_text
 from recipes.engine.command_line import Preset, command
 from recipes.engine.data import number_of_classes, open_images
 from recipes.engine.fitting import evaluate_model
@@ -41,7 +40,9 @@ class TableSettings(Settings):
 
     rows: Annotated[
         list[str] | None,
-        Option("--rows", help=f"Such as deit_small/0.7, or all of a model: {', '.join(ARCHITECTURES)}. [all]"),
+        Option(
+            "--rows", help=f"Such as deit_small/0.7, or all of a model: {', '.join(ARCHITECTURES)}.", show_default="all"
+        ),
     ] = None
 
     # Accuracy
@@ -66,6 +67,7 @@ class TableSettings(Settings):
     output: Annotated[Path, Option(help="Where the table goes.")] = Path("runs/table1")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         known = {*ROWS, *ARCHITECTURES}
         if unknown := [name for name in self.rows or () if name not in known]:
             raise SettingsError(f"rows={unknown}: there are {', '.join(ROWS)}.")
@@ -209,9 +211,8 @@ def _report(found: list[Measured], device: torch.device, settings: TableSettings
         "versions": {name: version(name) for name in ("tokenprune", "torch", "timm", "fvcore")},
     }
     settings.output.mkdir(parents=True, exist_ok=True)
-    write_whole(settings.output / "table1.json", lambda file: file.write_text(json.dumps(report, indent=2) + "\n"))
-    page = "\n".join(f"{table.title}\n\n{table.markdown()}" for table in tables)
-    write_whole(settings.output / "table1.md", lambda file: file.write_text(page))
+    write_json(settings.output / "table1.json", report)
+    write_text(settings.output / "table1.md", "\n".join(f"{table.title}\n\n{table.markdown()}" for table in tables))
 
 
 def _plain(measured: Measured) -> dict[str, Any]:

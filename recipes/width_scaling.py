@@ -9,8 +9,8 @@ python -m recipes.width_scaling --digits      # on the digits
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,15 +18,15 @@ import matplotlib
 import numpy as np
 from accelerate import PartialState
 from rich.console import Console
-from typer import Option
 
 from recipes.dense import SMOKE_HELP, DenseSettings, train_dense
 from recipes.digits.presets import DIGITS_DENSE, DIGITS_SPARSE, make_images
 from recipes.dynamicvit import SMOKE, SparseSettings, fine_tune
-from recipes.engine.checkpoints import write_whole
+from recipes.engine.checkpoints import write_json, write_text, write_whole
 from recipes.engine.command_line import Preset, command
-from recipes.engine.fitting import evaluate_dense, read_results
-from recipes.engine.settings import SettingsError, TrainingSettings
+from recipes.engine.fitting import evaluate_dense, run_once
+from recipes.engine.options import Model, Optimisation, Run
+from recipes.engine.settings import SettingsError
 from recipes.engine.tables import Table
 
 matplotlib.use("Agg")
@@ -37,19 +37,19 @@ import matplotlib.pyplot as plt
 class WidthSettings(SparseSettings):
     """Settings of all runs; epochs, warm-up and learning rate are those of the sparse ones."""
 
-    model: Annotated[str, Option(help="timm's name of the model to widen.")] = "deit_small_patch16_224"
-    pretrained: Annotated[bool, Option(help="There are no pre-trained weights of other widths.")] = False
-    widths: Annotated[list[int], Option("--widths", min=16, help="Embedding widths; give it several times.")] = field(
+    model: Annotated[str, Model(help="timm's name of the model to widen.")] = "deit_small_patch16_224"
+    pretrained: Annotated[bool, Model(help="There are no pre-trained weights of other widths.")] = False
+    widths: Annotated[list[int], Model("--widths", min=16, help="Embedding widths; give it several times.")] = field(
         default_factory=lambda: [192, 256, 288, 320, 384]
     )
     dense_dir: Annotated[
-        Path | None, Option(help="Folder of dense weights width-192.safetensors (or .pth) …; others are trained.")
+        Path | None, Model(help="Folder of dense weights width-192.safetensors (or .pth) …; others are trained.")
     ] = None
-    dense_epochs: Annotated[int, Option(min=1, help="Epochs of a dense model.")] = 300
-    dense_warmup_epochs: Annotated[float, Option(min=0, help="Of a dense model.")] = 5.0
-    dense_steps_per_epoch: Annotated[int | None, Option(min=1, help="Shorter epochs of a dense model.")] = None
-    dense_learning_rate: Annotated[float, Option(min=0, help="Of a dense model, for a batch of 1024.")] = 1e-3
-    output: Annotated[Path, Option(help="Where runs, table and picture go.")] = Path("runs/width-scaling")
+    dense_epochs: Annotated[int, Optimisation(min=1, help="Epochs of a dense model.")] = 300
+    dense_warmup_epochs: Annotated[float, Optimisation(min=0, help="Of a dense model.")] = 5.0
+    dense_steps_per_epoch: Annotated[int | None, Optimisation(min=1, help="Shorter epochs of a dense model.")] = None
+    dense_learning_rate: Annotated[float, Optimisation(min=0, help="Of a dense model, for a batch of 1024.")] = 1e-3
+    output: Annotated[Path, Run(help="Where runs, table and picture go.")] = Path("runs/width-scaling")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,23 +64,21 @@ class WidthSettings(SparseSettings):
 
     def dense(self, width: int) -> DenseSettings:
         """The settings of the dense model of a width."""
-        return DenseSettings(
-            **{
-                **_shared(self, TrainingSettings),
-                "width": width,
-                "epochs": self.dense_epochs,
-                "warmup_epochs": self.dense_warmup_epochs,
-                "learning_rate": self.dense_learning_rate,
-                "steps_per_epoch": self.dense_steps_per_epoch,
-                "output": self.output / f"dense-{width}",
-                "resume": True,
-            }
+        return self.derive(
+            DenseSettings,
+            width=width,
+            epochs=self.dense_epochs,
+            warmup_epochs=self.dense_warmup_epochs,
+            learning_rate=self.dense_learning_rate,
+            steps_per_epoch=self.dense_steps_per_epoch,
+            output=self.output / f"dense-{width}",
+            resume=True,
         )
 
     def sparse(self, width: int, checkpoint: Path) -> SparseSettings:
         """The settings of the sparse model of a width, made from a dense one."""
-        changes = {"width": width, "checkpoint": checkpoint, "output": self.output / f"sparse-{width}", "resume": True}
-        return SparseSettings(**{**_shared(self, SparseSettings), **changes})
+        output = self.output / f"sparse-{width}"
+        return self.derive(SparseSettings, width=width, checkpoint=checkpoint, output=output, resume=True)
 
     def given(self, width: int) -> Path | None:
         """The dense weights of a width in ``dense_dir``."""
@@ -101,14 +99,10 @@ def run_width_scaling(settings: WidthSettings, *, console: Console | None = None
         weights = settings.given(width)
         if weights is None:
             dense = settings.dense(width)
-            if read_results(dense) is None:
-                train_dense(dense, description=f"dense, width {width}")
+            run_once(dense, partial(train_dense, dense, description=f"dense, width {width}"))
             weights = dense.output / "model.safetensors"
         sparse = settings.sparse(width, weights)
-        if read_results(sparse) is None:
-            fine_tune(sparse, description=f"ρ {sparse.ratio}, width {width}")
-        made = read_results(sparse)
-        assert made is not None
+        made = run_once(sparse, partial(fine_tune, sparse, description=f"ρ {sparse.ratio}, width {width}"))
         gmacs = made["gmacs"]
         points.append(
             {
@@ -120,11 +114,6 @@ def run_width_scaling(settings: WidthSettings, *, console: Console | None = None
     if PartialState().is_main_process:
         _report(points, settings, console)
     return points
-
-
-def _shared(settings: WidthSettings, settings_class: type[TrainingSettings]) -> dict[str, Any]:
-    """The settings that a class has in common with these."""
-    return {item.name: getattr(settings, item.name) for item in fields(settings_class)}
 
 
 def _report(points: list[dict[str, Any]], settings: WidthSettings, console: Console | None) -> None:
@@ -156,8 +145,8 @@ def _report(points: list[dict[str, Any]], settings: WidthSettings, console: Cons
         console.print(table.rich())
     report = {"points": points, "settings": settings.to_dict()}
     folder = settings.output
-    write_whole(folder / "width_scaling.json", lambda file: file.write_text(json.dumps(report, indent=2) + "\n"))
-    write_whole(folder / "width_scaling.md", lambda file: file.write_text(table.markdown()))
+    write_json(folder / "width_scaling.json", report)
+    write_text(folder / "width_scaling.md", table.markdown())
     write_whole(folder / "width_scaling.png", lambda file: draw(points, file))
 
 

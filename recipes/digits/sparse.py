@@ -15,7 +15,7 @@ from recipes.digits.model import WEIGHTS, build_model
 from recipes.digits.presets import DIGITS_SPARSE, learning_rates
 from recipes.dynamicvit import SparseSettings
 from recipes.dynamicvit import fine_tune as fine_tune_sparse
-from recipes.engine.fitting import read_results
+from recipes.engine.fitting import run_once
 from recipes.engine.logbook import read_log
 
 STEPS_PER_EPOCH = 100
@@ -96,10 +96,9 @@ def fine_tune(config: SparseConfig, data: Path, output: Path, dense_weights: Pat
         Interrupted: Ctrl-C was pressed; the same call goes on where it stopped.
     """
     settings = config.settings(data, output, dense_weights)
-    if read_results(settings) is None:
-        fine_tune_sparse(settings, description=f"{config.scorer}, ρ {config.keep_ratio:g}")
-    made = read_results(settings)
-    assert made is not None
+    made = run_once(
+        settings, lambda: fine_tune_sparse(settings, description=f"{config.scorer}, ρ {config.keep_ratio:g}")
+    )
     return SparseResult(
         config=config,
         folder=settings.output,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,16 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         partial.replace(path)
     finally:
         remove(partial)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_whole(path, lambda partial: partial.write_text(text))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain values as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def remove(path: Path) -> None:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import typer
 import yaml
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from recipes.engine.checkpoints import Interrupted
 from recipes.engine.data import DataError
+from recipes.engine.options import annotations_of
 from recipes.engine.settings import SettingsError
 
 Settings = TypeVar("Settings")
@@ -44,7 +45,7 @@ def command(
     """A command whose options are the fields of a dataclass.
 
     Args:
-        settings_class: A dataclass; an ``Annotated`` field may carry a `typer.Option`.
+        settings_class: A dataclass of settings; see `recipes.engine.options.annotations_of`.
         run: What is called with the settings.
         help_text: What ``--help`` opens with.
         presets: By name of a flag, such as ``smoke``. What the command line says itself goes before a preset,
@@ -121,8 +122,8 @@ def _flag(preset: str) -> str:
 
 
 def _parameters(settings_class: type) -> list[inspect.Parameter]:
-    hints = get_type_hints(settings_class, include_extras=True)
-    return [_parameter(field.name, hints[field.name], _default(field)) for field in fields(settings_class)]
+    annotations = annotations_of(settings_class)
+    return [_parameter(field.name, annotations[field.name], _default(field)) for field in fields(settings_class)]
 
 
 def _default(field: Field[Any]) -> Any:

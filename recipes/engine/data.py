@@ -13,7 +13,7 @@ from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from recipes.engine.randomness import seed_everything
-from recipes.engine.settings import TrainingSettings
+from recipes.engine.settings import RunSettings, TrainingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -172,13 +172,7 @@ def loader(
         input_size=size,
         batch_size=settings.batch_size,
         is_training=training,
-        scale=(settings.min_crop, 1.0),
-        ratio=(1.0, 1.0) if settings.min_crop == 1 else (3 / 4, 4 / 3),
-        hflip=settings.horizontal_flip,
-        color_jitter=settings.color_jitter or None,
-        auto_augment=settings.auto_augment or None,
-        re_prob=settings.random_erasing if training else 0.0,
-        re_mode="pixel",
+        **(augmentation(settings) if training else {}),
         interpolation=data_config["interpolation"],
         mean=data_config["mean"],
         std=data_config["std"],
@@ -190,6 +184,19 @@ def loader(
         persistent_workers=settings.num_workers > 0 and not isinstance(images, IterableDataset),
     )
     return made
+
+
+def augmentation(settings: RunSettings) -> dict[str, Any]:
+    """The augmentation of training images, as arguments of `timm.data.create_transform`."""
+    return {
+        "scale": (settings.min_crop, 1.0),
+        "ratio": (1.0, 1.0) if settings.min_crop == 1 else (3 / 4, 4 / 3),
+        "hflip": settings.horizontal_flip,
+        "color_jitter": settings.color_jitter or None,
+        "auto_augment": settings.auto_augment or None,
+        "re_prob": settings.random_erasing,
+        "re_mode": "pixel",
+    }
 
 
 def first_batches(loader: Any, number: int | None) -> Iterator[Any]:

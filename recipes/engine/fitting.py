@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tokenprune
-from recipes.engine.checkpoints import write_whole
+from recipes.engine.checkpoints import write_json, write_whole
 from recipes.engine.data import class_indices, loader, number_of_classes, open_images
 from recipes.engine.evaluation import evaluate, is_sparsified
 from recipes.engine.models import data_config, dense_model
 from recipes.engine.randomness import seed_everything
-from recipes.engine.settings import Settings, TrainingSettings, check_continuation
+from recipes.engine.run_folder import check_continuation
+from recipes.engine.settings import Settings, TrainingSettings
 from recipes.engine.tables import Table
-from recipes.engine.training import LossFunction, images_a_step, make_accelerator, train
+from recipes.engine.training import LossFunction, make_accelerator, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def fit(
     seed_everything(settings.seed)
     dense = dense_model(settings, num_classes, new_head=new_head, **(model_options or {}))
     config = data_config(settings, dense)
-    job = prepare(dense, images_a_step(accelerator, settings))
+    job = prepare(dense, settings.images_per_step(accelerator.num_processes))
     if settings.activation_checkpointing:
         cast(Any, job.model).set_grad_checkpointing()
     model, scores = train(
@@ -161,16 +162,17 @@ def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str,
     return {"dense": report.dense_gmacs, "sparse": report.sparse_gmacs}
 
 
-def read_results(settings: TrainingSettings) -> dict[str, Any] | None:
-    """What ``results.json`` of a run that is complete holds; ``None`` if the run is yet to be made.
+def run_once(settings: TrainingSettings, run: Callable[[], Any]) -> dict[str, Any]:
+    """Call ``run``, unless its results are there already, and return what its ``results.json`` holds.
 
     Raises:
-        SettingsError: The run there was made with other settings.
+        SettingsError: The results that are there were made with other settings.
     """
     results = settings.output / "results.json"
-    if not results.exists():
-        return None
-    check_continuation(settings, (settings.output / "settings.yaml").read_text())
+    if results.exists():
+        check_continuation(settings)
+    else:
+        run()
     found: dict[str, Any] = json.loads(results.read_text())
     return found
 
@@ -184,9 +186,7 @@ def write_results(outcome: Outcome, settings: Settings, *, libraries: Sequence[s
         "versions": {name: version(name) for name in ("tokenprune", "torch", *libraries)},
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
-    write_whole(
-        settings.output / "results.json", lambda partial: partial.write_text(json.dumps(results, indent=2) + "\n")
-    )
+    write_json(settings.output / "results.json", results)
 
 
 def results_table(outcome: Outcome) -> Table:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from recipes.engine.checkpoints import write_whole
+from recipes.engine.checkpoints import write_text
 
 
 class Logbook:
@@ -53,7 +53,7 @@ class Logbook:
         self.progress.update(self.task, completed=step)
         if self.accelerator.is_main_process and self.file.exists():
             lines = [line for line in self.file.read_text().splitlines() if _step_of(line) <= step]
-            write_whole(self.file, lambda partial: partial.write_text("".join(f"{line}\n" for line in lines)))
+            write_text(self.file, "".join(f"{line}\n" for line in lines))
 
     def advance(self) -> None:
         """One more step is done."""

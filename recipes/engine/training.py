@@ -19,13 +19,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from recipes.engine.checkpoints import Checkpoints, Interrupted, write_whole
+from recipes.engine.checkpoints import Checkpoints, Interrupted
 from recipes.engine.data import DataError, Images, first_batches
 from recipes.engine.evaluation import evaluate_both
 from recipes.engine.logbook import Logbook
 from recipes.engine.optimization import Schedule
 from recipes.engine.randomness import seed_everything
-from recipes.engine.settings import SettingsError, TrainingSettings, check_continuation
+from recipes.engine.run_folder import check_folder, continues, write_settings
+from recipes.engine.settings import SettingsError, TrainingSettings
 
 LossFunction = Callable[[nn.Module, Tensor, Any, Tensor], Mapping[str, Tensor]]
 
@@ -65,11 +66,6 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         log_with=None if settings.tracker == "none" else settings.tracker,
         project_dir=str(settings.output),
     )
-
-
-def images_a_step(accelerator: Accelerator, settings: TrainingSettings) -> int:
-    """Images that one optimisation step takes, on all processes together."""
-    return settings.batch_size * settings.accumulation * int(accelerator.num_processes)
 
 
 def train(
@@ -116,19 +112,19 @@ def train(
         FloatingPointError: The loss is not finite.
     """
     checkpoints = Checkpoints(settings.output / "checkpoints")
-    batches_a_step = settings.accumulation * accelerator.num_processes
+    batches_per_step = settings.accumulation * accelerator.num_processes
+    images_per_step = settings.images_per_step(accelerator.num_processes)
     streamed = isinstance(training.dataset, IterableDataset)
-    steps_per_epoch = len(training) // (settings.accumulation if streamed else batches_a_step)
+    steps_per_epoch = len(training) // (settings.accumulation if streamed else batches_per_step)
     if settings.steps_per_epoch is not None:
         steps_per_epoch = min(steps_per_epoch, settings.steps_per_epoch)
     if steps_per_epoch == 0:
         raise DataError(
-            f"{settings.data_dir} has too few training images for one step of "
-            f"{images_a_step(accelerator, settings)}; take a smaller batch."
+            f"{settings.data_dir} has too few training images for one step of {images_per_step}; take a smaller batch."
         )
     _claim_output(accelerator, checkpoints, settings)
 
-    position = Position(images=images_a_step(accelerator, settings))
+    position = Position(images=images_per_step)
     schedule = Schedule(
         steps=settings.epochs * steps_per_epoch,
         warmup_steps=round(settings.warmup_epochs * steps_per_epoch),
@@ -150,10 +146,10 @@ def train(
     newest = checkpoints.newest()
     if newest is not None:
         accelerator.load_state(str(newest))
-        if position.images != images_a_step(accelerator, settings):
+        if position.images != images_per_step:
             raise SettingsError(
-                f"the run in {settings.output} takes {position.images} images a step, this one "
-                f"{images_a_step(accelerator, settings)}; launch as many processes as before."
+                f"the run in {settings.output} takes {position.images} images per step, this one {images_per_step}; "
+                "launch as many processes as before."
             )
     accelerator.init_trackers("logs", config={name: str(value) for name, value in settings.to_dict().items()})
     mixup = _mixup(settings, num_classes)
@@ -218,14 +214,9 @@ def train(
 
 def _claim_output(accelerator: Accelerator, checkpoints: Checkpoints, settings: TrainingSettings) -> None:
     """Write the settings beside the run, or find that the run there is this one."""
-    saved = settings.output / "settings.yaml"
-    if checkpoints.newest() is not None and not settings.resume:
-        raise SettingsError(f"{settings.output} holds a run already; add --resume, or take another --output.")
-    if saved.exists() and settings.resume:
-        check_continuation(settings, saved.read_text())
-    elif accelerator.is_main_process:
-        settings.output.mkdir(parents=True, exist_ok=True)
-        write_whole(saved, lambda partial: partial.write_text(settings.to_yaml()))
+    check_folder(settings, holds_checkpoint=checkpoints.newest() is not None)
+    if accelerator.is_main_process and not continues(settings):
+        write_settings(settings)
         (settings.output / "log.jsonl").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
 

@@ -51,8 +51,8 @@ def training_arguments(settings: HfSettings, num_images: int, **options: Any) ->
         **options,
     )
     # How many processes there are is known only now.
-    images_a_step = settings.batch_size * settings.accumulation * arguments.world_size
-    arguments.learning_rate = settings.learning_rate * images_a_step / 1024
+    images_per_step = settings.images_per_step(arguments.world_size)
+    arguments.learning_rate = settings.scaled_learning_rate(images_per_step)
     arguments.lr_scheduler_kwargs = {"min_lr": min(settings.min_learning_rate, arguments.learning_rate)}
-    arguments.warmup_steps = round(settings.warmup * -(-num_images // images_a_step))
+    arguments.warmup_steps = round(settings.warmup * -(-num_images // images_per_step))
     return arguments

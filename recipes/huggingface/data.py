@@ -10,7 +10,7 @@ import datasets
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
-from recipes.engine.data import DataError
+from recipes.engine.data import DataError, augmentation
 from recipes.huggingface.settings import HfSettings
 
 
@@ -62,13 +62,7 @@ class Images:
         augmented = create_transform(
             **{**input_config, "crop_pct": None},
             is_training=True,
-            scale=(settings.min_crop, 1.0),
-            ratio=(1.0, 1.0) if settings.min_crop == 1 else (3 / 4, 4 / 3),
-            hflip=settings.horizontal_flip,
-            color_jitter=settings.color_jitter or None,
-            auto_augment=settings.auto_augment or None,
-            re_prob=settings.random_erasing,
-            re_mode="pixel",
+            **augmentation(settings),
         )
         centred = create_transform(**input_config, is_training=False)
         columns = self.image_column, self.label_column
