@@ -11,9 +11,10 @@ from tokenprune.analysis.report import report
 from tokenprune.analysis.verification import VerificationReport, verify
 from tokenprune.api import dense, sparsify, unsparsify
 from tokenprune.backbones import probing, structure
-from tokenprune.backbones.adapters import SupportedModel, supported
+from tokenprune.backbones.adapters import Adapter
 from tokenprune.backbones.backbone import Backbone, Setting, TokenTable
 from tokenprune.backbones.preprocessing import Preprocessing
+from tokenprune.backbones.supported import SupportedModel, supported
 from tokenprune.errors import (
     CheckpointError,
     CountingError,
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 sys.modules.update({f"{__name__}.structure": structure, f"{__name__}.probing": probing})
 
 __all__ = [
+    "Adapter",
     "Backbone",
     "Candidates",
     "CheckpointError",
