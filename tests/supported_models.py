@@ -16,6 +16,7 @@ import tokenprune
 from tests import census_timm, census_torchvision, census_transformers
 from tests.census import Entry
 from tokenprune import SupportedModel
+from tokenprune.backbones.supported import write_supported
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "supported-models.md"
@@ -92,13 +93,9 @@ def write(recorded: Recorded) -> None:
             passes = models[model["family"], model["name"]]["passes"]
             passes += [one for one in model["passes"] if one not in passes]
         if models:
-            data = {
-                "version": 1,
-                "library_version": version(library),
-                "models": [models[key] for key in sorted(models)],
-            }
             path = ROOT / "adapters" / f"tokenprune_{library}" / "supported.json"
-            path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            proved = [SupportedModel.from_dict(model, library=library) for model in models.values()]
+            write_supported(path, proved, library_version=version(library))
     PAGE.write_text(page(), encoding="utf-8")
 
 

@@ -125,7 +125,7 @@ class _BuildsNone(CheckpointError):
 
 
 class _FunctionAdapter(Adapter):
-    """A module, or another object, with functions of the methods' names, as adapters were before there was a class."""
+    """A module, or another object, with functions of the methods' names: an adapter written for tokenprune 0.1."""
 
     def __init__(self, functions: Any) -> None:
         self._functions = functions

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
@@ -185,12 +184,6 @@ def _file(entry: EntryPoint) -> Path | None:
         spec = find_spec(entry.module)
     except Exception:  # a package around the module that cannot be imported; whoever needs the adapter is told why
         return None
-    folder = None if spec is None else _package_folder(spec)
-    return None if folder is None else folder / FILE
-
-
-def _package_folder(spec: ModuleSpec) -> Path | None:
-    """The folder of the package that a module is, or is in."""
-    if spec.submodule_search_locations:
-        return Path(next(iter(spec.submodule_search_locations)))
-    return Path(spec.origin).parent if spec.parent and spec.origin else None
+    if spec is None or not spec.parent or spec.origin is None:  # not there, or in no package
+        return None
+    return Path(spec.origin).parent / FILE
