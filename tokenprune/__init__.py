@@ -12,9 +12,10 @@ from tokenprune.analysis.verification import VerificationReport, verify
 from tokenprune.api import dense, sparsify, unsparsify
 from tokenprune.backbones import probing, structure
 from tokenprune.backbones.adaptations import Adaptation, Setting, TokenTable
-from tokenprune.backbones.adapters import SupportedModel, supported
+from tokenprune.backbones.adapters import Adapter
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.preprocessing import Preprocessing
+from tokenprune.backbones.supported import SupportedModel, supported
 from tokenprune.errors import (
     CheckpointError,
     CountingError,
@@ -46,6 +47,7 @@ sys.modules.update({f"{__name__}.structure": structure, f"{__name__}.probing": p
 
 __all__ = [
     "Adaptation",
+    "Adapter",
     "Backbone",
     "Candidates",
     "CheckpointError",
