@@ -1,9 +1,9 @@
-"""DynamicViT's ablations: which strategy, which score, how many stages, which losses; ends in four tables.
+"""DynamicViT's ablations in four tables: which strategy, which score, how many stages, which losses.
 
 DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034), Tables 2
-to 4. Every row starts from the same dense model and costs about the same multiply-adds, those of ρ = 0.7.
+to 4. Every row starts from the same dense model and takes about as many GMACs as ρ = 0.7.
 
-python -m recipes.ablation --digits      # on the digits, some minutes a row
+python -m recipes.ablation --digits      # on the digits, some minutes per row
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from recipes.structural import fine_tune_downsampled
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of a table.
+    """A row of a table.
 
     Attributes:
-        label: What the table calls it.
-        run: Name of the run; rows of several tables share one.
-        changes: What it changes of the settings.
+        label: Its name in the table.
+        run: Name of the run, which rows of several tables may share.
+        changes: The settings that it changes.
         structural: Whether tokens are pooled instead of pruned.
     """
 
@@ -77,13 +77,13 @@ TABLES: dict[str, tuple[Row, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class AblationSettings(SparseSettings):
-    """Settings that all rows share; what a row changes is not to be set."""
+    """Settings that all rows share; those that rows differ in must not be given."""
 
     model: str = "deit_small_patch16_224"
     depth: Annotated[int, Option(min=4, help="Blocks of the model, to spread one or two stages over.")] = 12
-    seeds: Annotated[int, Option(min=1, help="Runs of every row, with seeds from --seed on.")] = 3
+    seeds: Annotated[int, Option(min=1, help="Runs per row, with consecutive seeds from --seed.")] = 3
     static_learning_rate: Annotated[
-        float | None, Optimisation(min=0, help="Of the static scores, where it is not the predictors'.")
+        float | None, Optimisation(min=0, help="Of the static scorer, if not that of the predictors.")
     ] = None
     output: Annotated[Path, Run(help="Where runs and tables go.")] = Path("runs/ablation")
 
@@ -109,14 +109,14 @@ class AblationSettings(SparseSettings):
                 "learning_rate": self.static_learning_rate,
                 "backbone_factor": backbone / self.static_learning_rate,
             }
-        # A run that was made is read, so that the ablation goes on where it was stopped.
+        # Finished runs are read, so that an ablation that was stopped continues where it was.
         return self.derive(
             SparseSettings, **changes, seed=seed, output=self.output / f"{row.run}-seed{seed}", resume=True
         )
 
 
 def run_ablation(settings: AblationSettings, *, console: Console | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Make every run that is not made yet, print the tables, and write ``ablation.json`` and ``ablation.md``."""
+    """Make the runs that are missing, print the tables, and write ``ablation.json`` and ``ablation.md``."""
     dense = evaluate_dense(settings)["top1"]
     tables: dict[str, list[dict[str, Any]]] = {}
     for name, rows in TABLES.items():
@@ -168,7 +168,7 @@ def _report(
 PRESETS = {
     "smoke": Preset(help=SMOKE_HELP, settings={**SMOKE, "model": "deit_tiny_patch16_224", "seeds": 1, "epochs": 1}),
     "digits": Preset(
-        help="The digits, made if they are not there, and their trained dense model.",
+        help="The digits, made if missing, and their trained dense model.",
         settings={**DIGITS_SPARSE, "static_learning_rate": 0.4},
         prepare=make_images,
     ),

@@ -1,7 +1,7 @@
 """Reproduce DynamicViT's DeiT rows: a dense DeiT learns in 30 epochs which tokens it can drop.
 
 DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034), Table 1.
-Weights of the dense DeiT come from timm, or from --checkpoint. DeiT-S at ρ 0.7, all of it on eight GPUs:
+Weights of the dense DeiT come from timm, or from --checkpoint. DeiT-S at ρ = 0.7 on eight GPUs:
 
 accelerate launch --num_processes 8 -m recipes.deit --data-dir imagenet --batch-size 128
 """

@@ -16,7 +16,7 @@ from recipes.engine.optimization import parameter_groups
 from recipes.engine.options import Model
 from recipes.engine.settings import TrainingSettings
 
-SMOKE_HELP = "Some steps at 64 pixels from random weights: does everything work here?"
+SMOKE_HELP = "A few steps at 64 pixels from random weights, to check that everything works here."
 SMOKE = {
     "image_size": 64,
     "pretrained": False,
@@ -72,7 +72,7 @@ def train_dense(
 
 
 class CrossEntropy(nn.Module):
-    """Cross-entropy with class indices or with the probabilities that mixup makes of them."""
+    """Cross-entropy with class indices, or with the soft targets of mixup."""
 
     def __init__(self, settings: TrainingSettings) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class CrossEntropy(nn.Module):
 
 
 def criterion(settings: TrainingSettings) -> nn.CrossEntropyLoss:
-    """Cross-entropy; mixup smooths labels itself where it is on."""
+    """Cross-entropy; labels are smoothed by mixup if that is on."""
     mixes = settings.mixup or settings.cutmix
     return nn.CrossEntropyLoss(label_smoothing=0.0 if mixes else settings.label_smoothing)
 

@@ -36,12 +36,12 @@ def fine_tune(
     console: Console | None = None,
     description: str | None = None,
 ) -> Outcome:
-    """Sparsify the dense model and train it against itself.
+    """Sparsify the dense model and fine-tune it, with the dense model as its teacher.
 
     Args:
-        settings: All that decides the run.
-        heads: The two heads of a model that classifies its patch tokens too; see `tokenprune.DynamicViTLoss`.
-        model_options: As for `recipes.engine.fitting.fit`, which says what is raised.
+        settings: Everything that decides the run.
+        heads: The two heads of a model that also classifies its patch tokens; see `tokenprune.DynamicViTLoss`.
+        model_options: As for `recipes.engine.fitting.fit`, as are the errors raised.
         console: Likewise.
         description: Likewise; model and ratio if not given.
     """
@@ -79,7 +79,7 @@ def fine_tune(
 
 
 class Objective(nn.Module):
-    """DynamicViT's loss, beside it in the log the share of patch tokens that every stage keeps."""
+    """DynamicViT's loss; the log also gets the fraction of patch tokens that each stage keeps."""
 
     def __init__(self, teacher: nn.Module, settings: SparseSettings, heads: tuple[str, str] | None = None) -> None:
         super().__init__()
@@ -96,12 +96,12 @@ class Objective(nn.Module):
         """The parts of the loss, and ``kept_1``, ``kept_2`` … as fractions."""
         parts: dict[str, Tensor] = self.loss(model, inputs, outputs, targets)
         trace = attached(extract_model_from_parallel(model, keep_torch_compile=False)).trace
-        assert trace is not None  # the loss has looked at it
+        assert trace is not None  # the loss reads it too
         return {**parts, **{f"kept_{stage}": keep.detach().mean() for stage, keep in enumerate(trace.keep, start=1)}}
 
 
 def freeze_embeddings(model: nn.Module) -> None:
-    """Class token and position embedding stay what they are, as in the paper's schedule."""
+    """Freeze class token and position embedding, as in the paper's schedule."""
     for name in ("cls_token", "pos_embed"):
         parameter = getattr(model, name, None)
         if isinstance(parameter, nn.Parameter):

@@ -1,7 +1,7 @@
 """Fine-tune any image classifier of transformers, on an image folder or data set, so that it can drop tokens.
 
-With the transformers Trainer and DynamicViT's loss and schedule (arXiv 2106.02034). A model that has learned other
-classes learns those of the data first, with --dense:
+With the transformers Trainer and DynamicViT's loss and schedule (arXiv 2106.02034). A model that was trained on other
+classes is first fine-tuned on those of the data, with --dense:
 
 python -m recipes.hf_finetune --dense --model google/vit-base-patch16-224 --data-dir flowers --output runs/flowers
 python -m recipes.hf_finetune --model runs/flowers --data-dir flowers --output runs/flowers-0.7
@@ -36,7 +36,7 @@ from tokenprune.integrations.transformers import SparseTrainer
 
 PRESETS = {
     "smoke": Preset(
-        help="Some steps of a tiny ViT, or of --model: does everything work here?",
+        help="A few steps of a tiny ViT, or of --model, to check that everything works here.",
         settings={
             "tiny_model": True,
             "epochs": 2,
@@ -109,7 +109,7 @@ def _model(settings: HfSettings, images: Images) -> Any:
 
 
 def _in_the_order_of(model: Any, images: Images) -> Images:
-    """The images with class indices as the model has learned them, where it knows the classes by the same names."""
+    """The images with the class indices of the model, if its classes have the same names."""
     learned = {name: int(index) for name, index in (model.config.label2id or {}).items()}
     return images.labelled(learned) if set(learned) == set(images.classes) else images
 
@@ -120,7 +120,7 @@ def _trainer(model: Any, settings: HfSettings, options: dict[str, Any]) -> Train
         teacher = trained_classifier(settings.teacher, model.config.num_labels)
     freeze_embeddings(model)
     tokenprune.sparsify(model, settings.stages, settings.ratio, scorer=settings.scorer)
-    # A stage that keeps all it gets does not ask its scorer.
+    # A stage that keeps all it gets does not call its scorer.
     unused = 1.0 in model.tokenprune.plan.keep_probabilities
     arguments = training_arguments(
         settings, len(options["train_dataset"]), ddp_find_unused_parameters=True if unused else None
@@ -145,8 +145,8 @@ def _dense_trainer(model: Any, settings: HfSettings, options: dict[str, Any]) ->
 
 
 def best_classes(logits: Any, labels: Tensor) -> Tensor:
-    """The five best classes (B, 5), best first, of logits (B, K): all that accuracy needs of them."""
-    if isinstance(logits, tuple):  # a model with several heads puts their mean first
+    """The five top classes (B, 5), best first, of logits (B, K): all that accuracy needs."""
+    if isinstance(logits, tuple):  # a model with several heads returns their mean first
         logits = logits[0]
     best: Tensor = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
     return best
@@ -160,7 +160,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def scores(metrics: dict[str, float]) -> dict[str, float]:
-    """The Trainer's metrics as `recipes.engine.evaluation.evaluate_both` names them."""
+    """The Trainer's metrics under the names of `recipes.engine.evaluation.evaluate_both`."""
     names = {f"eval_{path}{old}": f"{path}{new}" for path in ("", "dense_") for old, new in
              (("accuracy", "top1"), ("top5", "top5"))}  # fmt: skip
     found = {new: metrics[old] for old, new in names.items() if old in metrics}

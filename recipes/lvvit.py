@@ -1,8 +1,8 @@
 """Reproduce DynamicViT's LV-ViT rows: a dense LV-ViT learns in 30 epochs which tokens it can drop.
 
 DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034), Table 1.
-The student's auxiliary head, which classifies patch tokens, is taught by the dense model's. Neither
-MixToken nor token labels are used. The dense weights are an official file of LV-ViT:
+The student's auxiliary head, which classifies patch tokens, is distilled from the dense model's.
+Neither MixToken nor token labels are used. The dense weights are an official LV-ViT checkpoint:
 
 python -m recipes.lvvit --data-dir imagenet --checkpoint lvvit_s-26M-224-83.3.pth.tar
 """

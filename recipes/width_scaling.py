@@ -1,8 +1,8 @@
 """Is a sparse wide model better than a dense narrow one? DeiT at several widths, dense and sparsified.
 
 DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034), Figure 4.
-Trains each dense model, or loads it from --dense-dir, sparsifies it, and ends in the picture and the
-table of accuracy against multiply-adds.
+Trains each dense model, or loads it from --dense-dir, sparsifies it, and plots and tabulates accuracy
+against GMACs.
 
 python -m recipes.width_scaling --digits      # on the digits
 """
@@ -37,8 +37,10 @@ import matplotlib.pyplot as plt
 class WidthSettings(SparseSettings):
     """Settings of all runs; epochs, warm-up and learning rate are those of the sparse ones."""
 
-    model: Annotated[str, Model(help="timm's name of the model to widen.")] = "deit_small_patch16_224"
-    pretrained: Annotated[bool, Model(help="There are no pre-trained weights of other widths.")] = False
+    model: Annotated[str, Model(help="The model whose width is varied, by its name in timm.")] = (
+        "deit_small_patch16_224"
+    )
+    pretrained: Annotated[bool, Model(help="There are no pretrained weights of other widths.")] = False
     widths: Annotated[list[int], Model("--widths", min=16, help="Embedding widths; give it several times.")] = field(
         default_factory=lambda: [192, 256, 288, 320, 384]
     )
@@ -47,7 +49,7 @@ class WidthSettings(SparseSettings):
     ] = None
     dense_epochs: Annotated[int, Optimisation(min=1, help="Epochs of a dense model.")] = 300
     dense_warmup_epochs: Annotated[float, Optimisation(min=0, help="Of a dense model.")] = 5.0
-    dense_steps_per_epoch: Annotated[int | None, Optimisation(min=1, help="Shorter epochs of a dense model.")] = None
+    dense_steps_per_epoch: Annotated[int | None, Optimisation(min=1, help="To shorten epochs of a dense model.")] = None
     dense_learning_rate: Annotated[float, Optimisation(min=0, help="Of a dense model, for a batch of 1024.")] = 1e-3
     output: Annotated[Path, Run(help="Where runs, table and picture go.")] = Path("runs/width-scaling")
 
@@ -89,7 +91,7 @@ class WidthSettings(SparseSettings):
 
 
 def run_width_scaling(settings: WidthSettings, *, console: Console | None = None) -> list[dict[str, Any]]:
-    """Make every run that is not made yet; write ``width_scaling.json``, ``.md`` and ``.png``.
+    """Make the runs that are missing; write ``width_scaling.json``, ``.md`` and ``.png``.
 
     Returns:
         A mapping for each width: ``width``, and of ``dense`` and ``sparse`` ``top1`` and ``gmacs``.
@@ -151,14 +153,14 @@ def _report(points: list[dict[str, Any]], settings: WidthSettings, console: Cons
 
 
 def dense_at(gmacs: float, points: list[dict[str, Any]]) -> float | None:
-    """The accuracy of a dense model of a cost, between the two widths around it; ``None`` outside of all."""
+    """The accuracy of a dense model at a cost, interpolated between widths; ``None`` outside their range."""
     curve = sorted((point["dense"]["gmacs"], point["dense"]["top1"]) for point in points)
     costs, accuracies = zip(*curve, strict=True)
     return float(np.interp(gmacs, costs, accuracies)) if costs[0] <= gmacs <= costs[-1] else None
 
 
 def draw(points: list[dict[str, Any]], file: Path) -> None:
-    """Accuracy against multiply-adds, a curve of the dense models and one of the sparse ones, as PNG."""
+    """Plot accuracy against GMACs, one curve for dense and one for sparse models, as PNG."""
     figure, axis = plt.subplots(figsize=(6, 4))
     for path, style in (("dense", "o-"), ("sparse", "s-")):
         curve = sorted((point[path]["gmacs"], 100 * point[path]["top1"], point["width"]) for point in points)
@@ -174,7 +176,7 @@ def draw(points: list[dict[str, Any]], file: Path) -> None:
                 ha="center",
                 fontsize=8,
             )
-    axis.set_xlabel("GMACs an image")
+    axis.set_xlabel("GMACs per image")
     axis.set_ylabel("top-1 accuracy, %")
     axis.margins(y=0.15)
     axis.grid(alpha=0.3)
@@ -193,7 +195,7 @@ PRESETS = {
         },
     ),
     "digits": Preset(
-        help="The digits, made if they are not there.",
+        help="The digits, made if missing.",
         settings={
             **{name: value for name, value in DIGITS_SPARSE.items() if name != "checkpoint"},
             "widths": [32, 48, 64],

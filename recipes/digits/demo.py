@@ -28,16 +28,16 @@ LABELS = {"predictor": "learned", "random": "random", "static": "static"}
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the table.
+    """A row of the table.
 
     Attributes:
         name: The model.
         accuracy: Validation accuracy as a fraction.
-        gmacs: 10⁹ multiply-adds an image.
-        gmac_ratio: Dense ÷ sparse multiply-adds.
-        dense_images_per_second: Measured without pruning, beside the next.
-        images_per_second: Measured as it is.
-        speedup: Median of the pairs.
+        gmacs: GMACs per image.
+        gmac_ratio: Dense ÷ sparse GMACs.
+        dense_images_per_second: Throughput without pruning, measured in turn with the next.
+        images_per_second: Throughput of the model as it is.
+        speedup: Median over the pairs.
     """
 
     name: str
@@ -64,18 +64,18 @@ def run_demo(
     """Make the images, the three runs, the table, the picture and ``results.json``.
 
     Args:
-        data: Where the digits image folder is, or is to be made.
+        data: The digits image folder, made if missing.
         output: Where everything else is written.
         keep_ratio: ρ.
         steps: Fine-tuning steps of each scorer.
         seed: Seed of the runs.
         console: Where the table is printed.
-        pairs: Timed pairs of batches a row.
+        pairs: Timed pairs of batches per row.
         digits: What the image folder holds; ``None`` means the full set.
         dense_weights: The trained dense model.
 
     Raises:
-        Interrupted: Ctrl-C was pressed; the same call goes on where it stopped.
+        Interrupted: Ctrl-C was pressed; the same call continues where it stopped.
     """
     output.mkdir(parents=True, exist_ok=True)
     make_digits(data, digits)
@@ -132,7 +132,7 @@ def _examples(settings: SparseSettings) -> torch.Tensor:
 
 
 def table(rows: list[Row], keep_ratio: float) -> Table:
-    """A line for each row."""
+    """The results as a table."""
     made = Table(
         title=f"Handwritten digits among clutter, ρ = {keep_ratio:g}",
         columns=("model", "accuracy", "GMACs", "images/s dense", "images/s", "speed-up", "speed-up ÷ GMAC ratio"),

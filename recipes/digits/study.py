@@ -23,10 +23,10 @@ def run_study(
     """Run every scorer at every ratio with every seed, print the table and write ``study.json``.
 
     Returns:
-        Accuracies by ratio and scorer, one a seed; the dense model's under ``"1"`` and ``"dense"``.
+        Accuracies by ratio and scorer, one per seed; the dense model's under ``"1"`` and ``"dense"``.
 
     Raises:
-        Interrupted: Ctrl-C was pressed; the same call goes on where it stopped.
+        Interrupted: Ctrl-C was pressed; the same call continues where it stopped.
     """
     output.mkdir(parents=True, exist_ok=True)
     make_digits(data)

@@ -1,4 +1,4 @@
-"""The folder of a run: whether a run may use it, and the settings that are kept in it."""
+"""The folder of a run: whether a run may use it, and the settings saved in it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FREE_ON_RESUME = frozenset({"resume", "output", "num_workers", "log_every", "che
 
 
 def check_folder(settings: RunSettings, *, holds_checkpoint: bool) -> None:
-    """Refuse to replace the run in ``output``, and to continue it under other settings.
+    """Refuse to replace the run in ``output``, or to continue it with other settings.
 
     Raises:
-        SettingsError: There is a checkpoint and ``resume`` is off, or the settings decide another result.
+        SettingsError: There is a checkpoint and ``resume`` is off, or the settings would give another result.
     """
     if holds_checkpoint and not settings.resume:
         raise SettingsError(f"{settings.output} holds a run already; add --resume, or take another --output.")
@@ -26,15 +26,15 @@ def check_folder(settings: RunSettings, *, holds_checkpoint: bool) -> None:
 
 
 def continues(settings: RunSettings) -> bool:
-    """Whether the run in ``output`` goes on, with the settings that are kept there."""
+    """Whether the run in ``output`` is continued, with the settings saved there."""
     return settings.resume and settings_file(settings.output).exists()
 
 
 def check_continuation(settings: Settings) -> None:
-    """Refuse settings that decide another result than those of the run in ``output``.
+    """Refuse settings that would give another result than those of the run in ``output``.
 
     Raises:
-        SettingsError: With what differs.
+        SettingsError: The message says what differs.
     """
     before, now = yaml.safe_load(settings_file(settings.output).read_text()), settings.to_dict()
     changed = [
@@ -47,11 +47,11 @@ def check_continuation(settings: Settings) -> None:
 
 
 def write_settings(settings: Settings) -> None:
-    """Write the settings into the folder, which is made if it is not there."""
+    """Write the settings into ``output``, which is made if missing."""
     settings.output.mkdir(parents=True, exist_ok=True)
     write_text(settings_file(settings.output), settings.to_yaml())
 
 
 def settings_file(folder: Path) -> Path:
-    """The file of settings in the folder of a run."""
+    """The settings file in the folder of a run."""
     return folder / "settings.yaml"

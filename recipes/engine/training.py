@@ -1,4 +1,4 @@
-"""The training loop: one optimisation step after another, evaluated, resumable and interruptible."""
+"""The training loop, with evaluation, checkpoints, resuming and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ LossFunction = Callable[[nn.Module, Tensor, Any, Tensor], Mapping[str, Tensor]]
 
 @dataclass
 class Position:
-    """Where a run is, in a form that Accelerate saves and restores.
+    """The progress of a run, which Accelerate saves and restores.
 
     Attributes:
         step: Optimisation steps done.
         best: Highest top-1 accuracy so far.
-        images: Images a step takes; a run goes on only with as many.
+        images: Images per step; a run is resumed only with as many.
     """
 
     step: int = 0
@@ -46,16 +46,16 @@ class Position:
     images: int = 0
 
     def state_dict(self) -> dict[str, float]:
-        """The fields."""
+        """The fields as a mapping."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take the fields over."""
+        """Restore the fields."""
         self.step, self.best, self.images = int(state["step"]), state["best"], int(state["images"])
 
 
 def make_accelerator(settings: TrainingSettings) -> Accelerator:
-    """An accelerator as the settings want it; what ``accelerate launch`` was told applies."""
+    """The accelerator that the settings describe; options of ``accelerate launch`` apply too."""
     return Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -84,9 +84,9 @@ def train(
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train ``model`` in place.
 
-    Every random number is drawn from the seed, the epoch and the place in it. So a run that was
-    stopped at any moment and is continued gives the same weights, and one on several processes
-    sees the same batches as one process that accumulates as many of them a step.
+    Every random number depends only on the seed, the epoch and the position in it. So a run that was
+    stopped at any moment and is resumed ends with the same weights, and one on several processes
+    sees the same batches as one process that accumulates as many per step.
 
     Args:
         accelerator: From `make_accelerator`.
@@ -96,17 +96,17 @@ def train(
         parameter_groups: From `recipes.engine.optimization.parameter_groups`.
         training: Batches of images and class indices.
         validation: Batches to evaluate on after every epoch; ``None`` for no evaluation.
-        settings: All else. With ``resume`` the run in ``output`` goes on, if one is there.
-        description: What the progress bar says.
-        num_classes: Classes that mixup spreads targets over.
-        frozen_epochs: Epochs for which groups that wait have learning rate 0.
+        settings: Everything else. With ``resume``, the run in ``output`` is resumed if there is one.
+        description: Label of the progress bar.
+        num_classes: Number of classes, for the soft targets of mixup.
+        frozen_epochs: Epochs during which groups marked ``"waits"`` have learning rate 0.
         find_unused_parameters: Whether some parameters get no gradient in some steps.
 
     Returns:
-        The trained model, or its running average where there is one, unwrapped; and its last evaluation.
+        The trained model, or its EMA if there is one, unwrapped; and its last evaluation.
 
     Raises:
-        Interrupted: Ctrl-C was pressed; the state lies in ``output``.
+        Interrupted: Ctrl-C was pressed; the state is saved in ``output``.
         SettingsError: ``output`` holds a run and ``resume`` is off, or a run with other settings.
         DataError: There are too few images for one step.
         FloatingPointError: The loss is not finite.
@@ -158,7 +158,7 @@ def train(
         _interrupt_flag() as interrupted,
         Logbook(accelerator, settings.output, steps=schedule.steps, description=description) as log,
     ):
-        log.go_on_from(position.step)
+        log.resume_from(position.step)
         if position.step == schedule.steps and validation is not None:
             scores = evaluate_both(accelerator, result_of, validation, batches=settings.validation_batches)
         wrapped.train()
@@ -208,12 +208,12 @@ def train(
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
-    model.__dict__.pop("forward", None)  # Accelerate's autocast, or the method of the class that stood in for it
+    model.__dict__.pop("forward", None)  # left by Accelerate: its autocast, or the bound method
     return result_of, scores
 
 
 def _claim_output(accelerator: Accelerator, checkpoints: Checkpoints, settings: TrainingSettings) -> None:
-    """Write the settings beside the run, or find that the run there is this one."""
+    """Write the settings to ``output``, or check that the run there is this one."""
     check_folder(settings, holds_checkpoint=checkpoints.newest() is not None)
     if accelerator.is_main_process and not continues(settings):
         write_settings(settings)
@@ -222,7 +222,7 @@ def _claim_output(accelerator: Accelerator, checkpoints: Checkpoints, settings: 
 
 
 def _prepared(accelerator: Accelerator, loader: DataLoader[Any] | None) -> Any:
-    """The loader, shared out among the processes; timm's streamed data sets share themselves out."""
+    """The loader, sharded over the processes; timm's streamed data sets shard themselves."""
     if loader is not None and isinstance(loader.dataset, IterableDataset):
         return prepare_data_loader(
             loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
@@ -233,11 +233,11 @@ def _prepared(accelerator: Accelerator, loader: DataLoader[Any] | None) -> Any:
 def _epoch(
     accelerator: Accelerator, loader: Any, epoch: int, done: int, steps: int, settings: TrainingSettings
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The batches of an epoch after so many steps of it are done, each with its place among those of all processes."""
+    """The batches left after ``done`` steps of an epoch, each with its position among those of all processes."""
     for owner in (loader, loader.dataset):
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
-    # Workers that read a stream are started anew in every epoch, with seeds that are drawn here.
+    # Workers that read a stream are restarted every epoch, with seeds drawn here.
     seed_everything(settings.seed, epoch, accelerator.process_index, 2)
     first = done * settings.accumulation
     rest = accelerator.skip_first_batches(loader, first) if first else loader
@@ -257,7 +257,7 @@ def _mixup(settings: TrainingSettings, num_classes: int) -> Mixup | None:
 
 
 class _Totals:
-    """Sums of the parts of the loss since they were last taken, without waiting for the device."""
+    """Sums of the parts of the loss since they were last taken, without synchronising with the device."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -271,7 +271,7 @@ class _Totals:
         self.count += 1
 
     def take(self) -> dict[str, float]:
-        """The means over all processes."""
+        """The means over all processes, of everything since the last call."""
         names = list(self.sums)
         means = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]) / self.count, "mean")
         self.sums, self.count = {}, 0
@@ -281,8 +281,8 @@ class _Totals:
 def _check_finite(means: Mapping[str, float], step: int) -> None:
     if not math.isfinite(means["loss"]):
         raise FloatingPointError(
-            f"the loss is {means['loss']} at step {step}: {dict(means)}. The checkpoint before it is whole: "
-            "resume with a gradient limit (--clip-gradient 1), bf16 in place of fp16, or another seed."
+            f"the loss is {means['loss']} at step {step}: {dict(means)}. Checkpoints from before it are "
+            "intact. Start a new run with gradient clipping (--clip-gradient 1), bf16 instead of fp16, or another seed."
         )
 
 
@@ -304,7 +304,7 @@ def _report_damage(log: Logbook, loader: Any) -> None:
 
 @contextmanager
 def _interrupt_flag() -> Iterator[list[bool]]:
-    """Turn the first Ctrl-C into a flag, so that a step is never torn; the second one is immediate."""
+    """Turn the first Ctrl-C into a flag, so that no step is left half done; the second one acts at once."""
     flag = [False]
 
     def on_interrupt(signum: int, frame: Any) -> None:

@@ -15,22 +15,26 @@ class HfSettings(PruningSettings):
     """What decides a run of `recipes.hf_finetune`, on transformers' Trainer with data from `datasets`."""
 
     # Data
-    data_dir: Annotated[Path | None, Data(help="Image folder with one sub-folder a split, in it one a class.")] = None
-    dataset: Annotated[str | None, Data(help="In place of data_dir: name or folder for datasets.load_dataset.")] = None
-    dataset_config: Annotated[str | None, Data(help="The data set's configuration, where it has several.")] = None
-    # Only datasets slices a split.
+    data_dir: Annotated[
+        Path | None, Data(help="Image folder with one subfolder per split, and in it one per class.")
+    ] = None
+    dataset: Annotated[str | None, Data(help="Instead of data_dir: name or folder for datasets.load_dataset.")] = None
+    dataset_config: Annotated[str | None, Data(help="Configuration of the data set, if it has several.")] = None
+    # datasets can slice a split; timm cannot.
     train_split: Annotated[str, Data(help="The split to train on, such as 'train' or 'train[:90%]'.")] = "train"
     image_column: Annotated[str | None, Data(help="The first column of images if not given.")] = None
     label_column: Annotated[str | None, Data(help="The first column of classes if not given.")] = None
-    max_train_images: Annotated[int | None, Data(min=1, help="Learn from so many only, drawn by the seed.")] = None
-    max_validation_images: Annotated[int | None, Data(min=1, help="Evaluate on so many only.")] = None
+    max_train_images: Annotated[int | None, Data(min=1, help="Train on only this many, drawn with the seed.")] = None
+    max_validation_images: Annotated[
+        int | None, Data(min=1, help="Evaluate on only this many, drawn with the seed.")
+    ] = None
 
     # Model
     model: Annotated[str | None, Model(help="Folder, or id on the Hub, of an image classifier.")] = None
-    tiny_model: Annotated[bool, Model(help="Where no model is given, a tiny ViT with random weights.")] = False
-    dense: Annotated[bool, Model(help="Train the model densely, on the classes of the data; prune nothing.")] = False
+    tiny_model: Annotated[bool, Model(help="If no model is given, take a tiny ViT with random weights.")] = False
+    dense: Annotated[bool, Model(help="Train the model on the classes of the data without pruning.")] = False
     teacher: Annotated[
-        str | None, Model(help="Folder or id of a dense model that has learned these classes; the model if not given.")
+        str | None, Model(help="Folder or id of a dense model of these classes; the model itself if not given.")
     ] = None
 
     # Optimisation
@@ -67,5 +71,5 @@ class HfSettings(PruningSettings):
 
     @property
     def warmup(self) -> float:
-        """Epochs of warm-up, the paper's 5 of 30 where they are not given."""
+        """Epochs of warm-up, in the paper's proportion of 5 in 30 if not given."""
         return self.epochs / 6 if self.warmup_epochs is None else self.warmup_epochs
