@@ -12,6 +12,10 @@ import numpy as np
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.generated.outcomes import Users
+from tokenprune import Candidates, Reduced, Reduction, Scorer, Split
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 
@@ -45,7 +49,7 @@ class Odd:
 
 
 # Neither numbers nor sequences of them.
-ODD = st.sampled_from([None, "half", "", b"3", {}, {"a": 1}, Odd(), Odd, float, 1j, [[]], [None], ["0.5"], {0.5: 1}])
+ODD = st.sampled_from([None, "half", "", b"3", {}, {"a": 1}, Odd(), Odd, float, 1j, [[]], [None], ["0.5"]])
 HUGE = st.sampled_from([10**400, -(10**400), Fraction(10**400, 3), 2**63])
 FLOATS = st.floats(allow_nan=True, allow_infinity=True)
 
@@ -74,8 +78,8 @@ def good_ratios(draw: st.DrawFn, number: int) -> Any:
     """One number, or one for each of so many stages that never rise."""
     if draw(st.booleans()):
         return draw(good_ratio())
-    ratios = sorted(draw(st.lists(good_ratio(), min_size=number, max_size=number)), reverse=True)
-    return draw(st.sampled_from([list, tuple, np.array]))([*map(float, ratios)])
+    ratios = draw(st.lists(good_ratio(), min_size=number, max_size=number))
+    return draw(st.sampled_from([list, tuple, np.array]))(sorted(ratios, key=float, reverse=True))
 
 
 @st.composite
@@ -176,3 +180,230 @@ def damaged_json(draw: st.DrawFn, fields: Any) -> Any:
         else:
             inner[path[-1]] = draw(SMALL_JSON)
     return fields
+
+
+# Scorers
+
+
+class Spread(Scorer):
+    """Scores far apart, other ones for every image, the same for a patch in every execution."""
+
+    def forward(self, candidates: Candidates) -> Tensor:
+        generator = torch.Generator().manual_seed(5)
+        scores = torch.randn(len(candidates.patches), candidates.num_patches, generator=generator)
+        return candidates.at_candidates(self.changed(scores))
+
+    def changed(self, scores: Tensor) -> Tensor:
+        return scores
+
+
+class Bent(Spread):
+    """`Spread`, of which something is done to the scores."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def changed(self, scores: Tensor) -> Any:
+        return self.change(scores)
+
+
+class Learned(Spread):
+    """`Spread` with weights, whose decisions are sampled in training."""
+
+    probabilistic = True
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(width, 1)
+
+    def forward(self, candidates: Candidates) -> Tensor:
+        return self.weight(candidates.patches).squeeze(-1) + super().forward(candidates)
+
+
+class Attentive(Spread):
+    """`Spread` that looks at attention."""
+
+    needs_attention = True
+
+    def forward(self, candidates: Candidates) -> Tensor:
+        assert candidates.attention is not None and candidates.attention.shape == candidates.patches.shape[:2]
+        return super().forward(candidates) + candidates.attention
+
+
+class Raising(Scorer):
+    """One that fails."""
+
+    def forward(self, candidates: Candidates) -> Tensor:
+        raise Users("out of scores")
+
+
+class Returning(Scorer):
+    """One that gives whatever it is told to make of the scores that it should give."""
+
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, candidates: Candidates) -> Any:
+        return self.make(candidates.patches.mean(dim=2))
+
+
+def _raise(*args: Any) -> Any:
+    raise Users("not today")
+
+
+def _extreme(number: float, low: float = 0.0) -> Callable[[Tensor], Tensor]:
+    return lambda scores: scores.masked_fill(scores > low, number)
+
+
+GOOD_SCORERS: dict[str, Any] = {
+    "predictor": "predictor",
+    "cls_attention": "cls_attention",
+    "random": "random",
+    "static": "static",
+    "spread": lambda context: Spread(),
+    "learned": lambda context: Learned(context.embed_dim),
+    "attentive": lambda context: Attentive(),
+    "double precision": lambda context: Bent(Tensor.double),
+    "half precision": lambda context: Bent(Tensor.bfloat16),
+    "whole numbers": lambda context: Bent(lambda scores: (scores * 1e6).long()),
+    "yes and no": lambda context: Bent(lambda scores: scores > 0),
+    "all alike": lambda context: Bent(torch.zeros_like),
+    "infinite": lambda context: Bent(_extreme(math.inf)),
+    "minus infinity for most": lambda context: Bent(_extreme(-math.inf, low=-1.0)),
+    "minus infinity for all": lambda context: Bent(_extreme(-math.inf, low=-math.inf)),
+    "the largest numbers": lambda context: Bent(lambda scores: scores * 1e38),
+}
+# What is refused when the model is sparsified.
+BAD_SCORERS = st.one_of(
+    ODD.filter(lambda value: value is not float and value is not Odd),
+    st.text(max_size=6).filter(lambda name: name not in GOOD_SCORERS),
+    st.sampled_from([
+        Spread(), Spread, float, Odd, _raise, lambda: Spread(), lambda context: None, lambda context: Spread,
+        lambda context: nn.Identity(), lambda context: "static", lambda context: [Spread()], print, nn.Linear(2, 2),
+        lambda context: context.nonsense, 7, 0.5, True,
+    ]),
+)  # fmt: skip
+# What is refused when the model runs, if a stage asks.
+FAILING_SCORERS: dict[str, Any] = {
+    "raises": lambda context: Raising(),
+    "no forward": lambda context: Scorer(),
+    **{
+        name: (lambda make: lambda context: Returning(make))(make)
+        for name, make in {
+            "nothing": lambda scores: None,
+            "a number": lambda scores: 0.5,
+            "a list": lambda scores: scores.tolist(),
+            "a tuple": lambda scores: (scores, scores),
+            "an array": lambda scores: scores.detach().numpy(),
+            "for all channels": lambda scores: scores.unsqueeze(2),
+            "for one image": lambda scores: scores[:1],
+            "one too few": lambda scores: scores[:, 1:],
+            "one too many": lambda scores: torch.cat([scores, scores[:, :1]], dim=1),
+            "turned around": lambda scores: scores.T,
+            "no dimension": lambda scores: scores.mean(),
+            "complex numbers": lambda scores: scores.to(torch.complex64),
+        }.items()
+    },
+}
+
+
+# Reductions
+
+
+class Told(Reduction):
+    """One that makes of a split whatever it is told to."""
+
+    def __init__(self, make: Callable[[Split], Any], *, restores: bool = False, num_summary: int = 0) -> None:
+        super().__init__()
+        self.make, self.restores, self.num_summary = make, restores, num_summary
+
+    def forward(self, split: Split) -> Any:
+        return self.make(split)
+
+
+class Weighted(Reduction):
+    """One with weights of its own, and two summary tokens."""
+
+    num_summary = 2
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(width, width)
+
+    def forward(self, split: Split) -> Reduced:
+        pruned = split.pruned.unsqueeze(-1)
+        mean = (split.patches * pruned).sum(dim=1, keepdim=True) / pruned.sum(dim=1, keepdim=True).clamp(min=1)
+        summary = self.weight(mean)
+        return Reduced(split.patches, summary=torch.cat([summary, -summary], dim=1))
+
+
+def _first_kept(split: Split) -> Tensor:
+    """For each pruned token the first one that is kept."""
+    places = torch.arange(split.keep.shape[1]).expand_as(split.keep)
+    first = split.keep.detach().argmax(dim=1, keepdim=True).expand_as(places)
+    return torch.where(split.pruned.detach() > 0, first, places)
+
+
+def _told(make: Callable[[Split], Any], **options: Any) -> Callable[[Any], Reduction]:
+    return lambda context: Told(make, **options)
+
+
+GOOD_REDUCTIONS: dict[str, Any] = {
+    **{name: name for name in ("drop", "preserve", "fuse", "merge", "fuse_preserve", "merge_preserve")},
+    "weighted": lambda context: Weighted(context.embed_dim),
+    "as they are": _told(lambda split: Reduced(split.patches)),
+    "brighter": _told(lambda split: Reduced(split.patches * 1.5)),
+    "hosts": _told(lambda split: Reduced(split.patches, hosts=_first_kept(split)), restores=True),
+    "hosts that nobody needs": _told(lambda split: Reduced(split.patches, hosts=_first_kept(split))),
+    "a summary, restored": _told(
+        lambda split: Reduced(split.patches, summary=split.patches.new_ones(len(split.patches), 1, 1).expand(
+            -1, -1, split.patches.shape[2])), restores=True, num_summary=1,
+    ),
+}  # fmt: skip
+SUMMING = frozenset({"fuse", "fuse_preserve", "weighted", "a summary, restored"})
+"""Those with tokens that have no place in the image."""
+BAD_REDUCTIONS = st.one_of(
+    ODD,
+    st.text(max_size=6).filter(lambda name: name not in GOOD_REDUCTIONS),
+    st.sampled_from([
+        Reduction(), Weighted, float, Odd, _raise, lambda: Reduction(), lambda context: None, lambda context: Reduction,
+        lambda context: nn.Identity(), lambda context: "drop", lambda context: Spread(), print, nn.Linear(2, 2), 7, True,
+    ]),
+)  # fmt: skip
+FAILING_REDUCTIONS: dict[str, Any] = {
+    "raises": _told(_raise),
+    "no forward": lambda context: Reduction(),
+    **{
+        name: _told(make, num_summary=1)
+        for name, make in {
+            "nothing": lambda split: None,
+            "tokens alone": lambda split: split.patches,
+            "a tuple": lambda split: (split.patches, None, None),
+            "no patches": lambda split: Reduced(None),
+            "patches of another width": lambda split: Reduced(split.patches[..., 1:]),
+            "one patch too few": lambda split: Reduced(split.patches[:, 1:]),
+            "one image": lambda split: Reduced(split.patches[:1]),
+            "patches without channels": lambda split: Reduced(split.patches[..., 0]),
+            "patches of another type": lambda split: Reduced(split.patches.double()),
+            "a summary of another width": lambda split: Reduced(split.patches, summary=split.patches[:, :1, 1:]),
+            "a summary without tokens": lambda split: Reduced(split.patches, summary=split.patches[:, 0]),
+            "a summary of one image": lambda split: Reduced(split.patches, summary=split.patches[:1, :1]),
+            "summaries that were not announced": lambda split: Reduced(split.patches, summary=split.patches[:, :2]),
+            "no summary": lambda split: Reduced(split.patches, summary=split.patches[:, :0]),
+            "a summary that is a list": lambda split: Reduced(split.patches, summary=[split.patches]),
+            "a summary of another type": lambda split: Reduced(split.patches, summary=split.patches[:, :1].double()),
+        }.items()
+    },
+    **{
+        name: _told(make, restores=True)
+        for name, make in {
+            "a summary that was not announced": lambda split: Reduced(split.patches, summary=split.patches[:, :1]),
+            "hosts that are numbers": lambda split: Reduced(split.patches, hosts=split.keep),
+            "hosts of some": lambda split: Reduced(split.patches, hosts=_first_kept(split)[:, 1:]),
+            "hosts of one image": lambda split: Reduced(split.patches, hosts=_first_kept(split)[0]),
+            "hosts that are a list": lambda split: Reduced(split.patches, hosts=_first_kept(split).tolist()),
+        }.items()
+    },
+}
