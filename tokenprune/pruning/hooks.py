@@ -353,7 +353,7 @@ class PruningHooks(nn.Module):
 
     def _after_block(self, place: _Place, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         running = self._running
-        if running is None or not (self._restores or running.trains):
+        if running is None or not (self._restores or running.trains or running.intercepts):
             return None
         selection = self._selection(place.stage)
         if selection is None:
