@@ -1,13 +1,17 @@
-# Every target does its own set-up: a virtual environment in .venv, made once and reused.
+# Every target does its own set-up: a virtual environment, made once and reused. What is in which, and how the tested
+# versions are refreshed, is told in CONTRIBUTING.md.
 
 PYTHON ?= python3
+CONSTRAINTS := constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/ready
+NEWEST := .venv-newest
+RESOLVER := .venv-constraints
 
-.PHONY: demo test test-all test-oldest check docs benchmarks benchmarks-gpu clean
+.PHONY: demo test test-all test-oldest test-newest check docs benchmarks benchmarks-gpu constraints clean $(NEWEST)
 
 demo: $(READY)
 	$(BIN)/python -m recipes.digits demo $(ARGS)
@@ -20,6 +24,9 @@ test-all: $(READY)
 
 test-oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+
+test-newest: $(NEWEST)
+	$(NEWEST)/bin/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -41,20 +48,39 @@ benchmarks: $(READY)
 benchmarks-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-clean:
-	rm -rf $(VENV) $(OLDEST) build runs
+# The newest versions, direct and indirect, for every Python that pyproject.toml allows. UPGRADE= keeps those that are
+# there and adds only what is new.
+UPGRADE ?= --upgrade
+constraints:
+	test -x $(RESOLVER)/bin/python || $(PYTHON) -m venv $(RESOLVER)
+	$(RESOLVER)/bin/python -m pip install --quiet --upgrade uv
+	$(RESOLVER)/bin/uv pip compile pyproject.toml --all-extras --group build $(UPGRADE) --universal \
+		--python-version "$$(sed -n 's/^requires-python = ">=\(.*\)"$$/\1/p' pyproject.toml)" --no-python-downloads \
+		--no-annotate --custom-compile-command "make constraints" --quiet --output-file $(CONSTRAINTS)
 
-$(READY): pyproject.toml
+clean:
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(RESOLVER) build runs
+
+# The tested versions, of the build tools as well.
+$(READY): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[all,dev]"
+	$(BIN)/python -m pip install --quiet pip --constraint $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --editable ".[all,dev]" --constraint $(CONSTRAINTS) \
+		--build-constraint $(CONSTRAINTS)
 	touch $(READY)
 
-# Every lower bound in pyproject.toml, as the version itself.
-$(OLDEST_READY): pyproject.toml
+# Every lower bound in pyproject.toml, as the version itself, and the tested build tools.
+$(OLDEST_READY): pyproject.toml $(CONSTRAINTS)
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet pip --constraint $(CONSTRAINTS)
 	grep -oE '"[A-Za-z0-9_-]+(\[[a-z]+\])?>=[0-9a-z.]+' pyproject.toml | sed -E 's/"//; s/\[.*\]//; s/>=/==/' \
 		> $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet --editable ".[all,test]" --constraint $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --editable ".[all,test]" --constraint $(OLDEST)/constraints.txt \
+		--build-constraint $(CONSTRAINTS)
 	touch $(OLDEST_READY)
+
+# Today's newest versions: whenever it is asked for, since tomorrow there are others.
+$(NEWEST):
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[all,test]"

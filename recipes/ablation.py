@@ -1,17 +1,16 @@
-"""DynamicViT's ablations: which strategy, which score, how many stages, which losses; ends in four tables.
+"""DynamicViT's ablations in four tables: which strategy, which score, how many stages, which losses.
 
 DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034), Tables 2
-to 4. Every row starts from the same dense model and costs about the same multiply-adds, those of ρ = 0.7.
+to 4. Every row starts from the same dense model and takes about as many GMACs as ρ = 0.7.
 
-python -m recipes.ablation --digits      # on the digits, some minutes a row
+python -m recipes.ablation --digits      # on the digits, some minutes per row
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +21,10 @@ from typer import Option
 from recipes.dense import SMOKE_HELP
 from recipes.digits.presets import DIGITS_SPARSE, make_images
 from recipes.dynamicvit import SMOKE, SparseSettings, fine_tune
-from recipes.engine.checkpoints import write_whole
+from recipes.engine.checkpoints import write_json, write_text
 from recipes.engine.command_line import Preset, command
-from recipes.engine.fitting import evaluate_dense, read_results
+from recipes.engine.fitting import evaluate_dense, run_once
+from recipes.engine.options import Optimisation, Run
 from recipes.engine.settings import SettingsError
 from recipes.engine.tables import Table
 from recipes.structural import fine_tune_downsampled
@@ -32,12 +32,12 @@ from recipes.structural import fine_tune_downsampled
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of a table.
+    """A row of a table.
 
     Attributes:
-        label: What the table calls it.
-        run: Name of the run; rows of several tables share one.
-        changes: What it changes of the settings.
+        label: Its name in the table.
+        run: Name of the run, which rows of several tables may share.
+        changes: The settings that it changes.
         structural: Whether tokens are pooled instead of pruned.
     """
 
@@ -77,27 +77,28 @@ TABLES: dict[str, tuple[Row, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class AblationSettings(SparseSettings):
-    """Settings that all rows share; what a row changes is not to be set."""
+    """Settings that all rows share; those that rows differ in must not be given."""
 
-    model: Annotated[str, Option(help="timm's name of the dense model.")] = "deit_small_patch16_224"
+    model: str = "deit_small_patch16_224"
     depth: Annotated[int, Option(min=4, help="Blocks of the model, to spread one or two stages over.")] = 12
-    seeds: Annotated[int, Option(min=1, help="Runs of every row, with seeds from --seed on.")] = 3
+    seeds: Annotated[int, Option(min=1, help="Runs per row, with consecutive seeds from --seed.")] = 3
     static_learning_rate: Annotated[
-        float | None, Option(min=0, help="Of the static scores, where it is not the predictors'.")
+        float | None, Optimisation(min=0, help="Of the static scorer, if not that of the predictors.")
     ] = None
-    output: Annotated[Path, Option(help="Where runs, tables and the picture go.")] = Path("runs/ablation")
+    output: Annotated[Path, Run(help="Where runs and tables go.")] = Path("runs/ablation")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("keep_ratio", "stages"):
             if getattr(self, name) is not None:
                 raise SettingsError(f"{name} is what the rows of the ablation differ in; leave it out.")
+        if self.static_learning_rate == 0:
+            raise SettingsError("static_learning_rate=0 trains nothing; give one above 0.")
         if self.scorer != "predictor":
             raise SettingsError(f"scorer={self.scorer!r}: scorers are what the rows of the ablation differ in.")
 
     def of_row(self, row: Row, seed: int) -> SparseSettings:
         """The settings of one run."""
-        shared = {item.name: getattr(self, item.name) for item in fields(SparseSettings)}
         changes = dict(row.changes)
         num_stages = changes.pop("num_stages", None)
         if num_stages is not None:
@@ -108,14 +109,14 @@ class AblationSettings(SparseSettings):
                 "learning_rate": self.static_learning_rate,
                 "backbone_factor": backbone / self.static_learning_rate,
             }
-        # A run that was made is read, so that the ablation goes on where it was stopped.
-        return SparseSettings(
-            **{**shared, **changes, "seed": seed, "output": self.output / f"{row.run}-seed{seed}", "resume": True}
+        # Finished runs are read, so that an ablation that was stopped continues where it was.
+        return self.derive(
+            SparseSettings, **changes, seed=seed, output=self.output / f"{row.run}-seed{seed}", resume=True
         )
 
 
 def run_ablation(settings: AblationSettings, *, console: Console | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Make every run that is not made yet, print the tables, and write ``ablation.json`` and ``ablation.md``."""
+    """Make the runs that are missing, print the tables, and write ``ablation.json`` and ``ablation.md``."""
     dense = evaluate_dense(settings)["top1"]
     tables: dict[str, list[dict[str, Any]]] = {}
     for name, rows in TABLES.items():
@@ -135,13 +136,8 @@ def run_ablation(settings: AblationSettings, *, console: Console | None = None) 
 
 
 def _run(settings: SparseSettings, row: Row) -> dict[str, Any]:
-    made = read_results(settings)
-    if made is None:
-        make = fine_tune_downsampled if row.structural else fine_tune
-        make(settings, description=f"{row.run}, seed {settings.seed}")
-        made = read_results(settings)
-        assert made is not None
-    return made
+    train = fine_tune_downsampled if row.structural else fine_tune
+    return run_once(settings, lambda: train(settings, description=f"{row.run}, seed {settings.seed}"))
 
 
 def _report(
@@ -165,14 +161,14 @@ def _report(
     report = {"dense_top1": dense, "tables": tables, "settings": settings.to_dict()}
     head = f"Dense: {dense:.2%}. {settings.seeds} seed(s); points below dense are of the mean.\n\n"
     text = head + "\n".join(f"**{table.title}**\n\n{table.markdown()}" for table in drawn)
-    write_whole(settings.output / "ablation.json", lambda file: file.write_text(json.dumps(report, indent=2) + "\n"))
-    write_whole(settings.output / "ablation.md", lambda file: file.write_text(text))
+    write_json(settings.output / "ablation.json", report)
+    write_text(settings.output / "ablation.md", text)
 
 
 PRESETS = {
     "smoke": Preset(help=SMOKE_HELP, settings={**SMOKE, "model": "deit_tiny_patch16_224", "seeds": 1, "epochs": 1}),
     "digits": Preset(
-        help="The digits, made if they are not there, and their trained dense model.",
+        help="The digits, made if missing, and their trained dense model.",
         settings={**DIGITS_SPARSE, "static_learning_rate": 0.4},
         prepare=make_images,
     ),

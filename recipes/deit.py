@@ -1,7 +1,7 @@
 """Reproduce DynamicViT's DeiT rows: a dense DeiT learns in 30 epochs which tokens it can drop.
 
 DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034), Table 1.
-Weights of the dense DeiT come from timm, or from --checkpoint. DeiT-S at ρ 0.7, all of it on eight GPUs:
+Weights of the dense DeiT come from timm, or from --checkpoint. DeiT-S at ρ = 0.7 on eight GPUs:
 
 accelerate launch --num_processes 8 -m recipes.deit --data-dir imagenet --batch-size 128
 """
@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from rich.console import Console
-from typer import Option
 
 from recipes.dense import SMOKE_HELP
 from recipes.dynamicvit import SMOKE, SparseSettings, fine_tune
@@ -36,8 +34,8 @@ PRESETS = {
 class DeitSettings(SparseSettings):
     """Settings of the DeiT rows."""
 
-    model: Annotated[str, Option(help="timm's name of the dense model.")] = "deit_small_patch16_224"
-    output: Annotated[Path, Option(help="Where checkpoints, logs and results go.")] = Path("runs/deit")
+    model: str = "deit_small_patch16_224"
+    output: Path = Path("runs/deit")
 
 
 app = command(

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 from rich.console import Console
 from torch import Tensor, nn
-from typer import Option
 
 from recipes.engine.command_line import Preset, command
 from recipes.engine.fitting import Job, Outcome, fit
 from recipes.engine.optimization import parameter_groups
+from recipes.engine.options import Model
 from recipes.engine.settings import TrainingSettings
 
-SMOKE_HELP = "Some steps at 64 pixels from random weights: does everything work here?"
+SMOKE_HELP = "A few steps at 64 pixels from random weights, to check that everything works here."
 SMOKE = {
     "image_size": 64,
     "pretrained": False,
@@ -34,12 +34,11 @@ SMOKE = {
 class DenseSettings(TrainingSettings):
     """Settings of dense training; the defaults are DeiT's (arXiv 2012.12877)."""
 
-    model: Annotated[str, Option(help="timm's name of the model.")] = "deit_small_patch16_224"
-    pretrained: Annotated[bool, Option(help="Start from timm's weights for ImageNet.")] = False
-    epochs: Annotated[int, Option(min=1)] = 300
-    learning_rate: Annotated[float, Option(min=0, help="For a batch of 1024, in all; others in proportion.")] = 1e-3
-    drop_path: Annotated[float, Option(min=0, max=0.99, help="Stochastic depth.")] = 0.1
-    output: Annotated[Path, Option(help="Where checkpoints, logs and results go.")] = Path("runs/dense")
+    model: str = "deit_small_patch16_224"
+    pretrained: Annotated[bool, Model(help="Start from timm's weights for ImageNet.")] = False
+    epochs: int = 300
+    drop_path: float = 0.1
+    output: Path = Path("runs/dense")
 
 
 def train_dense(
@@ -54,8 +53,8 @@ def train_dense(
     Other arguments and errors are those of `recipes.engine.fitting.fit`.
     """
 
-    def prepare(model: nn.Module, images_a_step: int) -> Job:
-        rate = settings.learning_rate * images_a_step / 1024
+    def prepare(model: nn.Module, images_per_step: int) -> Job:
+        rate = settings.scaled_learning_rate(images_per_step)
         return Job(
             model=model,
             loss_function=CrossEntropy(settings),
@@ -73,7 +72,7 @@ def train_dense(
 
 
 class CrossEntropy(nn.Module):
-    """Cross-entropy with class indices or with the probabilities that mixup makes of them."""
+    """Cross-entropy with class indices, or with the soft targets of mixup."""
 
     def __init__(self, settings: TrainingSettings) -> None:
         super().__init__()
@@ -85,7 +84,7 @@ class CrossEntropy(nn.Module):
 
 
 def criterion(settings: TrainingSettings) -> nn.CrossEntropyLoss:
-    """Cross-entropy; mixup smooths labels itself where it is on."""
+    """Cross-entropy; labels are smoothed by mixup if that is on."""
     mixes = settings.mixup or settings.cutmix
     return nn.CrossEntropyLoss(label_smoothing=0.0 if mixes else settings.label_smoothing)
 

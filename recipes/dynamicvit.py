@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 from accelerate.utils import extract_model_from_parallel
 from rich.console import Console
 from torch import Tensor, nn
-from typer import Option
 
 import tokenprune
 from recipes.dense import SMOKE as SMOKE_DENSE
@@ -23,16 +22,10 @@ SMOKE = {**SMOKE_DENSE, "frozen_epochs": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseSettings(PruningSettings, TrainingSettings):
+class SparseSettings(TrainingSettings, PruningSettings):  # in this order: the first one's defaults go before
     """Settings of a run that sparsifies; the defaults are DynamicViT's (arXiv 2106.02034)."""
 
-    model: Annotated[str, Option(help="timm's name of the dense model.")]
-    frozen_epochs: Annotated[float, Option(min=0, help="Epochs in which the predictors learn alone.")] = 5.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.frozen_epochs > self.epochs:
-            raise SettingsError(f"frozen_epochs={self.frozen_epochs} is more than epochs={self.epochs}.")
+    frozen_epochs: float = 5.0
 
 
 def fine_tune(
@@ -43,17 +36,17 @@ def fine_tune(
     console: Console | None = None,
     description: str | None = None,
 ) -> Outcome:
-    """Sparsify the dense model and train it against itself.
+    """Sparsify the dense model and fine-tune it, with the dense model as its teacher.
 
     Args:
-        settings: All that decides the run.
-        heads: The two heads of a model that classifies its patch tokens too; see `tokenprune.DynamicViTLoss`.
-        model_options: As for `recipes.engine.fitting.fit`, which says what is raised.
+        settings: Everything that decides the run.
+        heads: The two heads of a model that also classifies its patch tokens; see `tokenprune.DynamicViTLoss`.
+        model_options: As for `recipes.engine.fitting.fit`, as are the errors raised.
         console: Likewise.
         description: Likewise; model and ratio if not given.
     """
 
-    def prepare(model: nn.Module, images_a_step: int) -> Job:
+    def prepare(model: nn.Module, images_per_step: int) -> Job:
         teacher = copy.deepcopy(model)
         try:
             sparse = tokenprune.sparsify(model, settings.stages, settings.ratio, scorer=settings.scorer)
@@ -67,7 +60,7 @@ def fine_tune(
             loss_function=Objective(teacher, settings, heads),
             parameter_groups=parameter_groups(
                 sparse,
-                learning_rate=settings.learning_rate * images_a_step / 1024,
+                learning_rate=settings.scaled_learning_rate(images_per_step),
                 weight_decay=settings.weight_decay,
                 slow=[parameter for parameter in sparse.parameters() if parameter not in scorers],
                 slow_factor=settings.backbone_factor,
@@ -86,7 +79,7 @@ def fine_tune(
 
 
 class Objective(nn.Module):
-    """DynamicViT's loss, beside it in the log the share of patch tokens that every stage keeps."""
+    """DynamicViT's loss; the log also gets the fraction of patch tokens that each stage keeps."""
 
     def __init__(self, teacher: nn.Module, settings: SparseSettings, heads: tuple[str, str] | None = None) -> None:
         super().__init__()
@@ -103,12 +96,12 @@ class Objective(nn.Module):
         """The parts of the loss, and ``kept_1``, ``kept_2`` … as fractions."""
         parts: dict[str, Tensor] = self.loss(model, inputs, outputs, targets)
         trace = attached(extract_model_from_parallel(model, keep_torch_compile=False)).trace
-        assert trace is not None  # the loss has looked at it
+        assert trace is not None  # the loss reads it too
         return {**parts, **{f"kept_{stage}": keep.detach().mean() for stage, keep in enumerate(trace.keep, start=1)}}
 
 
 def freeze_embeddings(model: nn.Module) -> None:
-    """Class token and position embedding stay what they are, as in the paper's schedule."""
+    """Freeze class token and position embedding, as in the paper's schedule."""
     for name in ("cls_token", "pos_embed"):
         parameter = getattr(model, name, None)
         if isinstance(parameter, nn.Parameter):

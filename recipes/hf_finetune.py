@@ -1,7 +1,7 @@
 """Fine-tune any image classifier of transformers, on an image folder or data set, so that it can drop tokens.
 
-With the transformers Trainer and DynamicViT's loss and schedule (arXiv 2106.02034). A model that has learned other
-classes learns those of the data first, with --dense:
+With the transformers Trainer and DynamicViT's loss and schedule (arXiv 2106.02034). A model that was trained on other
+classes is first fine-tuned on those of the data, with --dense:
 
 python -m recipes.hf_finetune --dense --model google/vit-base-patch16-224 --data-dir flowers --output runs/flowers
 python -m recipes.hf_finetune --model runs/flowers --data-dir flowers --output runs/flowers-0.7
@@ -17,10 +17,10 @@ from transformers import EvalPrediction, Trainer, default_data_collator, set_see
 from transformers.trainer_utils import get_last_checkpoint
 
 import tokenprune
-from recipes.engine.checkpoints import write_whole
 from recipes.engine.command_line import Preset, command
 from recipes.engine.fitting import Outcome, count_gmacs, results_table, write_results
-from recipes.engine.settings import SettingsError, check_continuation
+from recipes.engine.run_folder import check_folder, continues, write_settings
+from recipes.engine.settings import SettingsError
 from recipes.huggingface.arguments import training_arguments
 from recipes.huggingface.data import Images, input_config, open_images
 from recipes.huggingface.models import (
@@ -36,7 +36,7 @@ from tokenprune.integrations.transformers import SparseTrainer
 
 PRESETS = {
     "smoke": Preset(
-        help="Some steps of a tiny ViT, or of --model: does everything work here?",
+        help="A few steps of a tiny ViT, or of --model, to check that everything works here.",
         settings={
             "tiny_model": True,
             "epochs": 2,
@@ -76,14 +76,12 @@ def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
     }
     try:
         trainer = _dense_trainer(model, settings, options) if settings.dense else _trainer(model, settings, options)
-        counts = count_gmacs(
-            model, config["input_size"]
-        )  # now, so that a model that cannot be pruned is not trained first
+        # Now, so that a model that cannot be pruned is not trained first.
+        counts = count_gmacs(model, config["input_size"])
     except (ValueError, TypeError, tokenprune.TokenpruneError) as error:
         raise SettingsError(str(error)) from error
-    if trainer.is_world_process_zero():
-        settings.output.mkdir(parents=True, exist_ok=True)
-        write_whole(settings.output / "settings.yaml", lambda partial: partial.write_text(settings.to_yaml()))
+    if trainer.is_world_process_zero() and not continues(settings):
+        write_settings(settings)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -98,11 +96,7 @@ def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
 
 def _checkpoint_to_resume(settings: HfSettings) -> str | None:
     there: str | None = get_last_checkpoint(str(settings.output)) if settings.output.is_dir() else None
-    if there is not None and not settings.resume:
-        raise SettingsError(f"{settings.output} holds a run already; add --resume, or take another --output.")
-    saved = settings.output / "settings.yaml"
-    if settings.resume and saved.exists():
-        check_continuation(settings, saved.read_text())
+    check_folder(settings, holds_checkpoint=there is not None)
     return there
 
 
@@ -115,7 +109,7 @@ def _model(settings: HfSettings, images: Images) -> Any:
 
 
 def _in_the_order_of(model: Any, images: Images) -> Images:
-    """The images with class indices as the model has learned them, where it knows the classes by the same names."""
+    """The images with the class indices of the model, if its classes have the same names."""
     learned = {name: int(index) for name, index in (model.config.label2id or {}).items()}
     return images.labelled(learned) if set(learned) == set(images.classes) else images
 
@@ -126,7 +120,7 @@ def _trainer(model: Any, settings: HfSettings, options: dict[str, Any]) -> Train
         teacher = trained_classifier(settings.teacher, model.config.num_labels)
     freeze_embeddings(model)
     tokenprune.sparsify(model, settings.stages, settings.ratio, scorer=settings.scorer)
-    # A stage that keeps all it gets does not ask its scorer.
+    # A stage that keeps all it gets does not call its scorer.
     unused = 1.0 in model.tokenprune.plan.keep_probabilities
     arguments = training_arguments(
         settings, len(options["train_dataset"]), ddp_find_unused_parameters=True if unused else None
@@ -151,8 +145,8 @@ def _dense_trainer(model: Any, settings: HfSettings, options: dict[str, Any]) ->
 
 
 def best_classes(logits: Any, labels: Tensor) -> Tensor:
-    """The five best classes (B, 5), best first, of logits (B, K): all that accuracy needs of them."""
-    if isinstance(logits, tuple):  # a model with several heads puts their mean first
+    """The five top classes (B, 5), best first, of logits (B, K): all that accuracy needs."""
+    if isinstance(logits, tuple):  # a model with several heads returns their mean first
         logits = logits[0]
     best: Tensor = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
     return best
@@ -166,7 +160,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def scores(metrics: dict[str, float]) -> dict[str, float]:
-    """The Trainer's metrics as `recipes.engine.evaluation.evaluate_both` names them."""
+    """The Trainer's metrics under the names of `recipes.engine.evaluation.evaluate_both`."""
     names = {f"eval_{path}{old}": f"{path}{new}" for path in ("", "dense_") for old, new in
              (("accuracy", "top1"), ("top5", "top5"))}  # fmt: skip
     found = {new: metrics[old] for old, new in names.items() if old in metrics}

@@ -1,8 +1,8 @@
 """Reproduce DynamicViT's LV-ViT rows: a dense LV-ViT learns in 30 epochs which tokens it can drop.
 
 DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034), Table 1.
-The student's auxiliary head, which classifies patch tokens, is taught by the dense model's. Neither
-MixToken nor token labels are used. The dense weights are an official file of LV-ViT:
+The student's auxiliary head, which classifies patch tokens, is distilled from the dense model's.
+Neither MixToken nor token labels are used. The dense weights are an official LV-ViT checkpoint:
 
 python -m recipes.lvvit --data-dir imagenet --checkpoint lvvit_s-26M-224-83.3.pth.tar
 """
@@ -15,11 +15,11 @@ from typing import Annotated
 
 import tokenprune_timm.lvvit  # noqa: F401  # registers the models
 from rich.console import Console
-from typer import Option
 
 from recipes.dense import SMOKE_HELP
 from recipes.dynamicvit import SMOKE, SparseSettings, fine_tune
 from recipes.engine.command_line import Preset, command
+from recipes.engine.options import Model
 
 HEADS = ("head", "aux_head")
 PRESETS = {
@@ -35,8 +35,8 @@ PRESETS = {
 class LvvitSettings(SparseSettings):
     """Settings of the LV-ViT rows."""
 
-    model: Annotated[str, Option(help="lvvit_t, lvvit_s, lvvit_m or lvvit_l.")] = "lvvit_s"
-    output: Annotated[Path, Option(help="Where checkpoints, logs and results go.")] = Path("runs/lvvit")
+    model: Annotated[str, Model(help="lvvit_t, lvvit_s, lvvit_m or lvvit_l.")] = "lvvit_s"
+    output: Path = Path("runs/lvvit")
 
 
 app = command(

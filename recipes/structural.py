@@ -1,7 +1,7 @@
-"""Structural downsampling, the baseline that prunes without looking: 2 x 2 patches become one.
+"""Structural downsampling, a baseline that ignores the content: 2 x 2 patches become one.
 
 DynamicViT (arXiv 2106.02034), Table 3: average pooling after the sixth block of a DeiT, which costs
-what dynamic pruning costs at ρ = 0.7.
+as much as dynamic pruning at ρ = 0.7.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from recipes.engine.settings import SettingsError
 
 
 class StructuralDownsampling:
-    """A forward pre-hook of a block that pools its patch tokens 2 x 2, prefix tokens aside.
+    """A forward pre-hook of a block that pools its patch tokens 2 x 2 and keeps prefix tokens.
 
     Args:
         grid: Rows and columns of patches; even numbers.
@@ -57,13 +57,13 @@ def fine_tune_downsampled(
     console: Console | None = None,
     description: str = "structural",
 ) -> Outcome:
-    """Pool after half of the blocks and train against the dense model, at `recipes.dynamicvit.fine_tune`'s rates.
+    """Pool after half of the blocks; teacher and learning rates are those of `recipes.dynamicvit.fine_tune`.
 
-    There are no decisions and no tokens to compare, so of the loss classification and KL are left.
+    There are no decisions and no matching tokens, so only the classification and KL losses are left.
     """
     counted: dict[str, float] = {}
 
-    def prepare(model: nn.Module, images_a_step: int) -> Job:
+    def prepare(model: nn.Module, images_per_step: int) -> Job:
         teacher = copy.deepcopy(model)
         counted.update(count(model))
         blocks, grid, num_prefix_tokens = _layout(model)
@@ -74,7 +74,7 @@ def fine_tune_downsampled(
             loss_function=TaughtCrossEntropy(teacher, settings),
             parameter_groups=parameter_groups(
                 model,
-                learning_rate=settings.learning_rate * settings.backbone_factor * images_a_step / 1024,
+                learning_rate=settings.scaled_learning_rate(images_per_step) * settings.backbone_factor,
                 weight_decay=settings.weight_decay,
             ),
         )
@@ -83,7 +83,7 @@ def fine_tune_downsampled(
 
 
 class TaughtCrossEntropy(nn.Module):
-    """Cross-entropy, and λ_KL times KL(student ‖ teacher) of the class probabilities, mean over the batch."""
+    """Cross-entropy, and λ_KL times KL(student ‖ teacher) of the class probabilities, averaged over the batch."""
 
     def __init__(self, teacher: nn.Module, settings: SparseSettings) -> None:
         super().__init__()
@@ -104,9 +104,9 @@ class TaughtCrossEntropy(nn.Module):
 
 
 def count(model: nn.Module) -> dict[str, float]:
-    """10⁹ multiply-adds an image, before and after pooling, of a model that is not pooled yet.
+    """GMACs per image, before and after pooling, of a model that does not pool yet.
 
-    Pooling 2 x 2 costs what keeping any quarter of the patches costs.
+    Pooling 2 x 2 costs as much as keeping any quarter of the patches.
     """
     blocks, _, _ = _layout(model)
     quarter = tokenprune.sparsify(model, (len(blocks) // 2,), 0.25, scorer="random")

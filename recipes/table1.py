@@ -1,14 +1,13 @@
-"""Every row of DynamicViT's main table: multiply-adds and throughput on this machine, accuracy of your checkpoints.
+"""Every row of DynamicViT's main table: GMACs and throughput on this machine, accuracy of your checkpoints.
 
-DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034), Table 1. What was
-published, and the multiply-adds worked out from the architectures, stand beside it.
+DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034), Table 1. Published
+figures, and GMACs computed from the architectures, are shown for comparison.
 
 python -m recipes.table1 --data-dir imagenet --checkpoint deit_small/0.7=runs/deit
 """
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -25,7 +24,7 @@ from typer import Option
 
 import tokenprune
 from recipes.dense import DenseSettings
-from recipes.engine.checkpoints import write_whole
+from recipes.engine.checkpoints import write_json, write_text
 from recipes.engine.command_line import Preset, command
 from recipes.engine.data import number_of_classes, open_images
 from recipes.engine.fitting import evaluate_model
@@ -41,7 +40,9 @@ class TableSettings(Settings):
 
     rows: Annotated[
         list[str] | None,
-        Option("--rows", help=f"Such as deit_small/0.7, or all of a model: {', '.join(ARCHITECTURES)}. [all]"),
+        Option(
+            "--rows", help=f"Such as deit_small/0.7, or all of a model: {', '.join(ARCHITECTURES)}.", show_default="all"
+        ),
     ] = None
 
     # Accuracy
@@ -50,22 +51,27 @@ class TableSettings(Settings):
         Option(help="row=path, repeatable: the output of a recipe, weights in it, or an official checkpoint."),
     ] = None
     data_dir: Annotated[Path | None, Option(help="Image folder (or tars, or cache), as for recipes.deit.")] = None
-    dataset: Annotated[str, Option(help="timm's name of the kind of data: '' folders and tars, hfds/…, wds/…")] = ""
+    dataset: Annotated[str, Option(help="timm's data set type: '' for folders and tars, hfds/…, wds/…")] = ""
     validation_split: Annotated[str, Option(help="The split to evaluate on.")] = "validation"
-    num_classes: Annotated[int | None, Option(min=1, help="Only where the data cannot tell, as WebDatasets.")] = None
-    num_workers: Annotated[int, Option(min=0, help="Processes that decode images.")] = 4
-    validation_batches: Annotated[int | None, Option(min=1, help="Evaluate on so many only.")] = None
+    num_classes: Annotated[
+        int | None, Option(min=1, help="Needed only if the data does not say, as with WebDatasets.")
+    ] = None
+    num_workers: Annotated[int, Option(min=0, help="Data loading workers.")] = 4
+    validation_batches: Annotated[int | None, Option(min=1, help="Evaluate on only this many.")] = None
 
     # Throughput
-    batch_size: Annotated[int, Option(min=1, help="Images a batch, of throughput and of accuracy.")] = 32
-    pairs: Annotated[int, Option(min=2, help="Dense and sparse batches that are timed in turn.")] = 15
-    warmup: Annotated[int, Option(min=0, help="Pairs before those.")] = 3
-    device: Annotated[str | None, Option(help="Of throughput, such as cuda or cpu; the accelerator if any.")] = None
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Option(help="Of throughput.")] = "float32"
+    batch_size: Annotated[int, Option(min=1, help="Images per batch, for throughput and accuracy.")] = 32
+    pairs: Annotated[int, Option(min=2, help="Pairs of a dense and a sparse batch, timed in turn.")] = 15
+    warmup: Annotated[int, Option(min=0, help="Warm-up pairs before those.")] = 3
+    device: Annotated[
+        str | None, Option(help="Of the throughput, such as cuda or cpu; the accelerator, if any, by default.")
+    ] = None
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Option(help="Of the throughput.")] = "float32"
 
     output: Annotated[Path, Option(help="Where the table goes.")] = Path("runs/table1")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         known = {*ROWS, *ARCHITECTURES}
         if unknown := [name for name in self.rows or () if name not in known]:
             raise SettingsError(f"rows={unknown}: there are {', '.join(ROWS)}.")
@@ -92,15 +98,15 @@ class TableSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What was found for a row.
+    """Measurements of a row.
 
     Attributes:
         row: The row.
-        gmacs: Multiply-adds an image, 10⁹.
+        gmacs: GMACs per image.
         images_per_second: Throughput.
-        speedup: Dense ÷ sparse seconds, median over the pairs; 1 for a dense row.
-        spread: The same at the quartiles.
-        scores: As `recipes.engine.evaluation.evaluate` has them; empty without a checkpoint.
+        speedup: Dense ÷ sparse time, median over the pairs; 1 for a dense row.
+        spread: Its quartiles.
+        scores: As `recipes.engine.evaluation.evaluate` returns them; empty without a checkpoint.
     """
 
     row: Row
@@ -115,10 +121,10 @@ def run_table(settings: TableSettings, *, console: Console | None = None) -> lis
     """Measure every row, and write ``table1.json`` and ``table1.md`` to ``settings.output``.
 
     Raises:
-        SettingsError: A checkpoint is not that of its row.
+        SettingsError: A checkpoint does not belong to its row.
         DataError: The images cannot be read.
     """
-    # First, as it is where something can be wrong.
+    # First, since this is what may fail.
     scores = {name: _accuracy(ROWS[name], path, settings) for name, path in settings.checkpoints.items()}
     device = _device(settings)
     found = []
@@ -134,7 +140,7 @@ def run_table(settings: TableSettings, *, console: Console | None = None) -> lis
 
 
 def multiply_adds(model: nn.Module, architecture: Architecture, ratio: float) -> float:
-    """10⁹ multiply-adds of an image at ρ = ``ratio``; ``model`` is the sparse model of ``architecture``, left at it."""
+    """GMACs per image at ρ = ``ratio``, to which ``model``, the sparse model of ``architecture``, is set."""
     sparsifier = model.tokenprune
     assert isinstance(sparsifier, tokenprune.Sparsifier)
     if ratio < 1:
@@ -209,9 +215,8 @@ def _report(found: list[Measured], device: torch.device, settings: TableSettings
         "versions": {name: version(name) for name in ("tokenprune", "torch", "timm", "fvcore")},
     }
     settings.output.mkdir(parents=True, exist_ok=True)
-    write_whole(settings.output / "table1.json", lambda file: file.write_text(json.dumps(report, indent=2) + "\n"))
-    page = "\n".join(f"{table.title}\n\n{table.markdown()}" for table in tables)
-    write_whole(settings.output / "table1.md", lambda file: file.write_text(page))
+    write_json(settings.output / "table1.json", report)
+    write_text(settings.output / "table1.md", "\n".join(f"{table.title}\n\n{table.markdown()}" for table in tables))
 
 
 def _plain(measured: Measured) -> dict[str, Any]:
@@ -276,7 +281,7 @@ def _shown(value: float | None, form: str) -> str:
 
 PRESETS = {
     "smoke": Preset(
-        help="The smallest model's rows, two pairs of one image: does everything work here?",
+        help="The smallest model's rows, two pairs of one image, to check that everything works here.",
         settings={"rows": ["deit_tiny", "deit_small/0.7"], "batch_size": 1, "pairs": 2, "warmup": 1, "num_workers": 1},
     ),
 }

@@ -1,16 +1,16 @@
 """Is a sparse wide model better than a dense narrow one? DeiT at several widths, dense and sparsified.
 
 DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034), Figure 4.
-Trains each dense model, or loads it from --dense-dir, sparsifies it, and ends in the picture and the
-table of accuracy against multiply-adds.
+Trains each dense model, or loads it from --dense-dir, sparsifies it, and plots and tabulates accuracy
+against GMACs.
 
 python -m recipes.width_scaling --digits      # on the digits
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,15 +18,15 @@ import matplotlib
 import numpy as np
 from accelerate import PartialState
 from rich.console import Console
-from typer import Option
 
 from recipes.dense import SMOKE_HELP, DenseSettings, train_dense
 from recipes.digits.presets import DIGITS_DENSE, DIGITS_SPARSE, make_images
 from recipes.dynamicvit import SMOKE, SparseSettings, fine_tune
-from recipes.engine.checkpoints import write_whole
+from recipes.engine.checkpoints import write_json, write_text, write_whole
 from recipes.engine.command_line import Preset, command
-from recipes.engine.fitting import evaluate_dense, read_results
-from recipes.engine.settings import SettingsError, TrainingSettings
+from recipes.engine.fitting import evaluate_dense, run_once
+from recipes.engine.options import Model, Optimisation, Run
+from recipes.engine.settings import SettingsError
 from recipes.engine.tables import Table
 
 matplotlib.use("Agg")
@@ -37,19 +37,21 @@ import matplotlib.pyplot as plt
 class WidthSettings(SparseSettings):
     """Settings of all runs; epochs, warm-up and learning rate are those of the sparse ones."""
 
-    model: Annotated[str, Option(help="timm's name of the model to widen.")] = "deit_small_patch16_224"
-    pretrained: Annotated[bool, Option(help="There are no pre-trained weights of other widths.")] = False
-    widths: Annotated[list[int], Option("--widths", min=16, help="Embedding widths; give it several times.")] = field(
+    model: Annotated[str, Model(help="The model whose width is varied, by its name in timm.")] = (
+        "deit_small_patch16_224"
+    )
+    pretrained: Annotated[bool, Model(help="There are no pretrained weights of other widths.")] = False
+    widths: Annotated[list[int], Model("--widths", min=16, help="Embedding widths; give it several times.")] = field(
         default_factory=lambda: [192, 256, 288, 320, 384]
     )
     dense_dir: Annotated[
-        Path | None, Option(help="Folder of dense weights width-192.safetensors (or .pth) …; others are trained.")
+        Path | None, Model(help="Folder of dense weights width-192.safetensors (or .pth) …; others are trained.")
     ] = None
-    dense_epochs: Annotated[int, Option(min=1, help="Epochs of a dense model.")] = 300
-    dense_warmup_epochs: Annotated[float, Option(min=0, help="Of a dense model.")] = 5.0
-    dense_steps_per_epoch: Annotated[int | None, Option(min=1, help="Shorter epochs of a dense model.")] = None
-    dense_learning_rate: Annotated[float, Option(min=0, help="Of a dense model, for a batch of 1024.")] = 1e-3
-    output: Annotated[Path, Option(help="Where runs, table and picture go.")] = Path("runs/width-scaling")
+    dense_epochs: Annotated[int, Optimisation(min=1, help="Epochs of a dense model.")] = 300
+    dense_warmup_epochs: Annotated[float, Optimisation(min=0, help="Of a dense model.")] = 5.0
+    dense_steps_per_epoch: Annotated[int | None, Optimisation(min=1, help="To shorten epochs of a dense model.")] = None
+    dense_learning_rate: Annotated[float, Optimisation(min=0, help="Of a dense model, for a batch of 1024.")] = 1e-3
+    output: Annotated[Path, Run(help="Where runs, table and picture go.")] = Path("runs/width-scaling")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,23 +66,21 @@ class WidthSettings(SparseSettings):
 
     def dense(self, width: int) -> DenseSettings:
         """The settings of the dense model of a width."""
-        return DenseSettings(
-            **{
-                **_shared(self, TrainingSettings),
-                "width": width,
-                "epochs": self.dense_epochs,
-                "warmup_epochs": self.dense_warmup_epochs,
-                "learning_rate": self.dense_learning_rate,
-                "steps_per_epoch": self.dense_steps_per_epoch,
-                "output": self.output / f"dense-{width}",
-                "resume": True,
-            }
+        return self.derive(
+            DenseSettings,
+            width=width,
+            epochs=self.dense_epochs,
+            warmup_epochs=self.dense_warmup_epochs,
+            learning_rate=self.dense_learning_rate,
+            steps_per_epoch=self.dense_steps_per_epoch,
+            output=self.output / f"dense-{width}",
+            resume=True,
         )
 
     def sparse(self, width: int, checkpoint: Path) -> SparseSettings:
         """The settings of the sparse model of a width, made from a dense one."""
-        changes = {"width": width, "checkpoint": checkpoint, "output": self.output / f"sparse-{width}", "resume": True}
-        return SparseSettings(**{**_shared(self, SparseSettings), **changes})
+        output = self.output / f"sparse-{width}"
+        return self.derive(SparseSettings, width=width, checkpoint=checkpoint, output=output, resume=True)
 
     def given(self, width: int) -> Path | None:
         """The dense weights of a width in ``dense_dir``."""
@@ -91,7 +91,7 @@ class WidthSettings(SparseSettings):
 
 
 def run_width_scaling(settings: WidthSettings, *, console: Console | None = None) -> list[dict[str, Any]]:
-    """Make every run that is not made yet; write ``width_scaling.json``, ``.md`` and ``.png``.
+    """Make the runs that are missing; write ``width_scaling.json``, ``.md`` and ``.png``.
 
     Returns:
         A mapping for each width: ``width``, and of ``dense`` and ``sparse`` ``top1`` and ``gmacs``.
@@ -101,14 +101,10 @@ def run_width_scaling(settings: WidthSettings, *, console: Console | None = None
         weights = settings.given(width)
         if weights is None:
             dense = settings.dense(width)
-            if read_results(dense) is None:
-                train_dense(dense, description=f"dense, width {width}")
+            run_once(dense, partial(train_dense, dense, description=f"dense, width {width}"))
             weights = dense.output / "model.safetensors"
         sparse = settings.sparse(width, weights)
-        if read_results(sparse) is None:
-            fine_tune(sparse, description=f"ρ {sparse.ratio}, width {width}")
-        made = read_results(sparse)
-        assert made is not None
+        made = run_once(sparse, partial(fine_tune, sparse, description=f"ρ {sparse.ratio}, width {width}"))
         gmacs = made["gmacs"]
         points.append(
             {
@@ -120,11 +116,6 @@ def run_width_scaling(settings: WidthSettings, *, console: Console | None = None
     if PartialState().is_main_process:
         _report(points, settings, console)
     return points
-
-
-def _shared(settings: WidthSettings, settings_class: type[TrainingSettings]) -> dict[str, Any]:
-    """The settings that a class has in common with these."""
-    return {item.name: getattr(settings, item.name) for item in fields(settings_class)}
 
 
 def _report(points: list[dict[str, Any]], settings: WidthSettings, console: Console | None) -> None:
@@ -156,20 +147,20 @@ def _report(points: list[dict[str, Any]], settings: WidthSettings, console: Cons
         console.print(table.rich())
     report = {"points": points, "settings": settings.to_dict()}
     folder = settings.output
-    write_whole(folder / "width_scaling.json", lambda file: file.write_text(json.dumps(report, indent=2) + "\n"))
-    write_whole(folder / "width_scaling.md", lambda file: file.write_text(table.markdown()))
+    write_json(folder / "width_scaling.json", report)
+    write_text(folder / "width_scaling.md", table.markdown())
     write_whole(folder / "width_scaling.png", lambda file: draw(points, file))
 
 
 def dense_at(gmacs: float, points: list[dict[str, Any]]) -> float | None:
-    """The accuracy of a dense model of a cost, between the two widths around it; ``None`` outside of all."""
+    """The accuracy of a dense model at a cost, interpolated between widths; ``None`` outside their range."""
     curve = sorted((point["dense"]["gmacs"], point["dense"]["top1"]) for point in points)
     costs, accuracies = zip(*curve, strict=True)
     return float(np.interp(gmacs, costs, accuracies)) if costs[0] <= gmacs <= costs[-1] else None
 
 
 def draw(points: list[dict[str, Any]], file: Path) -> None:
-    """Accuracy against multiply-adds, a curve of the dense models and one of the sparse ones, as PNG."""
+    """Plot accuracy against GMACs, one curve for dense and one for sparse models, as PNG."""
     figure, axis = plt.subplots(figsize=(6, 4))
     for path, style in (("dense", "o-"), ("sparse", "s-")):
         curve = sorted((point[path]["gmacs"], 100 * point[path]["top1"], point["width"]) for point in points)
@@ -185,7 +176,7 @@ def draw(points: list[dict[str, Any]], file: Path) -> None:
                 ha="center",
                 fontsize=8,
             )
-    axis.set_xlabel("GMACs an image")
+    axis.set_xlabel("GMACs per image")
     axis.set_ylabel("top-1 accuracy, %")
     axis.margins(y=0.15)
     axis.grid(alpha=0.3)
@@ -204,7 +195,7 @@ PRESETS = {
         },
     ),
     "digits": Preset(
-        help="The digits, made if they are not there.",
+        help="The digits, made if missing.",
         settings={
             **{name: value for name, value in DIGITS_SPARSE.items() if name != "checkpoint"},
             "widths": [32, 48, 64],

@@ -11,9 +11,11 @@ from tokenprune.analysis.report import report
 from tokenprune.analysis.verification import VerificationReport, verify
 from tokenprune.api import dense, sparsify, unsparsify
 from tokenprune.backbones import probing, structure
-from tokenprune.backbones.adapters import SupportedModel, supported
-from tokenprune.backbones.backbone import Backbone, Setting, TokenTable
+from tokenprune.backbones.adaptations import Adaptation, Setting, TokenTable
+from tokenprune.backbones.adapters import Adapter
+from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.preprocessing import Preprocessing
+from tokenprune.backbones.supported import SupportedModel, supported
 from tokenprune.errors import (
     CheckpointError,
     CountingError,
@@ -28,6 +30,8 @@ from tokenprune.errors import (
     UnsupportedModelError,
 )
 from tokenprune.pruning.plan import Plan
+from tokenprune.pruning.reductions import Reduced, Reduction, ReductionContext, Split, register_reduction
+from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.sparsifier import Sparsifier
 from tokenprune.pruning.trace import Trace
 from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
@@ -42,6 +46,8 @@ __version__ = "0.1.0"
 sys.modules.update({f"{__name__}.structure": structure, f"{__name__}.probing": probing})
 
 __all__ = [
+    "Adaptation",
+    "Adapter",
     "Backbone",
     "Candidates",
     "CheckpointError",
@@ -57,10 +63,15 @@ __all__ = [
     "Plan",
     "PlanError",
     "Preprocessing",
+    "Reduced",
+    "Reduction",
+    "ReductionContext",
     "Scorer",
     "ScorerContext",
+    "Selection",
     "Setting",
     "Sparsifier",
+    "Split",
     "StateError",
     "SupportedModel",
     "ThroughputReport",
@@ -79,6 +90,7 @@ __all__ = [
     "kept_tokens",
     "load_dynamicvit",
     "push_to_hub",
+    "register_reduction",
     "register_scorer",
     "report",
     "save_pretrained",

@@ -1,4 +1,4 @@
-"""The verbs: sparsify a model, run it dense, and give it back as it was."""
+"""What users do with a model: sparsify it, run it dense, and get it back as it was."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from tokenprune.backbones.adapters import describe
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.errors import PlanError, StateError, UnsupportedModelError
 from tokenprune.pruning.plan import Plan
-from tokenprune.pruning.sparsifier import Pruned, Sparsifier
+from tokenprune.pruning.reductions import (
+    Reduction,
+    ReductionBuilder,
+    ReductionContext,
+    reduction_builder,
+    reduction_name,
+)
+from tokenprune.pruning.sparsifier import Sparsifier
+from tokenprune.pruning.stage import Stage
 from tokenprune.scorers import Scorer, ScorerBuilder, ScorerContext, scorer_builder, scorer_name
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,7 +33,7 @@ def sparsify(
     keep_ratio: float | Sequence[float] = 0.7,
     *,
     scorer: str | ScorerBuilder = "predictor",
-    pruned: Pruned = "drop",
+    pruned: str | ReductionBuilder = "drop",
     backbone: Backbone | None = None,
 ) -> Model:
     """Let a Vision Transformer drop the tokens it does not need.
@@ -46,11 +54,14 @@ def sparsify(
         scorer: ``"predictor"`` (learned, DynamicViT's), ``"cls_attention"`` (nothing to learn: what a
             token receives in the block before the stage), ``"random"``, ``"static"``, or a callable
             that takes a `ScorerContext` and returns a new `Scorer`.
-        pruned: What becomes of pruned tokens. ``"drop"``: they are gone for good. ``"preserve"``: later
-            blocks run without them all the same, but behind every block they are put back at their
-            places, as they were when they were pruned, so that feature maps, hidden states and dense
-            heads get every token. Models that need that by themselves, such as those with a dense head of
-            transformers, get it either way.
+        pruned: What becomes of pruned tokens. ``"drop"``: they are gone for good. ``"fuse"``: those of a stage go on
+            as one token, their mean weighted with their importance (EViT's). ``"merge"``: each is folded into the
+            most similar token that is kept (TPS'). ``"preserve"``: later blocks run without them, but behind every
+            block they are restored at their places, as they were when they were pruned, so that feature maps, hidden
+            states and dense heads get every token; ``"fuse_preserve"`` and ``"merge_preserve"`` do both, and with
+            the latter a pruned token comes back in the state of the one that it was folded into. Models that need
+            every token by themselves, such as those with a dense head of transformers, get them either way. Or a
+            callable that takes a `ReductionContext` and returns a new `Reduction`.
         backbone: What the model looks like, where no adapter says.
 
     Returns:
@@ -60,34 +71,36 @@ def sparsify(
         PlanError: Stages or ratios make no plan for this model.
         UnsupportedModelError: The model cannot be sparsified, or not in this way; the message says why.
         StateError: It is sparsified already.
-        ValueError, TypeError: The scorer or ``pruned`` is unknown.
+        ValueError, TypeError: The scorer or the reduction is unknown.
 
     Whatever is raised, the model is left exactly as it was.
     """
     _check_model(model)
-    if pruned not in ("drop", "preserve"):
-        raise ValueError(f"pruned={pruned!r}: choose 'drop' or 'preserve'.")
-    build_scorer = scorer_builder(scorer)
+    build_scorer, build_reduction = scorer_builder(scorer), reduction_builder(pruned)
     backbone = describe(model) if backbone is None else backbone
     if not isinstance(backbone, Backbone):
         raise TypeError(f"backbone={type(backbone).__name__}: expected a tokenprune.Backbone that describes the model.")
     backbone.check(model)
-    if pruned == "drop" and "forward" in backbone.grid_methods:
-        raise UnsupportedModelError(
-            f'{type(model).__name__} puts out feature maps, which need every token; pass pruned="preserve".'
-        )
     plan = Plan.build(depth=len(backbone.blocks), stages=stages, keep_ratio=keep_ratio)
-    scorers = [
-        build_scorer(ScorerContext(backbone.embed_dim, probability, backbone.grid_size))
-        for probability in plan.keep_probabilities
-    ]
-    for built in scorers:
-        if not isinstance(built, Scorer):
-            raise TypeError(f"scorer={scorer!r} built a {type(built).__name__}; expected a tokenprune.Scorer.")
-    if any(built.needs_attention for built in scorers):
+    built = []
+    for probability in plan.keep_probabilities:
+        scorer_of_stage = build_scorer(ScorerContext(backbone.embed_dim, probability, backbone.grid_size))
+        if not isinstance(scorer_of_stage, Scorer):
+            raise TypeError(
+                f"scorer={scorer!r} built a {type(scorer_of_stage).__name__}; expected a tokenprune.Scorer."
+            )
+        reduction = build_reduction(ReductionContext(backbone.embed_dim, probability))
+        if not isinstance(reduction, Reduction):
+            raise TypeError(f"pruned={pruned!r} built a {type(reduction).__name__}; expected a tokenprune.Reduction.")
+        built.append(Stage(scorer_of_stage, reduction))
+    if any(stage.scorer.needs_attention for stage in built):
         _check_attention(plan, backbone, scorer)
-    sparsifier = Sparsifier(plan, backbone, scorers, pruned=pruned, scorer_name=scorer_name(scorer))
-    for index, stage in zip(plan.stages, sparsifier.stages, strict=True):
+    for stage in built:
+        stage.reduction.check(backbone, reduction_name(pruned) or type(stage.reduction).__name__)
+    sparsifier = Sparsifier(plan, backbone, built, pruned=reduction_name(pruned), scorer=scorer_name(scorer))
+    for adaptation in backbone.adaptations:
+        adaptation.check(model, restores=sparsifier.restores)
+    for index, stage in zip(plan.stages, built, strict=True):
         parameter = next(backbone.blocks[index].parameters(), None)
         if parameter is not None:
             stage.to(device=parameter.device, dtype=parameter.dtype)
@@ -145,14 +158,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 def _check_attention(plan: Plan, backbone: Backbone, scorer: str | ScorerBuilder) -> None:
     if plan.stages[0] == 0:
         raise PlanError(
-            f"stages={plan.stages}: scorer={scorer!r} goes by the attention of the block before a stage, and there is "
+            f"stages={plan.stages}: scorer={scorer!r} needs attention scores of the block before a stage, and there is "
             "none before block 0; move the stage, or take another scorer."
         )
-    if backbone.weight_mixers:
-        mixer = type(backbone.weight_mixers[0]).__name__
+    mixer = next((one for one in backbone.adaptations if one.mixes_weights), None)
+    if mixer is not None:
+        modules = ", ".join(sorted({type(module).__name__ for module in mixer.modules()}))
         raise UnsupportedModelError(
-            f"scorer={scorer!r} goes by attention, whose weights this model mixes over the heads afterwards (by a "
-            f"{mixer}), so what a token receives cannot be told; take another scorer."
+            f"scorer={scorer!r} needs attention scores, but this model mixes the weights over the heads after the "
+            f"softmax (by {modules}), so what a token receives is unknown; take another scorer."
         )
 
 

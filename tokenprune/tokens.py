@@ -1,7 +1,7 @@
 """Sequences of tokens: where patches stand in them, and taking tokens out and putting them back.
 
-Shapes: B images, P prefix tokens, N patch tokens, n of them left, Q suffix tokens, L = P + N + Q,
-K = P + n + Q, C channels.
+Shapes: B images, P prefix tokens, N patch tokens, n of them left, S summary tokens, Q suffix tokens,
+L = P + N + S + Q, K = P + n + S + Q, C channels.
 """
 
 from __future__ import annotations
@@ -22,35 +22,83 @@ def sizes(tensor: Tensor) -> Sequence[int]:
 
 
 class Layout(NamedTuple):
-    """How many tokens of which kind a sequence has, in their order."""
+    """How many tokens of which kind a sequence has, in their order.
+
+    Attributes:
+        num_prefix: P, class, distillation and register tokens, those that join between two blocks included.
+        num_patches: The patch tokens in the sequence: N, or n where the others were removed.
+        num_summary: S, what reductions have made of pruned tokens.
+        num_suffix: Q, such as detection tokens.
+    """
 
     num_prefix: int
     num_patches: int
-    num_suffix: int
+    num_summary: int = 0
+    num_suffix: int = 0
 
     @property
     def length(self) -> int:
         """L."""
         return sum(self)
 
+    @property
+    def _end(self) -> int:
+        """Where the patch tokens end."""
+        return self.num_prefix + self.num_patches
+
+    def prefix(self, tokens: Tensor) -> Tensor:
+        """The prefix tokens (B, P, C) of a sequence (B, L, C)."""
+        return tokens[:, : self.num_prefix]
+
     def patches(self, tokens: Tensor) -> Tensor:
         """The patch tokens (B, N, C) of a sequence (B, L, C)."""
-        return tokens[:, self.num_prefix : self.num_prefix + self.num_patches]
+        return tokens[:, self.num_prefix : self._end]
+
+    def summaries(self, tokens: Tensor) -> Tensor:
+        """The summary tokens (B, S, C) of a sequence (B, L, C)."""
+        return tokens[:, self._end : self._end + self.num_summary]
+
+    def with_patches(self, tokens: Tensor, patches: Tensor) -> Tensor:
+        """A sequence (B, L, C) with other patch tokens, as many or not: (B, n, C)."""
+        return torch.cat([self.prefix(tokens), patches, tokens[:, self._end :]], dim=1)
+
+    def with_summaries(self, tokens: Tensor, summaries: Tensor) -> Tensor:
+        """A sequence (B, L, C) with further summary tokens (B, s, C), behind those that it has."""
+        end = self._end + self.num_summary
+        return torch.cat([tokens[:, :end], summaries, tokens[:, end:]], dim=1)
+
+    def without_summaries(self, tokens: Tensor) -> Tensor:
+        """A sequence (B, L, C) without its summary tokens."""
+        if not self.num_summary:
+            return tokens
+        return torch.cat([tokens[:, : self._end], tokens[:, self._end + self.num_summary :]], dim=1)
 
     def positions(self, indices: Tensor) -> Tensor:
         """Patch indices (B, n) as positions in the sequence, with those of all other tokens: (B, K)."""
         everything = torch.arange(self.length, device=indices.device).expand(indices.shape[0], -1)
         parts = [everything[:, : self.num_prefix], indices + self.num_prefix]
-        if self.num_suffix:
-            parts.append(everything[:, -self.num_suffix :])
+        if self.num_summary or self.num_suffix:
+            parts.append(everything[:, self._end :])
         return torch.cat(parts, dim=1)
 
-    def with_others(self, keep: Tensor) -> Tensor:
-        """Decisions on patches (B, N) as decisions on all tokens (B, L): the others are kept."""
-        parts = [keep.new_ones(keep.shape[0], self.num_prefix), keep]
+    def with_others(self, keep: Tensor, summaries: Tensor | None = None) -> Tensor:
+        """Decisions on patches (B, N) as decisions on all tokens (B, L).
+
+        The others are kept, but for summary tokens that hold nothing: (B, S), 0 = nothing; ``None`` means all
+        hold something.
+        """
+        batch = keep.shape[0]
+        parts = [keep.new_ones(batch, self.num_prefix), keep]
+        if self.num_summary:
+            parts.append(keep.new_ones(batch, self.num_summary) if summaries is None else summaries)
         if self.num_suffix:
-            parts.append(keep.new_ones(keep.shape[0], self.num_suffix))
+            parts.append(keep.new_ones(batch, self.num_suffix))
         return torch.cat(parts, dim=1)
+
+
+def of_length(layouts: Sequence[Layout], length: int) -> Layout | None:
+    """The first of several layouts that has so many tokens; ``None`` if none has."""
+    return next((layout for layout in layouts if layout.length == length), None)
 
 
 def select(tokens: Tensor, positions: Tensor) -> Tensor:
@@ -60,10 +108,10 @@ def select(tokens: Tensor, positions: Tensor) -> Tensor:
     return tokens.flatten(0, 1).index_select(0, rows).view(*positions.shape, -1)
 
 
-def put_back(tokens: Tensor, positions: Tensor, waiting: Tensor) -> Tensor:
-    """The tokens ``waiting`` (B, L, C), with ``tokens`` (B, K, C) in place of those at ``positions`` (B, K)."""
-    rows = _rows(waiting, positions)
-    return waiting.flatten(0, 1).index_copy(0, rows, tokens.flatten(0, 1)).view_as(waiting)
+def restore(tokens: Tensor, positions: Tensor, everything: Tensor) -> Tensor:
+    """All tokens ``everything`` (B, L, C), with ``tokens`` (B, K, C) in place of those at ``positions`` (B, K)."""
+    rows = _rows(everything, positions)
+    return everything.flatten(0, 1).index_copy(0, rows, tokens.flatten(0, 1)).view_as(everything)
 
 
 def _rows(tokens: Tensor, positions: Tensor) -> Tensor:
@@ -71,30 +119,23 @@ def _rows(tokens: Tensor, positions: Tensor) -> Tensor:
     return (positions + length * torch.arange(batch, device=positions.device).unsqueeze(1)).flatten()
 
 
-def kept_indices(keep: Tensor, num_keep: int) -> Tensor:
-    """The indices (B, n), ascending, of the n kept ones of every image in (B, N) decisions."""
-    return keep.argsort(dim=1, descending=True, stable=True)[:, :num_keep]
-
-
-def find_tokens(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, as_grid: bool = False) -> Tensor:
+def find_tokens(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The tokens (B, L, C) among the arguments of a block: the first one, or the first tensor by name.
 
     Raises:
-        StateError: There are none of that shape; ``as_grid`` asks for (B, rows, columns, C) instead.
+        StateError: There are none of that shape.
     """
     tokens = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
-    if not isinstance(tokens, Tensor) or tokens.dim() != (4 if as_grid else 3):
+    if not isinstance(tokens, Tensor) or tokens.dim() != 3:
         got = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        wanted = "(B, rows, columns, C)" if as_grid else "(B, L, C)"
-        raise StateError(f"{type(block).__name__} got {got} where tokens of shape {wanted} were expected.")
+        raise StateError(f"{type(block).__name__} got {got} where tokens of shape (B, L, C) were expected.")
     return tokens
 
 
 def replace_tokens(
-    args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor, *, as_grid: bool = False
+    args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with other tokens (B, K, C); as a grid of one row where the block takes grids."""
-    tokens = tokens.unsqueeze(1) if as_grid else tokens
+    """The arguments of a block with other tokens (B, K, C)."""
     if args:
         return (tokens, *args[1:]), kwargs
     name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
@@ -105,3 +146,8 @@ def output_tokens(output: Any) -> Tensor:
     """The tokens in what a block returned: all of it, or the first item of a tuple."""
     tokens: Tensor = output[0] if isinstance(output, tuple) else output
     return tokens
+
+
+def replace_output_tokens(output: Any, tokens: Tensor) -> Any:
+    """What a block returned, with other tokens."""
+    return (tokens, *output[1:]) if isinstance(output, tuple) else tokens

@@ -23,17 +23,14 @@ def from_state_dict(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn
     Args:
         state: Weights of a DeiT (keys as timm's) or of an LV-ViT (keys as its authors').
         num_heads: Heads of the attention; ``None`` means the published models' for LV-ViT, and width // 64.
-
-    Raises:
-        CheckpointError: They are of neither, or the sizes do not fit together.
     """
     import timm
 
-    import tokenprune_timm.lvvit  # registers its models
+    from tokenprune_timm.lvvit import LVViT  # this import makes it known to timm, too
 
     is_lvvit = any(name.startswith(("aux_head.", "patch_embed.conv")) for name in state)
     depth = len({match[1] for match in (re.match(r"blocks\.(\d+)\.", name) for name in state) if match})
-    _check_keys(state, tokenprune_timm.lvvit.LVViT if is_lvvit else timm.models.VisionTransformer, depth)
+    _check_keys(state, LVViT if is_lvvit else timm.models.VisionTransformer, depth)
     width, classes = _shape(state, "cls_token", 3)[2], _shape(state, "head.weight", 2)[0]
     _, in_channels, *patch = _shape(state, "patch_embed.proj.weight", 4)
     options: dict[str, Any] = {}

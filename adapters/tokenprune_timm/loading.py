@@ -9,32 +9,18 @@ from typing import Any
 from torch import nn
 
 from tokenprune import UnsupportedModelError
+from tokenprune_timm.registry import timm_with_lvvit
 
 
 def load(name: str, *, pretrained: bool = False, image_size: tuple[int, int] | None = None) -> nn.Module:
-    """The model of a name.
-
-    Raises:
-        LookupError: timm has no model of that name.
-        UnsupportedModelError: It has, and cannot make it, at that size or with those weights.
-    """
-    import timm
-
-    import tokenprune_timm.lvvit  # noqa: F401  # which timm is to know by name, too
-
+    """The model of a name."""
+    timm = timm_with_lvvit()
     if Path(name).is_dir():
-        source = _of_timm(Path(name) / "config.json", f"local-dir:{name}")
+        _check_config(Path(name) / "config.json")
+        source = f"local-dir:{name}"
     elif "/" in name:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            source = _of_timm(Path(hf_hub_download(name, "config.json")), f"hf-hub:{name}")
-        except LookupError:
-            raise
-        except Exception as error:  # of the Hub's many kinds, each of which means that there is no such model for us
-            raise LookupError(
-                f"no config.json could be fetched from the Hub ({str(error).partition(chr(10))[0]})"
-            ) from error
+        _check_config(_config_on_hub(name))
+        source = f"hf-hub:{name}"
     elif timm.is_model(name.partition(".")[0]):
         source = name
     else:
@@ -50,14 +36,22 @@ def load(name: str, *, pretrained: bool = False, image_size: tuple[int, int] | N
 
 def names() -> list[str]:
     """The Vision Transformers and others of timm's registry."""
-    import timm
-
-    import tokenprune_timm.lvvit  # noqa: F401  # which timm is to know by name, too
-
-    return list(timm.list_models())
+    return list(timm_with_lvvit().list_models())
 
 
-def _of_timm(file: Path, source: str) -> str:
+def _config_on_hub(repo_id: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id, "config.json"))
+    except Exception as error:  # of the Hub's many kinds, each of which means that there is no such model for us
+        raise LookupError(
+            f"no config.json could be fetched from the Hub ({str(error).partition(chr(10))[0]})"
+        ) from error
+
+
+def _check_config(file: Path) -> None:
+    """That a file is there and is timm's."""
     if not file.is_file():
         raise LookupError("the folder has no config.json")
     try:
@@ -66,4 +60,3 @@ def _of_timm(file: Path, source: str) -> str:
         raise LookupError(f"its config.json is damaged ({error})") from error
     if not isinstance(config, dict) or "architecture" not in config:
         raise LookupError("its config.json names no timm architecture")
-    return source

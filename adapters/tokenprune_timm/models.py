@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from tokenprune import Backbone, Setting, TokenTable, UnsupportedModelError
+from tokenprune.backbones.adaptations import GridMethods
 from tokenprune.backbones.probing import random_inputs
 from tokenprune.backbones.structure import observe
+from tokenprune_timm.families import GridTokens, LateClassToken, TailClassToken, TalkingHeads
 
 # Rotary tables: one for all images and heads, one a head, or one an image.
-_ROPE = {"rope": ("n d -> b 1 n d", "h n d -> b h n d", "b h n d -> b h n d")}
+_ROPE = ("n d -> b 1 n d", "h n d -> b h n d", "b h n d -> b h n d")
 _GRID_METHODS = ("forward_intermediates", "get_intermediate_layers", "prune_intermediate_layers")
 
 
@@ -28,29 +30,30 @@ def describe(model: nn.Module) -> Backbone:
         return _feature_maps(model)
     families = (_FAMILIES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _FAMILIES)
     options: dict[str, Any] = next(families, _plain)(model)
-    settings = tuple(
+    adaptations = [
         Setting(owner=module, name="fused_attn", value=True)
         for module in model.modules()
         if getattr(module, "fused_attn", True) is False
-    )
+    ]
     if "blocks" not in options:
         structure = observe(
             model,
             random_inputs(model, x=(2, num_channels(model), *image_size(model))),
-            settings=settings,
-            num_late_prefix_tokens=options.get("num_late_prefix_tokens", 0),
+            settings=adaptations,
+            num_late_prefix_tokens=int(any(isinstance(one, LateClassToken) for one in options.get("adaptations", ()))),
         )
-        options = {**structure._asdict(), **options}
-    norm = getattr(model, "norm", None)
-    patch_size = _patch_size(model)
+        family = options.get("adaptations", ())
+        options = {**structure._asdict(), **options, "adaptations": (*structure.adaptations, *family)}
+    methods = tuple(method for method in _GRID_METHODS if callable(getattr(type(model), method, None)))
+    given = {name: _ROPE if name == "rope" else None for name in options.get("token_inputs", ())}
+    norm, patch_size = getattr(model, "norm", None), _patch_size(model)
     return Backbone(
-        **{"token_inputs": _ROPE, "final_norm": norm, **{k: v for k, v in options.items() if v is not None}},
+        **{"final_norm": norm, **{name: value for name, value in options.items() if value is not None},
+           "token_inputs": given, "adaptations": (*adaptations, *options["adaptations"], GridMethods(model, methods))},
         patch_size=patch_size,
         grid_size=None if patch_size is None else _grid(image_size(model), patch_size),
-        settings=settings,
         class_token=any(name.endswith("cls_token") for name, _ in model.named_parameters()),
-        grid_methods=tuple(method for method in _GRID_METHODS if callable(getattr(type(model), method, None))),
-    )
+    )  # fmt: skip
 
 
 def _feature_maps(model: nn.Module) -> Backbone:
@@ -60,36 +63,34 @@ def _feature_maps(model: nn.Module) -> Backbone:
         raise UnsupportedModelError(
             f"timm's {type(model).__name__} takes a model apart; sparsify one that feature_cls='getter' leaves whole."
         )
-    return replace(describe(wrapped), grid_methods=("forward",))
+    found = describe(wrapped)
+    others = (one for one in found.adaptations if not isinstance(one, GridMethods))
+    return replace(found, adaptations=(*others, GridMethods(model, ("forward",))))
 
 
 def _plain(model: nn.Module) -> dict[str, Any]:
     # An attention pool with positions of its own adds them to a full grid.
-    return {"put_back": getattr(getattr(model, "attn_pool", None), "pos_embed", None) is not None}
-
-
-def _biased(model: nn.Module) -> dict[str, Any]:
-    """BEiT (arXiv 2106.08254) and relative-position ViTs add a bias over all pairs of tokens."""
-    return {**_plain(model), "biased_attention": True}
+    needs_all = getattr(getattr(model, "attn_pool", None), "pos_embed", None) is not None
+    return {"downstream": "all tokens" if needs_all else "pooled"}
 
 
 def _grid_tail(model: nn.Module) -> dict[str, Any]:
     """Encoders of language models give their tokens back as a grid, or merge neighbours."""
-    return {"put_back": True}
+    return {"downstream": "all tokens"}
 
 
 def _naflex(model: nn.Module) -> dict[str, Any]:
     """NaFlexViT pools with a mask of the patches that are there, one for each of the original patches."""
-    return {"put_back": getattr(model, "global_pool", "") != "token"}
+    return {"downstream": "pooled" if getattr(model, "global_pool", "") == "token" else "all tokens"}
 
 
 def _cait(model: nn.Module) -> dict[str, Any]:
     """CaiT (arXiv 2103.17239): talking heads mix finished weights; the class token comes in behind the blocks."""
     mixers = [block.get_submodule("attn.proj_w") for block in _children(model, "blocks")]
-    return {"weight_mixers": mixers, "num_tail_tokens": 1}
+    return {"adaptations": (TalkingHeads(mixers), TailClassToken())}
 
 
-def _convit(model: nn.Module) -> dict[str, Any]:
+def _convit(model: Any) -> dict[str, Any]:
     """ConViT (arXiv 2103.10697): gated attention keeps a table of relative positions; a class token joins late."""
     gated: list[Any] = [module for module in model.modules() if hasattr(module, "get_rel_indices")]
     tables = [
@@ -97,10 +98,11 @@ def _convit(model: nn.Module) -> dict[str, Any]:
         for module in gated
     ]
     attentions = [(block.get_submodule("attn"),) for block in _children(model, "blocks")]
-    return {"token_tables": tables, "num_late_prefix_tokens": 1, "attentions": attentions}
+    late = () if model.cls_token is None else (LateClassToken(int(model.local_up_to_layer)),)
+    return {"adaptations": (*tables, *late), "attentions": attentions}
 
 
-def _volo(model: nn.Module) -> dict[str, Any]:
+def _volo(model: Any) -> dict[str, Any]:
     """VOLO (arXiv 2106.13112): blocks over grids behind the outlooker; the class token comes in behind them."""
     stages = list(_children(model, "network"))
     last = max(index for index, stage in enumerate(stages) if not isinstance(stage, nn.Sequential)) + 1
@@ -108,14 +110,11 @@ def _volo(model: nn.Module) -> dict[str, Any]:
         "blocks": tuple(block for stage in stages[last:] for block in stage.children()),
         "num_prefix_tokens": 0,
         "embed_dim": model.num_features,
-        "grid_tokens": True,
-        "num_tail_tokens": 1,
+        "adaptations": (GridTokens(), TailClassToken()),
     }
 
 
 _FAMILIES: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
-    "Beit": _biased,
-    "VisionTransformerRelPos": _biased,
     "Cait": _cait,
     "ConVit": _convit,
     "VOLO": _volo,

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
 from tokenprune import UnsupportedModelError
+from tokenprune_timm.registry import timm_with_lvvit
 
 _FILES = ("file", "state_dict", "url")  # where weights lay on the machine that loaded them
 
 
 def identity(model: nn.Module) -> dict[str, Any]:
-    """An architecture of timm's registry, or a class, with the options that make it ``model``.
-
-    Raises:
-        UnsupportedModelError: It is neither, or timm does not take such options.
-    """
-    import timm
-
-    import tokenprune_timm.lvvit  # noqa: F401  # which timm is to know by name, too
-
+    """An architecture of timm's registry, or a class, with the options that make it ``model``."""
+    timm = timm_with_lvvit()
     cfg: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
     name, cls = cfg.get("architecture"), type(model).__name__
     found: dict[str, Any] = {"architecture": None, "class": None, "pretrained_cfg": None, "options": {}}
@@ -59,34 +55,24 @@ def _differing(model: nn.Module, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(identity: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """The model that `identity` described.
-
-    Raises:
-        UnsupportedModelError: This timm has no such architecture, or does not build it so.
-    """
-    import timm
-    from timm.models import PretrainedCfg
-
-    import tokenprune_timm.lvvit  # noqa: F401  # which timm is to know by name, too
-
+    """The model that `identity` described."""
+    timm = timm_with_lvvit()
     name, cls, options = identity.get("architecture"), identity.get("class"), dict(identity.get("options", {}))
+    if name is None:
+        make = getattr(timm.models, str(cls), None)
+        if not (isinstance(make, type) and issubclass(make, nn.Module)):
+            raise UnsupportedModelError(f"timm {timm.__version__} has no class {cls!r}.")
+        if pretrained:
+            raise UnsupportedModelError(f"{cls} was built from its class, and has no public weights.")
+    else:
+        if not timm.is_model(name):
+            raise UnsupportedModelError(f"timm {timm.__version__} has no architecture {name!r}.")
+        known = {field.name for field in fields(timm.models.PretrainedCfg)}
+        cfg = {key: value for key, value in (identity.get("pretrained_cfg") or {}).items() if key in known}
+        make = partial(timm.create_model, name, pretrained=pretrained, pretrained_cfg=cfg or None)
     try:
-        if name is not None:
-            if not timm.is_model(name):
-                raise UnsupportedModelError(f"timm {timm.__version__} has no architecture {name!r}.")
-            known = {field.name for field in fields(PretrainedCfg)}
-            cfg = {key: value for key, value in (identity.get("pretrained_cfg") or {}).items() if key in known}
-            model: nn.Module = timm.create_model(name, pretrained=pretrained, pretrained_cfg=cfg or None, **options)
-        else:
-            made = getattr(timm.models, str(cls), None)
-            if not (isinstance(made, type) and issubclass(made, nn.Module)):
-                raise UnsupportedModelError(f"timm {timm.__version__} has no class {cls!r}.")
-            if pretrained:
-                raise UnsupportedModelError(f"{cls} was built from its class, and has no public weights.")
-            model = made(**options)
+        model: nn.Module = make(**options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        if isinstance(error, UnsupportedModelError):
-            raise
         raise UnsupportedModelError(
             f"timm {timm.__version__} does not build {name or cls} with {options}: {error}"
         ) from error
@@ -95,16 +81,9 @@ def build(identity: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
     return model
 
 
-def _has(name: str) -> Callable[[Any], bool]:
+def _has(path: str) -> Callable[[Any], bool]:
     """Whether a part is there that an option switches on."""
-
-    def read(model: Any) -> bool:
-        part = model
-        for step in name.split("."):
-            part = part[int(step)] if step.isdigit() else getattr(part, step)
-        return part is not None and not isinstance(part, nn.Identity)
-
-    return read
+    return lambda model: not isinstance(attrgetter(path)(model), nn.Identity | None)
 
 
 def _drop_path(model: Any) -> float:
@@ -123,19 +102,16 @@ def _in_chans(model: Any) -> int:
     return int(next(module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d)).in_channels)
 
 
-def _normed_behind_the_pool(model: Any) -> bool:
-    return _has("fc_norm")(model) or not _has("norm")(model)
-
-
-_OPTIONS: dict[str, Callable[[Any], Any]] = {
+# Where an option is read from: the path of an attribute, or a function of the model.
+_OPTIONS: dict[str, str | Callable[[Any], Any]] = {
     "num_classes": _num_classes,
     "in_chans": _in_chans,
-    "img_size": lambda model: tuple(model.patch_embed.img_size),
-    "patch_size": lambda model: tuple(model.patch_embed.patch_size),
-    "global_pool": lambda model: model.global_pool,
-    "embed_dim": lambda model: model.embed_dim,
+    "img_size": "patch_embed.img_size",
+    "patch_size": "patch_embed.patch_size",
+    "global_pool": "global_pool",
+    "embed_dim": "embed_dim",
     "depth": lambda model: len(model.blocks),
-    "num_heads": lambda model: model.blocks[0].attn.num_heads,
+    "num_heads": "blocks.0.attn.num_heads",
     "mlp_ratio": lambda model: model.blocks[0].mlp.fc1.out_features / model.embed_dim,
     "qkv_bias": lambda model: model.blocks[0].attn.qkv.bias is not None,
     "proj_bias": lambda model: model.blocks[0].attn.proj.bias is not None,
@@ -144,30 +120,30 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         getattr(model.blocks[0].ls1, "init_values", 1e-5) if _has("blocks.0.ls1")(model) else None
     ),
     "class_token": lambda model: model.cls_token is not None,
-    "reg_tokens": lambda model: model.num_reg_tokens,
-    "no_embed_class": lambda model: model.no_embed_class,
+    "reg_tokens": "num_reg_tokens",
+    "no_embed_class": "no_embed_class",
     "pos_embed": lambda model: "none" if model.pos_embed is None else "learn",
     "pre_norm": _has("norm_pre"),
     "final_norm": lambda model: _has("norm")(model) or _has("fc_norm")(model),
-    "fc_norm": _normed_behind_the_pool,
-    "pool_include_prefix": lambda model: model.pool_include_prefix,
-    "dynamic_img_size": lambda model: model.dynamic_img_size,
-    "dynamic_img_pad": lambda model: model.patch_embed.dynamic_img_pad,
-    "drop_rate": lambda model: model.head_drop.p,
-    "pos_drop_rate": lambda model: model.pos_drop.p,
+    "fc_norm": lambda model: _has("fc_norm")(model) or not _has("norm")(model),
+    "pool_include_prefix": "pool_include_prefix",
+    "dynamic_img_size": "dynamic_img_size",
+    "dynamic_img_pad": "patch_embed.dynamic_img_pad",
+    "drop_rate": "head_drop.p",
+    "pos_drop_rate": "pos_drop.p",
     "patch_drop_rate": lambda model: getattr(model.patch_drop, "prob", 0.0),
-    "proj_drop_rate": lambda model: model.blocks[0].attn.proj_drop.p,
-    "attn_drop_rate": lambda model: model.blocks[0].attn.attn_drop.p,
+    "proj_drop_rate": "blocks.0.attn.proj_drop.p",
+    "attn_drop_rate": "blocks.0.attn.attn_drop.p",
     "drop_path_rate": _drop_path,
-    "weight_init": lambda model: model.weight_init_mode,
-    "fix_init": lambda model: model.fix_init,
+    "weight_init": "weight_init_mode",
+    "fix_init": "fix_init",
 }
 
 
-def _try(read: Callable[[Any], Any], model: nn.Module) -> Any:
-    """What a family without such a part has: nothing to read."""
+def _try(read: str | Callable[[Any], Any], model: nn.Module) -> Any:
+    """What an option is read as, and ``None`` in a family without such a part."""
     try:
-        return read(model)
+        return (attrgetter(read) if isinstance(read, str) else read)(model)
     except (AttributeError, IndexError, StopIteration, TypeError):
         return None
 

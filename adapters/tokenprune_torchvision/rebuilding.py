@@ -9,13 +9,14 @@ from torch import nn
 
 from tokenprune import UnsupportedModelError
 
+# Arguments that the model keeps under the names they have.
+_OPTIONS = (
+    "image_size", "patch_size", "hidden_dim", "mlp_dim", "dropout", "attention_dropout", "representation_size",
+)  # fmt: skip
+
 
 def identity(model: nn.Module) -> dict[str, Any]:
-    """The constructor's arguments.
-
-    Raises:
-        UnsupportedModelError: It is a subclass, or another model.
-    """
+    """The constructor's arguments, and what users put in the place of the head."""
     from torchvision.models import VisionTransformer
 
     if type(model) is not VisionTransformer:
@@ -25,16 +26,10 @@ def identity(model: nn.Module) -> dict[str, Any]:
     stem = None if isinstance(found.conv_proj, nn.Conv2d) else _stem(found.conv_proj)
     return {
         "options": {
-            "image_size": found.image_size,
-            "patch_size": found.patch_size,
+            **{name: getattr(found, name) for name in _OPTIONS},
             "num_layers": len(found.encoder.layers),
             "num_heads": found.encoder.layers[0].num_heads,
-            "hidden_dim": found.hidden_dim,
-            "mlp_dim": found.mlp_dim,
-            "dropout": found.dropout,
-            "attention_dropout": found.attention_dropout,
             "num_classes": layers[-1].out_features if layers else found.num_classes,
-            "representation_size": found.representation_size,
         },
         "eps": found.encoder.ln.eps,
         "stem": stem,
@@ -47,12 +42,7 @@ def identity(model: nn.Module) -> dict[str, Any]:
 
 
 def build(identity: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """The model that `identity` described.
-
-    Raises:
-        UnsupportedModelError: torchvision does not build it so, or public weights are asked for, which the model
-            does not name.
-    """
+    """The model that `identity` described."""
     from torchvision.models import VisionTransformer
     from torchvision.models.vision_transformer import ConvStemConfig
 

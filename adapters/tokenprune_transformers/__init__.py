@@ -1,12 +1,38 @@
-"""Describes the Vision Transformers of transformers to tokenprune.
+"""The adapter of the Vision Transformers of transformers.
 
 Whatever is a flat list of blocks with global attention is found by its structure; the few families
 that differ otherwise are described in `models`, and what to feed them in `example_inputs`.
 """
 
-from tokenprune_transformers.loading import load
-from tokenprune_transformers.models import describe
-from tokenprune_transformers.pictures import preprocessing
-from tokenprune_transformers.rebuilding import build, identity
+from __future__ import annotations
 
-__all__ = ["build", "describe", "identity", "load", "preprocessing"]
+from typing import Any
+
+from torch import nn
+
+from tokenprune import Adapter, Backbone, Preprocessing
+from tokenprune_transformers import loading, models, preprocessing, rebuilding
+
+__all__ = ["TransformersAdapter", "adapter"]
+
+
+class TransformersAdapter(Adapter):
+    """Knows the vision models of transformers, and towers inside of other models."""
+
+    def describe(self, model: nn.Module) -> Backbone:
+        return models.describe(model)
+
+    def identity(self, model: nn.Module) -> dict[str, Any]:
+        return rebuilding.identity(model)
+
+    def build(self, identity: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
+        return rebuilding.build(identity, pretrained=pretrained)
+
+    def load(self, name: str, *, pretrained: bool = False, image_size: tuple[int, int] | None = None) -> nn.Module:
+        return loading.load(name, pretrained=pretrained, image_size=image_size)
+
+    def preprocessing(self, model: nn.Module) -> Preprocessing:
+        return preprocessing.preprocessing(model)
+
+
+adapter = TransformersAdapter()

@@ -15,12 +15,7 @@ from tokenprune_transformers.example_inputs import vision_config
 
 
 def load(name: str, *, pretrained: bool = False, image_size: tuple[int, int] | None = None) -> nn.Module:
-    """The model of a folder or Hub id, of the class that its config names.
-
-    Raises:
-        LookupError: transformers finds no config there.
-        UnsupportedModelError: It does, and cannot make the model, at that size or with those weights.
-    """
+    """The model of a folder or Hub id, of the class that its config names."""
     if not Path(name).is_dir() and "/" not in name:
         raise LookupError("neither a folder nor a Hub id (owner/name)")
     from transformers import AutoConfig

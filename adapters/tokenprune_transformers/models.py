@@ -4,41 +4,36 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from tokenprune import Backbone, Setting, UnsupportedModelError
+from tokenprune.backbones.adaptations import Adaptation
 from tokenprune.backbones.structure import observe
 from tokenprune_transformers.example_inputs import example_inputs, image_size, pair, vision_config
+from tokenprune_transformers.families import FrameMessage, FullLength, PositionInput, SharedTables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What the families do differently, by the model type of their config.
+# What the families do differently, by the model type of their config: attributes of a Backbone.
 _FAMILIES: dict[str, dict[str, Any]] = {
-    # Attention adds a bias for each pair of positions (BEiT, arXiv 2106.08254; data2vec, arXiv 2202.03555).
-    "beit": {"biased_attention": True},
-    "data2vec-vision": {"biased_attention": True},
-    # Rotary positions are counted inside of attention, unless it is told them (V-JEPA 2, arXiv 2506.09985).
-    "vjepa2": {"position_input": "position_mask"},
     # Rotary tables that attention spreads over the heads by itself, or over heads and images.
-    "step3p5_vision": {"token_inputs": {"position_embeddings": ("n d -> b n d",)}, "put_back": True},
-    "mlcd_vision_model": {"token_inputs": {"position_embeddings": ("n d -> b n d",)}, "shared_token_inputs": True},
+    "step3p5_vision": {"token_inputs": {"position_embeddings": ("n d -> b n d",)}, "downstream": "all tokens"},
+    "mlcd_vision_model": {"token_inputs": {"position_embeddings": ("n d -> b n d",)}},
     "llama4_vision_model": {
         "token_inputs": {"freqs_ci": ("n d -> b n d", "n h d -> b n h d")},
-        "shared_token_inputs": True,
-        "put_back": True,
+        "downstream": "all tokens",
     },
     # All images of a batch are one row of tokens.
     "pixtral": {"token_inputs": {"position_embeddings": ("n d -> n d",)}},
-    # A message of the whole video joins each frame's tokens while a block attends (X-CLIP, arXiv 2208.02816).
-    "xclip_vision_model": {"num_inner_tokens": 1},
     # Positions are added to all tokens between the blocks (YOLOS, arXiv 2106.00666).
-    "yolos": {"put_back": True},
+    "yolos": {"downstream": "all tokens"},
     # Heads are given a mask of the original patches, pool by positions, merge neighbours or take the first patch.
     **{
-        family: {"put_back": True}
+        family: {"downstream": "all tokens"}
         for family in (
             "siglip2_vision_model",
             "phi4_multimodal_vision",
@@ -47,6 +42,20 @@ _FAMILIES: dict[str, dict[str, Any]] = {
             "janus_vision_model",
         )
     },
+}
+# What the families need besides, by the same: made of the vision tower.
+_ADAPTATIONS: dict[str, Callable[[nn.Module], Adaptation]] = {
+    "vjepa2": lambda tower: PositionInput("position_mask"),
+    "mlcd_vision_model": lambda tower: SharedTables(),
+    "llama4_vision_model": lambda tower: SharedTables(),
+    "xclip_vision_model": lambda tower: FrameMessage(),
+    **dict.fromkeys(
+        ("beit", "data2vec-vision"),
+        lambda tower: FullLength(
+            [module for module in tower.modules() if type(module).__name__.endswith("RelativePositionBias")],
+            "dim_size",
+        ),
+    ),
 }
 # Names of classes whose heads take all tokens: feature maps, dense predictions, masked images.
 _DENSE = ("Backbone", "ForMaskedImageModeling", "ForPreTraining", "Segmentation", "Estimation", "Matting")
@@ -97,7 +106,7 @@ def describe(model: nn.Module) -> Backbone:
             first_list=name.endswith("ForPreTraining") or config.model_type == "vjepa2",
             packed=config.model_type == "pixtral",
             frames=config.model_type == "xclip_vision_model",
-            num_inner_tokens=family.get("num_inner_tokens", 0),
+            num_inner_tokens=int(config.model_type == "xclip_vision_model"),
         )
     except UnsupportedModelError as error:
         packing = [parameter for parameter in inspect.signature(tower.forward).parameters if parameter in _PACKING]
@@ -107,22 +116,28 @@ def describe(model: nn.Module) -> Backbone:
             f"{name} packs all images of a batch into one sequence, and tells them apart by {packing[0]}; pruned "
             "sequences would need other ones."
         ) from error
-    if family.get("biased_attention"):  # a bias that is interpolated to the number of tokens
-        biases = [module for module in tower.modules() if type(module).__name__.endswith("RelativePositionBias")]
-        family = {**family, "length_inputs": [(module, "dim_size") for module in biases]}
+    needed = _ADAPTATIONS.get(config.model_type)
+    adaptations = (*settings, *structure.adaptations, *(() if needed is None else (needed(tower),)))
     patch_size = None if getattr(config, "patch_size", None) is None else pair(config.patch_size)
     size = image_size(tower, config)
     own_names = [name.rpartition(".")[2] for name, _ in tower.named_parameters()]
-    dense = {"put_back": True} if any(part in one for part in (*_DENSE, "VJEPA2Model") for one in names) else {}
-    return Backbone(
+    downstream = family.get("downstream", "pooled")
+    if any(part in one for part in (*_DENSE, "VJEPA2Model") for one in names):
+        downstream = "all tokens"
+    elif names & {*_TAKING_ANY_NUMBER} and downstream == "pooled":
+        downstream = "any number"
+    found = {
         **structure._asdict(),
-        **{**family, **dense},
+        "token_inputs": {**structure.token_inputs, **family.get("token_inputs", {})},
+        "adaptations": adaptations,
+    }
+    return Backbone(
+        **found,
+        downstream=downstream,
         patch_size=patch_size,
         grid_size=None if patch_size is None else (size[0] // patch_size[0], size[1] // patch_size[1]),
-        settings=settings,
         class_token=any(name.startswith(("cls_", "class_")) for name in own_names),
         tower=tower if composite else None,
-        leave_pruned=bool(names & {*_TAKING_ANY_NUMBER}),
     )
 
 

@@ -15,11 +15,7 @@ _OWN = "transformers.models."  # nothing outside of it is imported because a fil
 
 
 def identity(model: nn.Module) -> dict[str, Any]:
-    """A class of transformers and its config.
-
-    Raises:
-        UnsupportedModelError: The class is not one of transformers' own.
-    """
+    """A class of transformers and its config."""
     import transformers
 
     name = type(model).__name__
@@ -36,11 +32,7 @@ def identity(model: nn.Module) -> dict[str, Any]:
 
 
 def build(identity: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """The model that `identity` described.
-
-    Raises:
-        UnsupportedModelError: This version has no such class, or does not build it from that config.
-    """
+    """The model that `identity` described."""
     import transformers
 
     cls = _model_class(str(identity.get("class")))

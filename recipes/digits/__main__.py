@@ -20,14 +20,14 @@ from recipes.engine.checkpoints import Interrupted
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console()
 
-Data = Annotated[Path, typer.Option(help="The image folder, made if it is not there.")]
+Data = Annotated[Path, typer.Option(help="The image folder, made if missing.")]
 Output = Annotated[Path, typer.Option(help="Where results and checkpoints go.")]
 Steps = Annotated[int, typer.Option(min=10, help="Fine-tuning steps of each scorer.")]
 
 
 @contextmanager
 def _resumable() -> Iterator[None]:
-    """Ctrl-C is no error: it ends the command, and the next call goes on."""
+    """Ctrl-C is no error: it ends the command, and the next call continues."""
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as interrupted:

@@ -3,7 +3,7 @@
 Every scene shows one whole digit, enlarged three times and placed at random, among fragments of
 other digits and noise. The class is the whole digit's. Train and validation scenes are made from
 disjoint sets of original digits, fragments included, so that nothing seen in training is tested.
-The folder is an ordinary one (``train/3/00012.png``) and is read like any user's own.
+The folder is an ordinary image folder (``train/3/00012.png``), read like any user's own.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ DIGIT_SIZE = 8 * DIGIT_SCALE
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsConfig:
-    """What decides the folder's content; written beside it so that a stale folder is made anew.
+    """What decides the folder's content; written into it, so that an outdated folder is made anew.
 
     Attributes:
         num_train: Scenes in ``train/``.
         num_validation: Scenes in ``validation/``.
-        validation_fraction: Share of the 1797 original digits that is kept for validation.
+        validation_fraction: Fraction of the 1797 original digits that is held out for validation.
         num_fragments: Fragments of other digits in each scene.
         noise: Standard deviation of the pixel noise, as a fraction of full white.
         seed: Seed of everything random.
@@ -84,10 +84,10 @@ def _write_split(
 def make_digits(root: Path, config: DigitsConfig | None = None) -> Path:
     """Write the image folder once, or reuse the one that is there.
 
-    An interrupted run leaves nothing that a later one could mistake for a whole folder.
+    An interrupted call leaves nothing that a later one could mistake for a complete folder.
 
     Args:
-        root: The folder to make; holds ``train/``, ``validation/`` and ``digits.json`` afterwards.
+        root: The folder to make, with ``train/``, ``validation/`` and ``digits.json``.
         config: What to put in it; ``None`` means the full set. A folder made with another one is made anew.
 
     Returns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,17 +9,17 @@ from pathlib import Path
 import timm
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import tokenprune
 from recipes.digits.data import IMAGE_SIZE, DigitsConfig, make_digits
 from recipes.digits.model import WEIGHTS, build_model
 from recipes.digits.sparse import SparseConfig, SparseResult, fine_tune
 from recipes.dynamicvit import SparseSettings
-from recipes.engine.checkpoints import write_whole
+from recipes.engine.checkpoints import write_json, write_whole
 from recipes.engine.data import loader, open_images
 from recipes.engine.fitting import evaluate_dense
 from recipes.engine.models import data_config
+from recipes.engine.tables import Table
 
 INPUT_SIZE = (3, IMAGE_SIZE, IMAGE_SIZE)
 SCORERS = ("predictor", "random", "static")
@@ -29,16 +28,16 @@ LABELS = {"predictor": "learned", "random": "random", "static": "static"}
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the table.
+    """A row of the table.
 
     Attributes:
         name: The model.
         accuracy: Validation accuracy as a fraction.
-        gmacs: 10⁹ multiply-adds an image.
-        gmac_ratio: Dense ÷ sparse multiply-adds.
-        dense_images_per_second: Measured without pruning, beside the next.
-        images_per_second: Measured as it is.
-        speedup: Median of the pairs.
+        gmacs: GMACs per image.
+        gmac_ratio: Dense ÷ sparse GMACs.
+        dense_images_per_second: Throughput without pruning, measured in turn with the next.
+        images_per_second: Throughput of the model as it is.
+        speedup: Median over the pairs.
     """
 
     name: str
@@ -65,18 +64,18 @@ def run_demo(
     """Make the images, the three runs, the table, the picture and ``results.json``.
 
     Args:
-        data: Where the digits image folder is, or is to be made.
+        data: The digits image folder, made if missing.
         output: Where everything else is written.
         keep_ratio: ρ.
         steps: Fine-tuning steps of each scorer.
         seed: Seed of the runs.
         console: Where the table is printed.
-        pairs: Timed pairs of batches a row.
+        pairs: Timed pairs of batches per row.
         digits: What the image folder holds; ``None`` means the full set.
         dense_weights: The trained dense model.
 
     Raises:
-        Interrupted: Ctrl-C was pressed; the same call goes on where it stopped.
+        Interrupted: Ctrl-C was pressed; the same call continues where it stopped.
     """
     output.mkdir(parents=True, exist_ok=True)
     make_digits(data, digits)
@@ -97,8 +96,8 @@ def run_demo(
         "versions": {"tokenprune": tokenprune.__version__, "torch": torch.__version__, "timm": timm.__version__},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
-    write_whole(output / "results.json", lambda partial: partial.write_text(json.dumps(report, indent=2) + "\n"))
-    console.print(table(rows, keep_ratio))
+    write_json(output / "results.json", report)
+    console.print(table(rows, keep_ratio).rich())
     console.print(f"Results, checkpoints and the picture of kept tokens are in [bold]{output}[/].")
     return rows
 
@@ -133,12 +132,13 @@ def _examples(settings: SparseSettings) -> torch.Tensor:
 
 
 def table(rows: list[Row], keep_ratio: float) -> Table:
-    """The rows as a rich table."""
-    made = Table(title=f"Handwritten digits among clutter, ρ = {keep_ratio:g}")
-    for name in ("model", "accuracy", "GMACs", "images/s dense", "images/s", "speed-up", "speed-up ÷ GMAC ratio"):
-        made.add_column(name, justify="left" if name == "model" else "right")
+    """The results as a table."""
+    made = Table(
+        title=f"Handwritten digits among clutter, ρ = {keep_ratio:g}",
+        columns=("model", "accuracy", "GMACs", "images/s dense", "images/s", "speed-up", "speed-up ÷ GMAC ratio"),
+    )
     for row in rows:
-        made.add_row(
+        made.add(
             row.name,
             f"{row.accuracy:.1%}",
             f"{row.gmacs:.4f}",

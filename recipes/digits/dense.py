@@ -19,11 +19,11 @@ def train_digits(
     seed: int = 0,
     digits: DigitsConfig | None = None,
 ) -> float:
-    """Train from nothing with cross-entropy.
+    """Train from scratch with cross-entropy.
 
     Args:
-        data: Where the digits image folder is, or is to be made.
-        output: Where the run keeps its state.
+        data: The digits image folder, made if missing.
+        output: The folder for the state of the run.
         weights: The safetensors file to write.
         epochs: Passes over the images.
         seed: Seed of weights and order of images.

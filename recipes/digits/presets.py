@@ -29,7 +29,7 @@ DIGITS: dict[str, Any] = {
     "log_every": 10,
 }
 
-# Dense training from nothing: 26 epochs of 156 steps, random crops.
+# Dense training from scratch: 26 epochs of 156 steps, random crops.
 DIGITS_DENSE: dict[str, Any] = {
     **DIGITS,
     "epochs": 26,
@@ -40,14 +40,14 @@ DIGITS_DENSE: dict[str, Any] = {
     "label_smoothing": 0.1,
 }
 
-# A step of Adam moves a weight by about the learning rate. The static scorer has one weight a
-# position and has to carry it to ±2 by itself; the predictor's weights add up.
+# A step of Adam moves a weight by about the learning rate. The static scorer has one weight
+# per position, which has to reach ±2 by itself; the predictor's weights add up.
 SCORER_LEARNING_RATES = {"predictor": 3e-3, "static": 5e-2}
 BACKBONE_LEARNING_RATE = 5e-5
 
 
 def learning_rates(scorer: str) -> dict[str, float]:
-    """The settings that give a scorer its learning rate, and the backbone its own whatever the scorer."""
+    """The settings that give a scorer its learning rate, and the backbone the same one for every scorer."""
     rate = SCORER_LEARNING_RATES.get(scorer, SCORER_LEARNING_RATES["predictor"])
     return {"learning_rate": rate * 1024 / BATCH_SIZE, "backbone_factor": BACKBONE_LEARNING_RATE / rate}
 
@@ -66,5 +66,5 @@ DIGITS_SPARSE: dict[str, Any] = {
 
 
 def make_images(settings: TrainingSettings) -> None:
-    """Make the image folder that the settings name, if it is not there."""
+    """Make the image folder that the settings name, if it is missing."""
     make_digits(settings.data_dir)

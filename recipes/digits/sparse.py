@@ -1,4 +1,4 @@
-"""Sparsify the demo's dense model and fine-tune it against itself: one run, for one scorer."""
+"""One run of the demo: sparsify the dense model with one scorer and fine-tune it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from recipes.digits.model import WEIGHTS, build_model
 from recipes.digits.presets import DIGITS_SPARSE, learning_rates
 from recipes.dynamicvit import SparseSettings
 from recipes.dynamicvit import fine_tune as fine_tune_sparse
-from recipes.engine.fitting import read_results
+from recipes.engine.fitting import run_once
 from recipes.engine.logbook import read_log
 
 STEPS_PER_EPOCH = 100
@@ -64,9 +64,9 @@ class SparseResult:
 
     Attributes:
         config: The run.
-        folder: Where it lies.
+        folder: Its output folder.
         accuracy: Validation accuracy of the pruned model, as a fraction.
-        kept: Share of the patch tokens kept after the last stage, by step, as sampled in training.
+        kept: Fraction of patch tokens kept after the last stage at each step, as sampled in training.
     """
 
     config: SparseConfig
@@ -84,22 +84,21 @@ class SparseResult:
 
 
 def fine_tune(config: SparseConfig, data: Path, output: Path, dense_weights: Path = WEIGHTS) -> SparseResult:
-    """Make one run, or read it if it has been made.
+    """Make one run, or read its results if it was made before.
 
     Args:
         config: The run.
         data: The digits image folder.
-        output: In which the run gets a folder.
-        dense_weights: The dense model to start from, and to be taught by.
+        output: The run gets a folder of its own in it.
+        dense_weights: The dense model, which is both the start and the teacher.
 
     Raises:
-        Interrupted: Ctrl-C was pressed; the same call goes on where it stopped.
+        Interrupted: Ctrl-C was pressed; the same call continues where it stopped.
     """
     settings = config.settings(data, output, dense_weights)
-    if read_results(settings) is None:
-        fine_tune_sparse(settings, description=f"{config.scorer}, ρ {config.keep_ratio:g}")
-    made = read_results(settings)
-    assert made is not None
+    made = run_once(
+        settings, lambda: fine_tune_sparse(settings, description=f"{config.scorer}, ρ {config.keep_ratio:g}")
+    )
     return SparseResult(
         config=config,
         folder=settings.output,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from recipes.digits.data import make_digits
 from recipes.digits.demo import LABELS, SCORERS
 from recipes.digits.model import WEIGHTS
 from recipes.digits.sparse import SparseConfig, fine_tune
-from recipes.engine.checkpoints import write_whole
+from recipes.engine.checkpoints import write_json
 from recipes.engine.fitting import evaluate_dense
 
 
@@ -24,10 +23,10 @@ def run_study(
     """Run every scorer at every ratio with every seed, print the table and write ``study.json``.
 
     Returns:
-        Accuracies by ratio and scorer, one a seed; the dense model's under ``"1"`` and ``"dense"``.
+        Accuracies by ratio and scorer, one per seed; the dense model's under ``"1"`` and ``"dense"``.
 
     Raises:
-        Interrupted: Ctrl-C was pressed; the same call goes on where it stopped.
+        Interrupted: Ctrl-C was pressed; the same call continues where it stopped.
     """
     output.mkdir(parents=True, exist_ok=True)
     make_digits(data)
@@ -42,7 +41,7 @@ def run_study(
             for scorer in SCORERS
         }
     report = {"steps": steps, "seeds": list(seeds), "accuracies": accuracies}
-    write_whole(output / "study.json", lambda partial: partial.write_text(json.dumps(report, indent=2) + "\n"))
+    write_json(output / "study.json", report)
     console.print(study_table(accuracies))
     return accuracies
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ class Interrupted(Exception):
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have ``write`` make a file or folder beside ``path`` and rename it: there is never half of it."""
+    """Write a file or folder atomically: ``write`` makes it beside ``path``, then it is renamed."""
     partial = path.with_name(path.name + ".partial")
     remove(partial)
     try:
@@ -28,8 +29,18 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         remove(partial)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_whole(path, lambda partial: partial.write_text(text))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain values as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there, so that what its name says is never half there."""
+    """Remove a file or folder if it exists; a folder is renamed first, so that half of it is never found."""
     if path.is_dir():
         doomed = path.with_name(path.name + ".removed")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -42,8 +53,8 @@ def remove(path: Path) -> None:
 class Checkpoints:
     """The checkpoints in a folder: of each kind, such as ``last`` and ``best``, the newest.
 
-    A checkpoint is a folder ``<kind>-<step>`` that Accelerate wrote. The new one is complete before
-    the one before it goes.
+    A checkpoint is a folder ``<kind>-<step>`` that Accelerate wrote. A new one is complete before
+    the previous one is removed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,7 +65,7 @@ class Checkpoints:
         return max(self._all(kind), key=_step, default=None)
 
     def save(self, accelerator: Accelerator, step: int, kind: str = "last") -> None:
-        """Save what the accelerator has prepared and registered; called on every process."""
+        """Save what the accelerator has prepared and registered; call it on every process."""
         final = self.folder / f"{kind}-{step:08d}"
         partial = final.with_name(final.name + ".partial")
         if accelerator.is_main_process:
@@ -64,7 +75,7 @@ class Checkpoints:
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            if final.exists():  # the run was stopped after this one and made it again, which gives the same
+            if final.exists():  # the run was stopped right after it, and has now made the same again
                 remove(partial)
             else:
                 partial.replace(final)

@@ -1,4 +1,4 @@
-"""Settings from the command line: every field of a dataclass is an option, and a YAML file may give defaults."""
+"""Settings from the command line: every field of a dataclass is an option, with defaults from a YAML file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import typer
 import yaml
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from recipes.engine.checkpoints import Interrupted
 from recipes.engine.data import DataError
+from recipes.engine.options import annotations_of
 from recipes.engine.settings import SettingsError
 
 Settings = TypeVar("Settings")
@@ -44,11 +45,11 @@ def command(
     """A command whose options are the fields of a dataclass.
 
     Args:
-        settings_class: A dataclass; an ``Annotated`` field may carry a `typer.Option`.
-        run: What is called with the settings.
-        help_text: What ``--help`` opens with.
-        presets: By name of a flag, such as ``smoke``. What the command line says itself goes before a preset,
-            and a preset before ``--config``.
+        settings_class: A dataclass of settings; see `recipes.engine.options.annotations_of`.
+        run: Called with the settings.
+        help_text: The text above the options in ``--help``.
+        presets: By name of a flag, such as ``smoke``. Options on the command line override presets, and presets
+            override ``--config``.
     """
     names = {field.name for field in fields(settings_class)}  # type: ignore[arg-type]
 
@@ -64,7 +65,7 @@ def command(
             raise typer.BadParameter(str(error)) from None
         except Interrupted as interrupted:
             console = Console(stderr=True)
-            console.print(f"[yellow]Interrupted.[/] {interrupted} Add --resume to the same command to go on.")
+            console.print(f"[yellow]Interrupted.[/] {interrupted} Add --resume to the same command to continue.")
             raise typer.Exit(130) from None
         except FloatingPointError as error:
             Console(stderr=True).print(f"[red]Stopped:[/] {error}")
@@ -72,13 +73,13 @@ def command(
 
     def read_config(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:
-            _add_defaults(context, _read_yaml(path, names), first=True)
+            _add_defaults(context, _read_yaml(path, names), override=False)
         return path
 
     def use_preset(name: str) -> Callable[[typer.Context, bool], bool]:
         def use(context: typer.Context, chosen: bool) -> bool:
             if chosen:
-                _add_defaults(context, presets[name].settings, first=False)
+                _add_defaults(context, presets[name].settings, override=True)
             return chosen
 
         return use
@@ -121,8 +122,8 @@ def _flag(preset: str) -> str:
 
 
 def _parameters(settings_class: type) -> list[inspect.Parameter]:
-    hints = get_type_hints(settings_class, include_extras=True)
-    return [_parameter(field.name, hints[field.name], _default(field)) for field in fields(settings_class)]
+    annotations = annotations_of(settings_class)
+    return [_parameter(field.name, annotations[field.name], _default(field)) for field in fields(settings_class)]
 
 
 def _default(field: Field[Any]) -> Any:
@@ -151,7 +152,7 @@ def _read_yaml(path: Path, names: set[str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _add_defaults(context: typer.Context, values: Mapping[str, Any], *, first: bool) -> None:
-    """Add to the context's defaults; ``first``: those that are there already go before them."""
+def _add_defaults(context: typer.Context, values: Mapping[str, Any], *, override: bool) -> None:
+    """Add to the context's defaults; ``override``: also where it has some already."""
     there = dict(context.default_map or {})
-    context.default_map = {**values, **there} if first else {**there, **values}
+    context.default_map = {**there, **values} if override else {**values, **there}

@@ -13,7 +13,7 @@ from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from recipes.engine.randomness import seed_everything
-from recipes.engine.settings import TrainingSettings
+from recipes.engine.settings import RunSettings, TrainingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +23,9 @@ class DataError(ValueError):
 
 
 class Images(Dataset[tuple[Any, int]]):
-    """A data set of timm's, whose images are augmented alike in every run and process.
+    """A timm data set whose images are augmented identically in every run and process.
 
-    The random numbers of an image depend on the seed, the epoch and its index alone. An image that
+    The random numbers of an image depend only on the seed, the epoch and its index. An image that
     cannot be decoded is replaced by the next one that can.
 
     Attributes:
@@ -37,7 +37,7 @@ class Images(Dataset[tuple[Any, int]]):
 
     def __init__(self, samples: Any, *, seed: int, max_damaged: int) -> None:
         self.samples = samples
-        # timm decodes in a place where a failure cannot be counted; so it hands over bytes, and decoding is done here.
+        # timm decodes where a failure cannot be counted, so it is asked for bytes, which are decoded here.
         if hasattr(samples, "load_bytes"):
             samples.load_bytes = True
         self.seed = seed
@@ -46,7 +46,7 @@ class Images(Dataset[tuple[Any, int]]):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch it is; workers that are running already hear of it."""
+        """Set the epoch, in workers that are already running too."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -73,10 +73,10 @@ class Images(Dataset[tuple[Any, int]]):
         return image.convert("RGB"), target
 
     def check(self) -> None:
-        """Tell the process that trains; what worker processes raise would reach it without its meaning.
+        """Raise in the training process: an error of a worker process does not reach it as a `DataError`.
 
         Raises:
-            DataError: More images than ``max_damaged`` could not be read so far.
+            DataError: More than ``max_damaged`` images could not be read so far.
         """
         if int(self.damaged.sum()) > self.max_damaged:
             names = self.damaged_names()
@@ -97,15 +97,15 @@ def open_images(settings: TrainingSettings, *, training: bool, classes: Mapping[
 
     Args:
         settings: Where the data is and what kind.
-        training: Which split.
+        training: Whether to open the training split.
         classes: Index of each class in the other split, from `class_indices`. A folder numbers the classes that it
-            has, so that a split that lacks one would number the others otherwise.
+            contains, so a split that lacks one would number the others differently.
 
     Returns:
         `Images`, or timm's iterable data set for streamed data.
 
     Raises:
-        DataError: timm cannot open it; the message says what timm says.
+        DataError: timm cannot open it; the message has timm's own.
     """
     if not settings.dataset and not settings.data_dir.exists():
         raise DataError(f"data_dir={settings.data_dir}: there is no such folder.")
@@ -127,13 +127,15 @@ def open_images(settings: TrainingSettings, *, training: bool, classes: Mapping[
         ) from error
     if isinstance(samples, IterableDataset):
         if settings.num_workers == 0:
-            raise DataError(f"dataset={settings.dataset!r} is a stream; it takes worker processes: num_workers from 1.")
+            raise DataError(
+                f"dataset={settings.dataset!r} is a stream, which needs worker processes: num_workers from 1."
+            )
         return samples
     return Images(samples, seed=settings.seed, max_damaged=settings.max_damaged)
 
 
 def class_indices(images: Any) -> Mapping[str, int] | None:
-    """The index of each class in what `open_images` returned; ``None`` where the data does not tell."""
+    """The index of each class in what `open_images` returned; ``None`` if the data does not say."""
     samples = images.samples if isinstance(images, Images) else images
     found: Mapping[str, int] | None = getattr(getattr(samples, "reader", samples), "class_to_idx", None)
     return found
@@ -143,7 +145,7 @@ def number_of_classes(images: Any, settings: TrainingSettings) -> int:
     """The number of classes that the data has.
 
     Raises:
-        DataError: The data does not say, or says something else than the settings.
+        DataError: The data does not say, or contradicts the settings.
     """
     classes = class_indices(images)
     if not classes:
@@ -158,13 +160,13 @@ def number_of_classes(images: Any, settings: TrainingSettings) -> int:
 def loader(
     images: Any, settings: TrainingSettings, data_config: Mapping[str, Any], *, training: bool
 ) -> DataLoader[Any]:
-    """The loader that timm makes: augmented and shuffled batches for training, centre crops in order for validation.
+    """The loader of timm: shuffled batches of augmented images for training, centre crops in order for validation.
 
     Args:
         images: What `open_images` returned.
         settings: Batch size, augmentation, workers.
-        data_config: Input size, mean, deviation, interpolation and crop as `timm.data.resolve_data_config` has them.
-        training: Which of the two; incomplete batches are dropped in training.
+        data_config: Input size, mean, standard deviation, interpolation and crop, from `timm.data.resolve_data_config`.
+        training: Whether to augment, shuffle and drop an incomplete last batch.
     """
     size: tuple[int, ...] = data_config["input_size"]
     made: DataLoader[Any] = create_loader(
@@ -172,13 +174,7 @@ def loader(
         input_size=size,
         batch_size=settings.batch_size,
         is_training=training,
-        scale=(settings.min_crop, 1.0),
-        ratio=(1.0, 1.0) if settings.min_crop == 1 else (3 / 4, 4 / 3),
-        hflip=settings.horizontal_flip,
-        color_jitter=settings.color_jitter or None,
-        auto_augment=settings.auto_augment or None,
-        re_prob=settings.random_erasing if training else 0.0,
-        re_mode="pixel",
+        **(augmentation(settings) if training else {}),
         interpolation=data_config["interpolation"],
         mean=data_config["mean"],
         std=data_config["std"],
@@ -192,8 +188,21 @@ def loader(
     return made
 
 
+def augmentation(settings: RunSettings) -> dict[str, Any]:
+    """The augmentation of training images, as arguments of `timm.data.create_transform`."""
+    return {
+        "scale": (settings.min_crop, 1.0),
+        "ratio": (1.0, 1.0) if settings.min_crop == 1 else (3 / 4, 4 / 3),
+        "hflip": settings.horizontal_flip,
+        "color_jitter": settings.color_jitter or None,
+        "auto_augment": settings.auto_augment or None,
+        "re_prob": settings.random_erasing,
+        "re_mode": "pixel",
+    }
+
+
 def first_batches(loader: Any, number: int | None) -> Iterator[Any]:
-    """The first batches of a prepared loader, all if ``number`` is ``None``; it is told where that is its end."""
+    """The first batches of a prepared loader, all if ``number`` is ``None``; a loader is notified if it ends early."""
     for index, batch in enumerate(loader):
         if isinstance(loader.dataset, Images):
             loader.dataset.check()

@@ -25,11 +25,11 @@ def evaluate(
         accelerator: Gathers the results of all processes.
         model: On the accelerator's device.
         loader: Prepared batches of images and class indices.
-        batches: Only so many batches of each process.
+        batches: Evaluate on only this many batches per process.
 
     Returns:
-        ``top1`` and ``top5`` as fractions, ``top5`` only from five classes on; of a sparsified model
-        ``kept_1``, ``kept_2`` …, the share of patch tokens that each stage keeps.
+        ``top1`` and ``top5`` as fractions, ``top5`` only with five classes or more; for a sparsified model
+        ``kept_1``, ``kept_2`` …, the fraction of patch tokens that each stage keeps.
     """
     correct: dict[int, int] = {1: 0, 5: 0}
     total = num_classes = 0
@@ -45,7 +45,7 @@ def evaluate(
             total += len(targets)
             kept = kept_ratios(model)
     if total == 0:
-        raise ValueError("there is not one image to evaluate on.")
+        raise ValueError("there are no images to evaluate on.")
     scores = {f"top{k}": correct[k] / total for k in correct if num_classes >= k}
     return {**scores, **{f"kept_{stage}": ratio for stage, ratio in enumerate(kept, start=1)}}
 
@@ -63,14 +63,12 @@ def evaluate_both(
 
 
 def kept_ratios(model: nn.Module) -> list[float]:
-    """The share of patch tokens each stage kept in the last forward pass; empty for a dense one."""
+    """The fraction of patch tokens that each stage kept in the last forward pass; empty for a dense one."""
     sparsifier: Any = getattr(model, "tokenprune", None)
     trace = None if sparsifier is None else sparsifier.trace
     if not isinstance(trace, tokenprune.Trace):
         return []
-    if trace.execution == "mask":
-        return [float(keep.mean()) for keep in trace.keep]
-    return [indices.shape[1] / trace.num_patches for indices in trace.indices]
+    return [float(keep.mean()) for keep in trace.keep]
 
 
 def is_sparsified(model: nn.Module) -> bool:

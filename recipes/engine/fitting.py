@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tokenprune
-from recipes.engine.checkpoints import write_whole
+from recipes.engine.checkpoints import write_json, write_whole
 from recipes.engine.data import class_indices, loader, number_of_classes, open_images
 from recipes.engine.evaluation import evaluate, is_sparsified
 from recipes.engine.models import data_config, dense_model
 from recipes.engine.randomness import seed_everything
-from recipes.engine.settings import Settings, TrainingSettings, check_continuation
+from recipes.engine.run_folder import check_continuation
+from recipes.engine.settings import Settings, TrainingSettings
 from recipes.engine.tables import Table
-from recipes.engine.training import LossFunction, images_a_step, make_accelerator, train
+from recipes.engine.training import LossFunction, make_accelerator, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Job:
         model: What to train.
         loss_function: As `recipes.engine.training.train` takes it.
         parameter_groups: From `recipes.engine.optimization.parameter_groups`.
-        frozen_epochs: Epochs for which groups that wait have learning rate 0.
+        frozen_epochs: Epochs during which groups marked ``"waits"`` have learning rate 0.
         find_unused_parameters: Whether some parameters get no gradient in some steps.
     """
 
@@ -49,9 +50,9 @@ class Outcome:
     """What a run reached.
 
     Attributes:
-        model: The trained model, or its running average.
-        scores: As `recipes.engine.evaluation.evaluate_both` has them.
-        gmacs: ``dense``, and of a sparsified model ``sparse``: 10⁹ multiply-adds an image.
+        model: The trained model, or its EMA.
+        scores: As `recipes.engine.evaluation.evaluate_both` returns them.
+        gmacs: GMACs per image: ``dense``, and for a sparsified model ``sparse``.
     """
 
     model: nn.Module
@@ -71,18 +72,18 @@ def fit(
 ) -> Outcome:
     """Train what ``prepare`` makes of the dense model, and write results and weights to ``settings.output``.
 
-    ``results.json`` has settings, scores, multiply-adds, versions and the command. A sparse model's weights are
-    written with `tokenprune.save_pretrained`, so that `tokenprune.from_pretrained` takes the folder; a dense one's
+    ``results.json`` has settings, scores, GMACs, versions and the command. A sparse model's weights are
+    written with `tokenprune.save_pretrained`, so that `tokenprune.from_pretrained` loads the folder; a dense one's
     to ``model.safetensors``.
 
     Args:
         settings: All that decides the run.
-        prepare: Called with the dense model and the number of images that a step takes; returns the `Job`.
-        description: What the progress bar says.
+        prepare: Called with the dense model and the number of images per step; returns the `Job`.
+        description: Label of the progress bar.
         model_options: Further arguments of the dense model.
-        new_head: Whether weights for other classes are taken, with a new head.
-        console: Where the table of results goes; nowhere if not given.
-        gmacs: Multiply-adds, filled by ``prepare``, of a model that is made cheaper by something else than stages.
+        new_head: Whether weights for other classes are accepted, with a new head.
+        console: Where the table of results is printed; nowhere if not given.
+        gmacs: Filled in by ``prepare``, for a model that is made cheaper by something other than pruning stages.
 
     Raises:
         SettingsError, DataError, Interrupted, FloatingPointError: As `recipes.engine.training.train`.
@@ -94,7 +95,7 @@ def fit(
     seed_everything(settings.seed)
     dense = dense_model(settings, num_classes, new_head=new_head, **(model_options or {}))
     config = data_config(settings, dense)
-    job = prepare(dense, images_a_step(accelerator, settings))
+    job = prepare(dense, settings.images_per_step(accelerator.num_processes))
     if settings.activation_checkpointing:
         cast(Any, job.model).set_grad_checkpointing()
     model, scores = train(
@@ -140,7 +141,7 @@ def evaluate_model(
 ) -> dict[str, float]:
     """Accuracy of a model on the settings' validation split; see `recipes.engine.evaluation.evaluate`.
 
-    ``classes`` are those that the model was trained for, where there is more than the validation split to tell them.
+    ``classes`` are the class indices that the model was trained with; inferred from the validation split if not given.
     """
     accelerator = make_accelerator(settings)
     images = open_images(settings, training=False, classes=classes)
@@ -151,9 +152,9 @@ def evaluate_model(
 
 
 def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, float]:
-    """10⁹ multiply-adds an image of a dense model, or of both paths of a sparsified one."""
+    """GMACs per image of a dense model, or of both paths of a sparsified one."""
     if not is_sparsified(model):
-        # Any stage does, as the dense path is counted; every model has a first block.
+        # Any stage will do, since only the dense path is counted; every model has a first block.
         report = tokenprune.flops(tokenprune.sparsify(model, [0], 1.0, scorer="random"), input_size)
         tokenprune.unsparsify(model)
         return {"dense": report.dense_gmacs}
@@ -161,22 +162,23 @@ def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str,
     return {"dense": report.dense_gmacs, "sparse": report.sparse_gmacs}
 
 
-def read_results(settings: TrainingSettings) -> dict[str, Any] | None:
-    """What ``results.json`` of a run that is complete holds; ``None`` if the run is yet to be made.
+def run_once(settings: TrainingSettings, run: Callable[[], Any]) -> dict[str, Any]:
+    """Call ``run``, unless its results are there already, and return what its ``results.json`` holds.
 
     Raises:
-        SettingsError: The run there was made with other settings.
+        SettingsError: The results that are there were made with other settings.
     """
     results = settings.output / "results.json"
-    if not results.exists():
-        return None
-    check_continuation(settings, (settings.output / "settings.yaml").read_text())
+    if results.exists():
+        check_continuation(settings)
+    else:
+        run()
     found: dict[str, Any] = json.loads(results.read_text())
     return found
 
 
 def write_results(outcome: Outcome, settings: Settings, *, libraries: Sequence[str] = ("timm", "accelerate")) -> None:
-    """Write ``results.json``: settings, scores, multiply-adds, and the versions of what was used."""
+    """Write ``results.json``: settings, scores, GMACs, versions and the command."""
     results = {
         "settings": settings.to_dict(),
         "scores": dict(outcome.scores),
@@ -184,14 +186,12 @@ def write_results(outcome: Outcome, settings: Settings, *, libraries: Sequence[s
         "versions": {name: version(name) for name in ("tokenprune", "torch", *libraries)},
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
-    write_whole(
-        settings.output / "results.json", lambda partial: partial.write_text(json.dumps(results, indent=2) + "\n")
-    )
+    write_json(settings.output / "results.json", results)
 
 
 def results_table(outcome: Outcome) -> Table:
-    """Accuracy and multiply-adds of both paths, or of a model's only one."""
-    table = Table(title="", columns=("path", "top-1", "top-5", "GMACs", "kept a stage"))
+    """Accuracy and GMACs of both paths, or of a dense model's only one."""
+    table = Table(title="", columns=("path", "top-1", "top-5", "GMACs", "kept per stage"))
     kept = " / ".join(f"{value:.0%}" for name, value in outcome.scores.items() if name.startswith("kept_"))
     # A model that is cheaper without stages has no dense path of its own.
     paths = [("dense", "dense_" if "sparse" in outcome.gmacs else "")]

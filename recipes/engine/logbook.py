@@ -12,14 +12,14 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from recipes.engine.checkpoints import write_whole
+from recipes.engine.checkpoints import write_text
 
 
 class Logbook:
     """What a run reports while it runs; only the main process writes.
 
     Attributes:
-        file: One JSON object a line: ``{"kind": "training" or "evaluation", "step": …, …}``.
+        file: One JSON object per line: ``{"kind": "training" or "evaluation", "step": …, …}``.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class Logbook:
     ) -> None:
         self.progress.stop()
 
-    def go_on_from(self, step: int) -> None:
-        """Forget lines of later steps: they are about to be written again."""
+    def resume_from(self, step: int) -> None:
+        """Drop lines of later steps, which are about to be written again."""
         self.progress.update(self.task, completed=step)
         if self.accelerator.is_main_process and self.file.exists():
             lines = [line for line in self.file.read_text().splitlines() if _step_of(line) <= step]
-            write_whole(self.file, lambda partial: partial.write_text("".join(f"{line}\n" for line in lines)))
+            write_text(self.file, "".join(f"{line}\n" for line in lines))
 
     def advance(self) -> None:
         """One more step is done."""
@@ -77,7 +77,7 @@ class Logbook:
 
 
 def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of a kind, ``"training"`` or ``"evaluation"``, that a run has written."""
+    """The lines of one kind, ``"training"`` or ``"evaluation"``, in the log of a run."""
     lines = (folder / "log.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, lines) if line["kind"] == kind]
 
@@ -85,5 +85,5 @@ def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):  # the last line of a run that was killed may be torn
+    except (json.JSONDecodeError, KeyError):  # a run that was killed may leave half a line
         return float("inf")

@@ -21,7 +21,7 @@ def dense_model(settings: TrainingSettings, num_classes: int, *, new_head: bool 
     Args:
         settings: ``model``, ``width``, ``image_size``, ``checkpoint``, ``pretrained``, ``drop_path``.
         num_classes: Classes of the data.
-        new_head: Where the weights are for another number of classes, start with a new head.
+        new_head: If the weights are for another number of classes, start with a new head.
         options: Further arguments of the model.
 
     Raises:
@@ -39,7 +39,7 @@ def dense_model(settings: TrainingSettings, num_classes: int, *, new_head: bool 
     try:
         if known is not None and settings.checkpoint is not None:
             learned = _classes_in(settings.checkpoint, known.classifier)
-            # timm fits position embedding, first convolution and head of a file as it does those of its own weights.
+            # timm adapts position embedding, first convolution and head of a file as it does for its own weights.
             options["pretrained_cfg_overlay"] = {"file": str(settings.checkpoint), "num_classes": learned}
         else:
             learned = None if known is None else known.num_classes
@@ -55,19 +55,19 @@ def dense_model(settings: TrainingSettings, num_classes: int, *, new_head: bool 
 
 
 def _classes_in(checkpoint: Path, classifier: Any) -> int | None:
-    """How many classes the weights in a file tell apart; ``None`` if there is no head of this name."""
+    """The number of classes of the weights in a file; ``None`` if they have no head of this name."""
     name = classifier if isinstance(classifier, str) else (classifier or ("head",))[0]
     weight = load_state_dict(str(checkpoint), weights_only=True).get(f"{name}.weight")
     return None if weight is None else int(weight.shape[0])
 
 
 def num_heads(width: int) -> int:
-    """Heads of a DeiT of a width: of 64 channels each, or of a few more where 64 does not divide it."""
+    """Attention heads of a DeiT of this width: 64 channels each, or a few more if 64 does not divide it."""
     return next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
 
 
 def data_config(settings: TrainingSettings, model: nn.Module) -> dict[str, Any]:
-    """Input size, mean, deviation, interpolation and crop that the model's weights were made for."""
+    """Input size, mean, standard deviation, interpolation and crop that the weights were trained with."""
     options = {} if settings.image_size is None else {"img_size": settings.image_size}
     config: dict[str, Any] = resolve_data_config(options, model=model)
     return config
@@ -76,5 +76,5 @@ def data_config(settings: TrainingSettings, model: nn.Module) -> dict[str, Any]:
 def _do_not_fit(settings: TrainingSettings, source: str, num_classes: int, why: str) -> str:
     return (
         f"{source} do not fit model={settings.model!r} with the {num_classes} classes of {settings.data_dir}: {why}. "
-        "The dense model must have learned these classes before it is sparsified: python -m recipes.dense does that."
+        "The dense model must be trained on these classes before it is sparsified: python -m recipes.dense does that."
     )

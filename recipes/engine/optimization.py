@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Linear warm-up, then a cosine, a value for each step.
+    """The learning rate at every step: linear warm-up, then cosine decay.
 
     Attributes:
         steps: Optimisation steps.
         warmup_steps: Steps of warm-up among them, from ``min_learning_rate`` up.
-        min_learning_rate: Where the cosine ends; a group whose rate is lower keeps its rate.
-        frozen_steps: Steps for which groups marked ``"waits"`` have rate 0.
+        min_learning_rate: Where the cosine ends; a group whose peak is lower keeps that.
+        frozen_steps: Steps during which groups marked ``"waits"`` have learning rate 0.
     """
 
     steps: int
@@ -29,13 +29,13 @@ class Schedule:
     frozen_steps: int = 0
 
     def set(self, optimizer: Optimizer, step: int) -> None:
-        """Set the learning rate of every group for a step, counted from 0; ``"full_lr"`` is a group's highest."""
+        """Set the learning rate of every group for a step, counted from 0; ``"full_lr"`` is a group's peak."""
         for group in optimizer.param_groups:
             waits = group["waits"] and step < self.frozen_steps
             group["lr"] = 0.0 if waits else self.rate(group["full_lr"], step)
 
     def rate(self, full: float, step: int) -> float:
-        """The learning rate at a step of a group whose highest is ``full``."""
+        """The learning rate at a step, for a group whose peak is ``full``."""
         low = min(self.min_learning_rate, full)
         if step < self.warmup_steps:
             return low + (full - low) * step / self.warmup_steps
@@ -51,14 +51,14 @@ def parameter_groups(
     slow: Collection[nn.Parameter] = (),
     slow_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW: biases, norms and what ``model.no_weight_decay()`` names are not decayed.
+    """Groups for AdamW: no weight decay on biases, norms and what ``model.no_weight_decay()`` names.
 
     Args:
-        model: Whose parameters; those that need no gradient are left out.
-        learning_rate: The rate of all but the slow ones.
-        weight_decay: Of what is decayed.
-        slow: Parameters with a rate of their own, which wait while the schedule has them frozen.
-        slow_factor: Their rate, as a fraction of ``learning_rate``.
+        model: Its parameters are grouped, except those that require no gradient.
+        learning_rate: Peak learning rate of all but the slow parameters.
+        weight_decay: Of the others.
+        slow: Parameters with a learning rate of their own, which the schedule may freeze at first.
+        slow_factor: Their learning rate, as a fraction of ``learning_rate``.
     """
     exempt: Any = getattr(model, "no_weight_decay", set)
     slow = set(slow)

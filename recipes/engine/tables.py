@@ -10,12 +10,12 @@ import rich.table
 
 @dataclass
 class Table:
-    """Rows of text under named columns; the first column is aligned to the left.
+    """Rows of text under named columns, the first of them left-aligned.
 
     Attributes:
-        title: What stands above.
+        title: Its heading.
         columns: Their names.
-        rows: The cells, a row at a time.
+        rows: The cells of each row.
     """
 
     title: str
@@ -23,12 +23,12 @@ class Table:
     rows: list[tuple[str, ...]] = field(default_factory=list)
 
     def add(self, *cells: str) -> None:
-        """Add a row, a cell for each column."""
+        """Add a row, with one cell per column."""
         assert len(cells) == len(self.columns)
         self.rows.append(cells)
 
     def rich(self) -> rich.table.Table:
-        """For a terminal."""
+        """The table for a terminal."""
         table = rich.table.Table(title=self.title)
         for index, name in enumerate(self.columns):
             table.add_column(name, justify="right" if index else "left")
@@ -37,6 +37,6 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """For a page."""
+        """The table for a page."""
         lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)

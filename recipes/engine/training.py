@@ -1,4 +1,4 @@
-"""The training loop: one optimisation step after another, evaluated, resumable and interruptible."""
+"""The training loop, with evaluation, checkpoints, resuming and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from recipes.engine.checkpoints import Checkpoints, Interrupted, write_whole
+from recipes.engine.checkpoints import Checkpoints, Interrupted
 from recipes.engine.data import DataError, Images, first_batches
 from recipes.engine.evaluation import evaluate_both
 from recipes.engine.logbook import Logbook
 from recipes.engine.optimization import Schedule
 from recipes.engine.randomness import seed_everything
-from recipes.engine.settings import SettingsError, TrainingSettings, check_continuation
+from recipes.engine.run_folder import check_folder, continues, write_settings
+from recipes.engine.settings import SettingsError, TrainingSettings
 
 LossFunction = Callable[[nn.Module, Tensor, Any, Tensor], Mapping[str, Tensor]]
 
 
 @dataclass
 class Position:
-    """Where a run is, in a form that Accelerate saves and restores.
+    """The progress of a run, which Accelerate saves and restores.
 
     Attributes:
         step: Optimisation steps done.
         best: Highest top-1 accuracy so far.
-        images: Images a step takes; a run goes on only with as many.
+        images: Images per step; a run is resumed only with as many.
     """
 
     step: int = 0
@@ -45,16 +46,16 @@ class Position:
     images: int = 0
 
     def state_dict(self) -> dict[str, float]:
-        """The fields."""
+        """The fields as a mapping."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take the fields over."""
+        """Restore the fields."""
         self.step, self.best, self.images = int(state["step"]), state["best"], int(state["images"])
 
 
 def make_accelerator(settings: TrainingSettings) -> Accelerator:
-    """An accelerator as the settings want it; what ``accelerate launch`` was told applies."""
+    """The accelerator that the settings describe; options of ``accelerate launch`` apply too."""
     return Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -65,11 +66,6 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         log_with=None if settings.tracker == "none" else settings.tracker,
         project_dir=str(settings.output),
     )
-
-
-def images_a_step(accelerator: Accelerator, settings: TrainingSettings) -> int:
-    """Images that one optimisation step takes, on all processes together."""
-    return settings.batch_size * settings.accumulation * int(accelerator.num_processes)
 
 
 def train(
@@ -88,9 +84,9 @@ def train(
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train ``model`` in place.
 
-    Every random number is drawn from the seed, the epoch and the place in it. So a run that was
-    stopped at any moment and is continued gives the same weights, and one on several processes
-    sees the same batches as one process that accumulates as many of them a step.
+    Every random number depends only on the seed, the epoch and the position in it. So a run that was
+    stopped at any moment and is resumed ends with the same weights, and one on several processes
+    sees the same batches as one process that accumulates as many per step.
 
     Args:
         accelerator: From `make_accelerator`.
@@ -100,35 +96,35 @@ def train(
         parameter_groups: From `recipes.engine.optimization.parameter_groups`.
         training: Batches of images and class indices.
         validation: Batches to evaluate on after every epoch; ``None`` for no evaluation.
-        settings: All else. With ``resume`` the run in ``output`` goes on, if one is there.
-        description: What the progress bar says.
-        num_classes: Classes that mixup spreads targets over.
-        frozen_epochs: Epochs for which groups that wait have learning rate 0.
+        settings: Everything else. With ``resume``, the run in ``output`` is resumed if there is one.
+        description: Label of the progress bar.
+        num_classes: Number of classes, for the soft targets of mixup.
+        frozen_epochs: Epochs during which groups marked ``"waits"`` have learning rate 0.
         find_unused_parameters: Whether some parameters get no gradient in some steps.
 
     Returns:
-        The trained model, or its running average where there is one, unwrapped; and its last evaluation.
+        The trained model, or its EMA if there is one, unwrapped; and its last evaluation.
 
     Raises:
-        Interrupted: Ctrl-C was pressed; the state lies in ``output``.
+        Interrupted: Ctrl-C was pressed; the state is saved in ``output``.
         SettingsError: ``output`` holds a run and ``resume`` is off, or a run with other settings.
         DataError: There are too few images for one step.
         FloatingPointError: The loss is not finite.
     """
     checkpoints = Checkpoints(settings.output / "checkpoints")
-    batches_a_step = settings.accumulation * accelerator.num_processes
+    batches_per_step = settings.accumulation * accelerator.num_processes
+    images_per_step = settings.images_per_step(accelerator.num_processes)
     streamed = isinstance(training.dataset, IterableDataset)
-    steps_per_epoch = len(training) // (settings.accumulation if streamed else batches_a_step)
+    steps_per_epoch = len(training) // (settings.accumulation if streamed else batches_per_step)
     if settings.steps_per_epoch is not None:
         steps_per_epoch = min(steps_per_epoch, settings.steps_per_epoch)
     if steps_per_epoch == 0:
         raise DataError(
-            f"{settings.data_dir} has too few training images for one step of "
-            f"{images_a_step(accelerator, settings)}; take a smaller batch."
+            f"{settings.data_dir} has too few training images for one step of {images_per_step}; take a smaller batch."
         )
     _claim_output(accelerator, checkpoints, settings)
 
-    position = Position(images=images_a_step(accelerator, settings))
+    position = Position(images=images_per_step)
     schedule = Schedule(
         steps=settings.epochs * steps_per_epoch,
         warmup_steps=round(settings.warmup_epochs * steps_per_epoch),
@@ -150,10 +146,10 @@ def train(
     newest = checkpoints.newest()
     if newest is not None:
         accelerator.load_state(str(newest))
-        if position.images != images_a_step(accelerator, settings):
+        if position.images != images_per_step:
             raise SettingsError(
-                f"the run in {settings.output} takes {position.images} images a step, this one "
-                f"{images_a_step(accelerator, settings)}; launch as many processes as before."
+                f"the run in {settings.output} takes {position.images} images per step, this one {images_per_step}; "
+                "launch as many processes as before."
             )
     accelerator.init_trackers("logs", config={name: str(value) for name, value in settings.to_dict().items()})
     mixup = _mixup(settings, num_classes)
@@ -162,7 +158,7 @@ def train(
         _interrupt_flag() as interrupted,
         Logbook(accelerator, settings.output, steps=schedule.steps, description=description) as log,
     ):
-        log.go_on_from(position.step)
+        log.resume_from(position.step)
         if position.step == schedule.steps and validation is not None:
             scores = evaluate_both(accelerator, result_of, validation, batches=settings.validation_batches)
         wrapped.train()
@@ -212,26 +208,21 @@ def train(
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
-    model.__dict__.pop("forward", None)  # Accelerate's autocast, or the method of the class that stood in for it
+    model.__dict__.pop("forward", None)  # left by Accelerate: its autocast, or the bound method
     return result_of, scores
 
 
 def _claim_output(accelerator: Accelerator, checkpoints: Checkpoints, settings: TrainingSettings) -> None:
-    """Write the settings beside the run, or find that the run there is this one."""
-    saved = settings.output / "settings.yaml"
-    if checkpoints.newest() is not None and not settings.resume:
-        raise SettingsError(f"{settings.output} holds a run already; add --resume, or take another --output.")
-    if saved.exists() and settings.resume:
-        check_continuation(settings, saved.read_text())
-    elif accelerator.is_main_process:
-        settings.output.mkdir(parents=True, exist_ok=True)
-        write_whole(saved, lambda partial: partial.write_text(settings.to_yaml()))
+    """Write the settings to ``output``, or check that the run there is this one."""
+    check_folder(settings, holds_checkpoint=checkpoints.newest() is not None)
+    if accelerator.is_main_process and not continues(settings):
+        write_settings(settings)
         (settings.output / "log.jsonl").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
 
 
 def _prepared(accelerator: Accelerator, loader: DataLoader[Any] | None) -> Any:
-    """The loader, shared out among the processes; timm's streamed data sets share themselves out."""
+    """The loader, sharded over the processes; timm's streamed data sets shard themselves."""
     if loader is not None and isinstance(loader.dataset, IterableDataset):
         return prepare_data_loader(
             loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
@@ -242,11 +233,11 @@ def _prepared(accelerator: Accelerator, loader: DataLoader[Any] | None) -> Any:
 def _epoch(
     accelerator: Accelerator, loader: Any, epoch: int, done: int, steps: int, settings: TrainingSettings
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The batches of an epoch after so many steps of it are done, each with its place among those of all processes."""
+    """The batches left after ``done`` steps of an epoch, each with its position among those of all processes."""
     for owner in (loader, loader.dataset):
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
-    # Workers that read a stream are started anew in every epoch, with seeds that are drawn here.
+    # Workers that read a stream are restarted every epoch, with seeds drawn here.
     seed_everything(settings.seed, epoch, accelerator.process_index, 2)
     first = done * settings.accumulation
     rest = accelerator.skip_first_batches(loader, first) if first else loader
@@ -266,7 +257,7 @@ def _mixup(settings: TrainingSettings, num_classes: int) -> Mixup | None:
 
 
 class _Totals:
-    """Sums of the parts of the loss since they were last taken, without waiting for the device."""
+    """Sums of the parts of the loss since they were last taken, without synchronising with the device."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -280,7 +271,7 @@ class _Totals:
         self.count += 1
 
     def take(self) -> dict[str, float]:
-        """The means over all processes."""
+        """The means over all processes, of everything since the last call."""
         names = list(self.sums)
         means = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]) / self.count, "mean")
         self.sums, self.count = {}, 0
@@ -290,8 +281,8 @@ class _Totals:
 def _check_finite(means: Mapping[str, float], step: int) -> None:
     if not math.isfinite(means["loss"]):
         raise FloatingPointError(
-            f"the loss is {means['loss']} at step {step}: {dict(means)}. The checkpoint before it is whole: "
-            "resume with a gradient limit (--clip-gradient 1), bf16 in place of fp16, or another seed."
+            f"the loss is {means['loss']} at step {step}: {dict(means)}. Checkpoints from before it are "
+            "intact. Start a new run with gradient clipping (--clip-gradient 1), bf16 instead of fp16, or another seed."
         )
 
 
@@ -313,7 +304,7 @@ def _report_damage(log: Logbook, loader: Any) -> None:
 
 @contextmanager
 def _interrupt_flag() -> Iterator[list[bool]]:
-    """Turn the first Ctrl-C into a flag, so that a step is never torn; the second one is immediate."""
+    """Turn the first Ctrl-C into a flag, so that no step is left half done; the second one acts at once."""
     flag = [False]
 
     def on_interrupt(signum: int, frame: Any) -> None:

@@ -1,1 +1,1 @@
-"""What recipes need of transformers and datasets: images, models, and the Trainer's arguments."""
+"""What recipes need from transformers and datasets: images, models, and the Trainer's arguments."""

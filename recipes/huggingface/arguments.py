@@ -1,4 +1,4 @@
-"""The Trainer's arguments as the settings want them."""
+"""The Trainer's arguments, made from the settings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from recipes.huggingface.settings import HfSettings
 
 
 def training_arguments(settings: HfSettings, num_images: int, **options: Any) -> Any:
-    """`transformers.TrainingArguments` of a run on so many training images.
+    """`transformers.TrainingArguments` of a run on ``num_images`` training images.
 
     Raises:
-        ValueError: transformers cannot do what the settings want on this machine.
+        ValueError: transformers cannot do what the settings ask for on this machine.
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     # Older versions of transformers have only the second name.
@@ -50,9 +50,9 @@ def training_arguments(settings: HfSettings, num_images: int, **options: Any) ->
         **{checkpointing: settings.activation_checkpointing},
         **options,
     )
-    # How many processes there are is known only now.
-    images_a_step = settings.batch_size * settings.accumulation * arguments.world_size
-    arguments.learning_rate = settings.learning_rate * images_a_step / 1024
+    # The number of processes is known only now.
+    images_per_step = settings.images_per_step(arguments.world_size)
+    arguments.learning_rate = settings.scaled_learning_rate(images_per_step)
     arguments.lr_scheduler_kwargs = {"min_lr": min(settings.min_learning_rate, arguments.learning_rate)}
-    arguments.warmup_steps = round(settings.warmup * -(-num_images // images_a_step))
+    arguments.warmup_steps = round(settings.warmup * -(-num_images // images_per_step))
     return arguments

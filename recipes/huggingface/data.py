@@ -10,7 +10,7 @@ import datasets
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
-from recipes.engine.data import DataError
+from recipes.engine.data import DataError, augmentation
 from recipes.huggingface.settings import HfSettings
 
 
@@ -33,7 +33,7 @@ class Images:
     classes: tuple[str, ...]
 
     def labelled(self, indices: Mapping[str, int]) -> Images:
-        """The same images with the classes under other indices, such as those that a model has learned."""
+        """The same images with other class indices, such as those that a model was trained with."""
         by_index = sorted(indices, key=lambda name: indices[name])
         if by_index == list(self.classes):
             return self
@@ -57,18 +57,12 @@ class Images:
         Args:
             settings: The augmentation.
             input_config: From `input_config`.
-            input_name: What the model calls its images.
+            input_name: The name of the model's image input.
         """
         augmented = create_transform(
             **{**input_config, "crop_pct": None},
             is_training=True,
-            scale=(settings.min_crop, 1.0),
-            ratio=(1.0, 1.0) if settings.min_crop == 1 else (3 / 4, 4 / 3),
-            hflip=settings.horizontal_flip,
-            color_jitter=settings.color_jitter or None,
-            auto_augment=settings.auto_augment or None,
-            re_prob=settings.random_erasing,
-            re_mode="pixel",
+            **augmentation(settings),
         )
         centred = create_transform(**input_config, is_training=False)
         columns = self.image_column, self.label_column
@@ -80,7 +74,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Prepare:
-    """From a batch of a data set to what a model takes; an object, so that worker processes can be sent it."""
+    """From a batch of a data set to a model's inputs; a class, so that it can be pickled for worker processes."""
 
     transform: Callable[[Image.Image], Any]
     image_column: str
@@ -88,7 +82,7 @@ class Prepare:
     input_name: str
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """Batches have lists of images and of class indices."""
+        """Preprocess a batch, which has lists of images and of class indices."""
         return {
             self.input_name: [self.transform(image.convert("RGB")) for image in batch[self.image_column]],
             "labels": batch[self.label_column],
@@ -99,7 +93,7 @@ def open_images(settings: HfSettings) -> Images:
     """Both splits that the settings name.
 
     Raises:
-        DataError: They cannot be opened, have no images or no classes, or not the same classes.
+        DataError: They cannot be opened, lack images or classes, or have different classes.
     """
     training, validation = (_open(settings, split) for split in (settings.train_split, settings.validation_split))
     image_column = _column(training, settings.image_column, datasets.Image, "image_column")
@@ -123,15 +117,15 @@ def open_images(settings: HfSettings) -> Images:
 
 
 def input_config(processor: Any, model_config: Any) -> dict[str, Any]:
-    """Size, mean, deviation, interpolation and crop that a model takes, as timm's transforms name them.
+    """Size, mean, standard deviation, interpolation and crop that a model takes, as timm's transforms name them.
 
     Args:
-        processor: The model's image processor; ``None`` means ImageNet's mean and deviation, and the size that
-            the model's configuration says.
+        processor: The model's image processor; ``None`` means ImageNet's mean and standard deviation, and the
+            size in the model's configuration.
         model_config: The model's configuration.
 
     Raises:
-        DataError: Neither says how large images are.
+        DataError: Neither has an image size.
     """
     said: dict[str, Any] = {} if processor is None else processor.to_dict()
     resized = _size(said.get("size"))
@@ -155,7 +149,7 @@ def input_config(processor: Any, model_config: Any) -> dict[str, Any]:
 
 
 def _size(said: Any) -> tuple[int, int] | None:
-    """Height and width of what a configuration says: a number, a pair, or a mapping with names."""
+    """Height and width from a configuration's value: a number, a pair, or a mapping with names."""
     if isinstance(said, Mapping):
         said = said.get("shortest_edge") or (said.get("height"), said.get("width"))
     if isinstance(said, int):
@@ -171,7 +165,7 @@ def _open(settings: HfSettings, split: str) -> Any:
         if settings.data_dir is not None:
             return datasets.load_dataset("imagefolder", data_dir=str(settings.data_dir), split=split)
         return datasets.load_dataset(settings.dataset, settings.dataset_config, split=split)
-    except Exception as error:  # datasets raises what it likes: of its own, of the Hub's, ValueError, OSError
+    except Exception as error:  # datasets raises errors of many kinds: its own, the Hub's, ValueError, OSError
         where = settings.dataset if settings.data_dir is None else settings.data_dir
         raise DataError(f"datasets cannot open split {split!r} of {where}: {error}") from error
 

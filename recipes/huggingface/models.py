@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from recipes.engine.settings import SettingsError
 
-# What the paper's schedule leaves as it is, under the names that transformers' models give it.
+# What the paper's schedule freezes, under the names in transformers' models.
 _EMBEDDINGS = ("cls_token", "class_embedding", "pos_embed", "position_embeddings", "position_embedding.weight")
 
 
 def trained_classifier(name: str, num_classes: int) -> nn.Module:
-    """A model that has learned the classes of the data.
+    """A model that was trained on the classes of the data.
 
     Args:
         name: Folder, or id on the Hub.
@@ -37,7 +37,7 @@ def trained_classifier(name: str, num_classes: int) -> nn.Module:
 
 
 def classifier_to_train(name: str, classes: Sequence[str]) -> nn.Module:
-    """A model with an output for each class: its own ones, or new ones where it has learned others.
+    """A model with one output per class: its own head, or a new one if it was trained on other classes.
 
     Raises:
         SettingsError: There is no such model.
@@ -63,7 +63,7 @@ def tiny_classifier(classes: Sequence[str]) -> nn.Module:
 
 
 def image_processor(name: str) -> Any:
-    """The image processor that lies beside a model; ``None`` if there is none."""
+    """The image processor saved with a model; ``None`` if there is none."""
     try:
         return AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError):  # what transformers raises where there is none, or none for this kind of model
@@ -71,17 +71,17 @@ def image_processor(name: str) -> Any:
 
 
 def freeze_embeddings(model: nn.Module) -> None:
-    """Class token and position embeddings stay what they are, as in the paper's schedule."""
+    """Freeze class token and position embeddings, as in the paper's schedule."""
     for name, parameter in model.named_parameters():
         if name.endswith(_EMBEDDINGS):
             parameter.requires_grad_(False)
 
 
 def keep_names(model: Any) -> None:
-    """Have ``model.save_pretrained`` write weights under the names of the model's ``state_dict``.
+    """Make ``model.save_pretrained`` write weights under the names of the model's ``state_dict``.
 
     From version 5 on, transformers writes them under the names of the checkpoints that were published first, which the
-    Trainer passes over when it loads the best or the last checkpoint again (transformers issue 48805).
+    Trainer ignores when it loads the best or the last checkpoint again (transformers issue 48805).
     ``from_pretrained`` reads both.
     """
     if "save_original_format" in inspect.signature(model.save_pretrained).parameters:
@@ -112,7 +112,7 @@ def _labels(classes: Sequence[str]) -> dict[str, Any]:
 
 def _untrained(name: str, num_classes: int, said: str) -> str:
     return (
-        f"model {name!r} does not know the {num_classes} classes of the data: it {said}. A dense model must have "
-        "learned them before it is sparsified: python -m recipes.hf_finetune --dense does that, and writes a model to "
-        "go on with."
+        f"model {name!r} does not know the {num_classes} classes of the data: it {said}. A dense model must be "
+        "trained on them before it is sparsified: python -m recipes.hf_finetune --dense does that, and writes a model "
+        "to start from."
     )

@@ -1,1 +1,1 @@
-"""The papers' main table: its rows, and weights that stand for them."""
+"""The papers' main table: its rows, and the weights for them."""

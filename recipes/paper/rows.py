@@ -1,4 +1,4 @@
-"""What the papers report and what their architectures cost: the rows of the main table, and the figures beside ours.
+"""The rows of the papers' main table: published figures, and the computed cost of the architectures.
 
 DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (arXiv 2106.02034), and its
 extension (arXiv 2207.01580). Published throughput is that of an RTX 3090 at batch 32.
@@ -19,7 +19,7 @@ class Architecture:
     Attributes:
         title: Its name in the papers.
         model: timm's name.
-        width: Embedding width, where it is another than that model's.
+        width: Embedding width, if not that model's.
         image_size: Height and width of the images.
     """
 
@@ -50,9 +50,9 @@ class Row:
         architecture: Key of `ARCHITECTURES`.
         ratio: ρ; 1 is the dense model.
         top1: Published top-1 accuracy on ImageNet-1k, per cent.
-        gmacs: Published multiply-adds, 10⁹.
+        gmacs: Published GMACs.
         images_per_second: Published throughput.
-        computed: Multiply-adds worked out from the architecture by hand, 10⁹.
+        computed: GMACs computed by hand from the architecture.
     """
 
     architecture: str
@@ -64,7 +64,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """How the row is called on the command line."""
+        """The name of the row on the command line."""
         return f"{self.architecture}/{self.ratio}"
 
 
@@ -107,7 +107,7 @@ _FIGURES: dict[str, dict[float, tuple[float | None, float | None, float | None, 
     "deit_base": {1.0: (81.8, 17.5, None, 17.56), 0.7: (81.3, 11.2, None, 11.48)},
     "deit_small_384": {1.0: (81.6, 15.5, None, 15.49), 0.7: (81.4, 9.5, None, 9.65), 0.5: (80.3, 7.0, None, 7.19)},
     "deit_256": {1.0: (None, None, None, 2.14), 0.7: (76.53, 1.3, None, 1.37)},
-    # Not in the main table: what the width-scaling figure is made of, and the smallest LV-ViT.
+    # Not in the main table: the widths of the width-scaling figure, and the smallest LV-ViT.
     "deit_tiny": {1.0: (None, None, None, 1.25), 0.7: (None, None, None, 0.80)},
     "deit_288": {1.0: (None, None, None, 2.66), 0.7: (None, None, None, 1.72)},
     "deit_320": {1.0: (None, None, None, 3.25), 0.7: (None, None, None, 2.10)},
@@ -132,7 +132,7 @@ ROWS = {
 
 
 def deviation(ours: float, other: float) -> float:
-    """How much larger ours is, as a fraction of the other figure."""
+    """How much larger our figure is, as a fraction of the other."""
     return ours / other - 1
 
 

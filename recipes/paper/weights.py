@@ -1,20 +1,21 @@
-"""Models of the table's rows, with random weights or with those of a checkpoint."""
+"""Models of the table's rows, with random weights or those of a checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import timm
-import tokenprune_timm.lvvit  # noqa: F401 (its import makes LV-ViT known to timm)
+import tokenprune_timm.lvvit  # noqa: F401  # registers the models
 import yaml
 from timm.models import load_state_dict
 from torch import nn
 
 import tokenprune
-from recipes.engine.settings import SettingsError
+from recipes.engine.run_folder import settings_file
+from recipes.engine.settings import SettingsError, ratio_of
 from recipes.paper.rows import ARCHITECTURES, Architecture, Row
 
-# What a run of ours must have had as the paper has it, for its weights to stand for a row.
+# What a run of ours must share with the paper for its weights to count for a row.
 _AS_PUBLISHED = {"stages": None, "scorer": "predictor"}
 
 
@@ -37,7 +38,7 @@ def weights_of(row: Row, path: Path, num_classes: int) -> nn.Module:
         SettingsError: They are not the weights of this row's model.
     """
     file = path / ("model.safetensors" if row.ratio == 1 else "tokenprune.safetensors") if path.is_dir() else path
-    _check_run(row, file.parent / "settings.yaml")
+    _check_run(row, settings_file(file.parent))
     architecture = ARCHITECTURES[row.architecture]
     model: nn.Module = timm.create_model(architecture.model, num_classes=num_classes, **architecture.options)
     if row.ratio < 1:
@@ -47,7 +48,7 @@ def weights_of(row: Row, path: Path, num_classes: int) -> nn.Module:
         if any(name.startswith("score_predictor.") for name in state):
             state = tokenprune.load_dynamicvit(file, keep_ratio=min(row.ratio, 0.99)).state_dict()
         model.load_state_dict(state)
-    except Exception as error:  # torch, pickle and safetensors raise a dozen kinds for files that are damaged
+    except Exception as error:  # torch, pickle and safetensors raise a dozen kinds for damaged files
         raise SettingsError(
             f"{file} does not hold the weights of {row.name} ({architecture.title} at {architecture.image_size} px, "
             f"{num_classes} classes): {error}"
@@ -62,7 +63,6 @@ def _check_run(row: Row, saved: Path) -> None:
     settings = yaml.safe_load(saved.read_text())
     expected = {"keep_ratio": row.ratio, **_AS_PUBLISHED}
     trained = {name: settings.get(name) for name in expected}
-    ratios = trained["keep_ratio"] or [0.7]
-    trained["keep_ratio"] = ratios[0] if len(ratios) == 1 else ratios
+    trained["keep_ratio"] = ratio_of(trained["keep_ratio"])
     if trained != expected:
         raise SettingsError(f"{saved.parent} was trained with {trained}; row {row.name} takes {expected}.")

@@ -18,6 +18,7 @@ from tests.census import torchvision as census_torchvision
 from tests.census import transformers as census_transformers
 from tests.census.entry import Entry
 from tokenprune import SupportedModel
+from tokenprune.backbones.supported import write_supported
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "supported-models.md"
@@ -94,13 +95,9 @@ def write(recorded: Recorded) -> None:
             passes = models[model["family"], model["name"]]["passes"]
             passes += [one for one in model["passes"] if one not in passes]
         if models:
-            data = {
-                "version": 1,
-                "library_version": version(library),
-                "models": [models[key] for key in sorted(models)],
-            }
             path = ROOT / "adapters" / f"tokenprune_{library}" / "supported.json"
-            path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            proved = [SupportedModel.from_dict(model, library=library) for model in models.values()]
+            write_supported(path, proved, library_version=version(library))
     PAGE.write_text(page(), encoding="utf-8")
 
 

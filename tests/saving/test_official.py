@@ -289,15 +289,15 @@ def test_whole_models_and_other_values_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_builds_nothing_or_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tokenprune_timm
+    from tokenprune_timm import TimmAdapter
 
-    def missing(state: State, *, num_heads: int | None) -> None:
+    def missing(self: TimmAdapter, state: State, *, num_heads: int | None) -> None:
         raise ModuleNotFoundError("No module named 'timm'")
 
-    monkeypatch.setattr(tokenprune_timm, "from_state_dict", missing)
+    monkeypatch.setattr(TimmAdapter, "from_state_dict", missing)
     with pytest.raises(CheckpointError, match=r"one of timm, which is not installed \(No module named 'timm'\)"):
         load_dynamicvit(DEIT.state())
-    monkeypatch.delattr(tokenprune_timm, "from_state_dict")
+    monkeypatch.delattr(TimmAdapter, "from_state_dict")
     with pytest.raises(CheckpointError, match="no installed adapter builds models from official checkpoints"):
         load_dynamicvit(DEIT.state())
 

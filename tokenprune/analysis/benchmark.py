@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.api import dense, sparsifier_of, unwrap
 from tokenprune.backbones.probing import eval_mode, random_inputs
+from tokenprune.pruning.executions import default_execution
 
 MIN_PAIRS = 8
 """Fewer pairs do not tell how much they scatter."""
@@ -159,7 +160,7 @@ def throughput(
     images = random_inputs(unwrap(model), images=(batch_size, *input_size))["images"]
     dense_seconds: list[float] = []
     sparse_seconds: list[float] = []
-    with eval_mode(model), sparsifier.executing("gather"), torch.no_grad():
+    with eval_mode(model), sparsifier.executing(default_execution(training=False)), torch.no_grad():
         for pair in range(-warmup, pairs):
             seconds = [_seconds(model, images, pruned=pruned) for pruned in (pair % 2 == 1, pair % 2 == 0)]
             before, after = reversed(seconds) if pair % 2 else seconds

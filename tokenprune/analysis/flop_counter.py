@@ -21,6 +21,7 @@ from tokenprune.analysis.flop_handlers import HANDLERS, is_weightless
 from tokenprune.api import dense, sparsifier_of, unwrap
 from tokenprune.backbones.probing import eval_mode, random_inputs
 from tokenprune.errors import CountingError
+from tokenprune.pruning.executions import default_execution
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -126,7 +127,11 @@ def flops(
     stage_names = [names[stage] for stage in sparsifier.stages]
     image = random_inputs(inner, image=(1, *input_size))["image"]
 
-    with eval_mode(inner), sparsifier.executing("gather"), _called_with(inner, forward_kwargs or {}):
+    with (
+        eval_mode(inner),
+        sparsifier.executing(default_execution(training=False)),
+        _called_with(inner, forward_kwargs or {}),
+    ):
         with dense(inner):
             dense_counts = count(inner, image)
         sparse_counts = count(inner, image)

@@ -6,8 +6,7 @@ H and W height and width in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,9 +18,7 @@ from tokenprune.backbones.adapters import preprocessing_of
 from tokenprune.backbones.preprocessing import Picture, Preprocessing, name_of
 from tokenprune.backbones.probing import eval_mode
 from tokenprune.errors import PictureError, StateError, UnsupportedModelError
-from tokenprune.pruning.sparsifier import Sparsifier
-from tokenprune.pruning.stage import Stage
-from tokenprune.scorers import Candidates
+from tokenprune.pruning.executions import default_execution
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,8 +101,7 @@ def kept_tokens(
     parameter = next(inner.parameters())
     with (
         eval_mode(inner),
-        sparsifier.executing("gather"),
-        recorded_scores(sparsifier) as scores,
+        sparsifier.executing(default_execution(training=False)),
         torch.no_grad(),
     ):
         inner(inputs.to(parameter.device, parameter.dtype), **(forward_kwargs or {}))
@@ -124,35 +120,11 @@ def kept_tokens(
         pixels=chosen.undo(inputs),
         names=tuple(name_of(picture) for picture in pictures),
         keep=tuple(keep.cpu().bool().reshape(shape) for keep in trace.keep),
-        scores=tuple(scores.get(stage, unscored).reshape(shape) for stage in range(len(plan.stages))),
+        scores=tuple((unscored if scores is None else scores.cpu()).reshape(shape) for scores in trace.scores),
         stages=plan.stages,
         keep_ratios=plan.keep_ratios,
         patch_size=sparsifier.backbone.patch_size,
     )
-
-
-@contextmanager
-def recorded_scores(sparsifier: Sparsifier) -> Iterator[dict[int, Tensor]]:
-    """While it lasts, what the scorers say is recorded: by stage, (B, N), NaN for patches that are not scored."""
-    found: dict[int, Tensor] = {}
-
-    def record(stage: int, candidates: Candidates, scores: Tensor) -> None:
-        scores = scores.detach().float()  # (B, n)
-        if candidates.keep is not None:
-            scores = scores.masked_fill(candidates.keep == 0, torch.nan)
-        if candidates.indices is not None:
-            everywhere = scores.new_full((len(scores), candidates.num_patches), torch.nan)  # (B, N)
-            scores = everywhere.scatter(1, candidates.indices, scores)
-        found[stage] = scores.cpu()
-
-    with ExitStack() as hooks:
-        for number, stage in enumerate(sparsifier.stages):
-            scorer = cast(Stage, stage).scorer
-            handle = scorer.register_forward_hook(
-                lambda scorer, args, output, number=number: record(number, args[0], output)
-            )
-            hooks.callback(handle.remove)
-        yield found
 
 
 def _several(images: Picture | Sequence[Picture]) -> list[Picture]:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from tokenprune.api import dense, sparsifier_of
 from tokenprune.backbones.probing import eval_mode, kept_modes
+from tokenprune.pruning.executions import default_execution, executions
 from tokenprune.pruning.sparsifier import Sparsifier
+from tokenprune.pruning.trace import Trace
 from tokenprune.scorers import Candidates, Scorer
-from tokenprune.tokens import Layout, kept_indices, select
+from tokenprune.tokens import select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class VerificationReport:
 
     Attributes:
         identity: Between the model with nothing pruned and the unpruned model.
-        mask_equals_gather: Between the two executions, for the same decisions.
+        mask_equals_gather: Between the executions, for the same decisions: the largest to that of inference.
         effect: Between the pruned and the unpruned model; 0 means pruning changes nothing.
         gradients: For each stage the largest gradient of its scorer's parameters after a training
             step; NaN if one is not finite or missing, and no entry for scorers without parameters,
@@ -65,7 +67,7 @@ class VerificationReport:
         if not self.identity <= self.tolerance:
             found.append(f"with nothing pruned, outputs differ from the dense model's by {self.identity:.1e}")
         if not self.mask_equals_gather <= self.tolerance:
-            found.append(f"for the same decisions, mask and gather differ by {self.mask_equals_gather:.1e}")
+            found.append(f"for the same decisions, executions differ by {self.mask_equals_gather:.1e}")
         if not self.effect > 0:
             found.append("pruning has no effect on the outputs")
         for stage, gradient in enumerate(self.gradients):
@@ -86,8 +88,9 @@ class VerificationReport:
 def verify(model: nn.Module, inputs: Any, *, tolerance: float = 1e-4) -> VerificationReport:
     """Check on a sparsified model that what must hold does hold.
 
-    Three passes are made in eval mode and one in training mode, in which every masked block must be
-    seen to attend. Weights, gradients, modes and settings are afterwards what they were.
+    In eval mode a pass is made unpruned, one with nothing pruned and one in each execution, and in training mode one
+    more, in which every masked block must be seen to attend. Weights, gradients, modes and settings are afterwards
+    what they were.
 
     Args:
         model: A sparsified model.
@@ -109,24 +112,29 @@ def verify(model: nn.Module, inputs: Any, *, tolerance: float = 1e-4) -> Verific
             kept_all = _run(model, inputs)
             sparsifier.keep_ratio = ratios
             with _hashed_scores(sparsifier):
-                sparsifier.execution = "gather"
-                gathered = _run(model, inputs)
-                sparsifier.execution = "mask"
-                masked = _run(model, inputs)
-                assert sparsifier.trace is not None
-                kept = sparsifier.trace.keep
+                reference, gathered = _in_execution(default_execution(training=False), model, sparsifier, inputs)
+                others = [
+                    _in_execution(name, model, sparsifier, inputs)
+                    for name in executions()
+                    if name != reference.execution
+                ]
         # What follows such a tower cannot be trained through it.
-        gradients = () if sparsifier.backbone.leave_pruned else _gradients(model, sparsifier, inputs)
-    unpruned_left, masked = (_of_tokens_left(outputs, gathered, kept, sparsifier) for outputs in (unpruned, masked))
+        trains = sparsifier.backbone.downstream != "any number" or sparsifier.restores
+        gradients = _gradients(model, sparsifier, inputs) if trains else ()
+    unpruned_left = _of_tokens_left(unpruned, gathered, None, reference)
+    cut = [_of_tokens_left(outputs, gathered, trace, reference) for trace, outputs in others]
+    without_summaries = {name: _without_summaries(tokens, reference) for name, tokens in gathered.items()}
     comparable = [
         name
-        for name in gathered
-        if name in masked and gathered[name].shape == masked[name].shape == unpruned_left[name].shape
+        for name, tokens in gathered.items()
+        if name in unpruned_left
+        and without_summaries[name].shape == unpruned_left[name].shape
+        and all(name in outputs and outputs[name].shape == tokens.shape for outputs in cut)
     ]
     return VerificationReport(
         identity=_difference(kept_all, unpruned, list(unpruned)),
-        mask_equals_gather=_difference(masked, gathered, comparable),
-        effect=_difference(gathered, unpruned_left, comparable),
+        mask_equals_gather=_largest([_difference(outputs, gathered, comparable) for outputs in cut]),
+        effect=_difference(without_summaries, unpruned_left, comparable),
         gradients=gradients,
         compared=len(comparable),
         not_compared=tuple(sorted(unpruned.keys() ^ gathered.keys() | gathered.keys() - set(comparable))),
@@ -140,12 +148,10 @@ class _Hashed(Scorer):
     def forward(self, candidates: Candidates) -> Tensor:
         patches = candidates.patches
         image = torch.arange(patches.shape[0], device=patches.device)[:, None]
-        position = torch.arange(candidates.num_patches, device=patches.device)[None, :]
-        if candidates.indices is not None:
-            position = candidates.indices
+        position = torch.arange(candidates.num_patches, device=patches.device).expand(patches.shape[0], -1)
         # Multiples of a number of the image's own modulo a prime: a permutation of the positions that differs from
         # image to image, in which no two scores are equal, whatever the rounding.
-        return (position * (550007 + 104729 * image) % 1299709).to(torch.float32)
+        return candidates.at_candidates((position * (550007 + 104729 * image) % 1299709).to(torch.float32))
 
 
 @contextmanager
@@ -179,7 +185,7 @@ def _unchanged(model: nn.Module, sparsifier: Sparsifier) -> Iterator[None]:
 def _gradients(model: nn.Module, sparsifier: Sparsifier, inputs: Any) -> tuple[float, ...]:
     for parameter in model.parameters():
         parameter.grad = None
-    sparsifier.execution = "mask"
+    sparsifier.execution = default_execution(training=True)
     with kept_modes(model), torch.enable_grad():
         model.train()
         outputs = _run(model, inputs)
@@ -199,6 +205,14 @@ def _magnitude(gradients: list[Tensor | None]) -> float:
     if any(gradient is None or not bool(gradient.isfinite().all()) for gradient in gradients):
         return math.nan
     return max(float(gradient.abs().max()) for gradient in gradients if gradient is not None)
+
+
+def _in_execution(name: str, model: nn.Module, sparsifier: Sparsifier, inputs: Any) -> tuple[Trace, dict[str, Tensor]]:
+    """The record and the outputs of a pass in an execution."""
+    sparsifier.execution = name
+    outputs = _run(model, inputs)
+    assert sparsifier.trace is not None
+    return sparsifier.trace, outputs
 
 
 def _run(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
@@ -226,22 +240,47 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _of_tokens_left(
-    outputs: Mapping[str, Tensor], gathered: Mapping[str, Tensor], keep: Sequence[Tensor], sparsifier: Sparsifier
+    outputs: Mapping[str, Tensor], gathered: Mapping[str, Tensor], trace: Trace | None, reference: Trace
 ) -> dict[str, Tensor]:
-    """The outputs, where they have all tokens and ``gathered`` those left after a stage, with these alone."""
-    num_suffix = sparsifier.backbone.num_suffix_tokens
+    """The outputs, where they have all tokens and ``gathered`` those left after a stage, with these alone.
+
+    Args:
+        outputs: Of a pass in which tokens stay.
+        gathered: Of the pass in which they were removed.
+        trace: Of the former; ``None`` for an unpruned pass, whose sequences have no summary tokens.
+        reference: Of the latter.
+    """
 
     def cut(tokens: Tensor, left: Tensor) -> Tensor:
-        if tokens.dim() != 3 or tokens.shape == left.shape or tokens.shape[0] != keep[0].shape[0]:
+        if tokens.dim() != 3 or tokens.shape == left.shape or tokens.shape[0] != left.shape[0]:
             return tokens
-        for decisions in keep:
-            num_patches, num_kept = decisions.shape[1], int(decisions[0].sum())
-            if tokens.shape[1] - left.shape[1] == num_patches - num_kept:
-                layout = Layout(tokens.shape[1] - num_patches - num_suffix, num_patches, num_suffix)
-                return select(tokens, layout.positions(kept_indices(decisions, num_kept)))
+        for stage, selection in enumerate(reference.selections):
+            assert selection.indices is not None
+            before = reference.full_layout if trace is None else trace.selections[stage].layout
+            after = selection.layout if trace is not None else selection.layout._replace(num_summary=0)
+            wanted = left if trace is not None else _without_summaries(left, reference)
+            for num_prefix in _prefixes(reference):
+                layout = before._replace(num_prefix=num_prefix)
+                if tokens.shape[1] == layout.length and wanted.shape[1] == after._replace(num_prefix=num_prefix).length:
+                    return select(tokens, layout.positions(selection.indices))
         return tokens
 
     return {name: cut(tokens, gathered[name]) for name, tokens in outputs.items() if name in gathered}
+
+
+def _without_summaries(tokens: Tensor, trace: Trace) -> Tensor:
+    """An output, where it is the sequence behind a stage, without summary tokens."""
+    for selection in trace.selections if tokens.dim() == 3 and not trace.restored else ():
+        for num_prefix in _prefixes(trace):
+            layout = selection.layout._replace(num_prefix=num_prefix)
+            if layout.num_summary and layout.length == tokens.shape[1]:
+                return layout.without_summaries(tokens)
+    return tokens
+
+
+def _prefixes(trace: Trace) -> tuple[int, ...]:
+    """How many prefix tokens a sequence among the outputs may have."""
+    return trace.start.layout.num_prefix, trace.num_prefix_tokens, 0
 
 
 def _difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: list[str]) -> float:
@@ -250,4 +289,8 @@ def _difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], na
         for name in names
         if actual[name].shape == expected[name].shape
     ]
+    return _largest(differences)
+
+
+def _largest(differences: Sequence[float]) -> float:
     return math.nan if any(map(math.isnan, differences)) else max(differences, default=math.nan)

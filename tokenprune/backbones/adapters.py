@@ -1,55 +1,105 @@
-"""Finding the adapter that knows a model, through the entry-point group ``tokenprune.adapters``."""
+"""What an adapter is, and finding the one that knows a model.
+
+An adapter describes the models of one library. It is found through the entry-point group ``tokenprune.adapters``.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, packages_distributions, version
-from importlib.resources import files
-from typing import Protocol, cast
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 
 from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.entry_points import adapter_entries, libraries
 from tokenprune.backbones.preprocessing import Preprocessing
-from tokenprune.errors import CheckpointError, UnsupportedModelError
+from tokenprune.backbones.supported import supported
+from tokenprune.errors import CheckpointError, TokenpruneError, UnknownModelError, UnsupportedModelError
 
-ENTRY_POINT_GROUP = "tokenprune.adapters"
 
+class Adapter(ABC):
+    """Describes the models of one library to tokenprune, and builds them.
 
-class Adapter(Protocol):
-    """An adapter: a module that describes the models of one library.
+    Only `describe` has to be written. Each of the other methods makes one more thing possible, and refuses until
+    it is written.
 
-    An entry point's name is the root package of the classes it describes, its value the module.
-    Importing the module must not import that library; the model that is handed over already has.
-    Beside it a file ``supported.json`` may list the models that its tests have proved, and in it there may
-    be a function ``from_state_dict``, see `Builder`, and a function ``preprocessing``, see `Preprocessor`.
-
-    Optional, so that models can be saved and found by name (see the docs page "Write an adapter"):
-
-    - ``identity(model) -> dict``: what ``build`` needs, as an object of JSON. Raises `UnsupportedModelError`.
-    - ``build(identity, *, pretrained=False) -> nn.Module``: a model like it, with weights that mean nothing or the
-      public ones. Raises `UnsupportedModelError`.
-    - ``load(name, *, pretrained=False, image_size=None) -> nn.Module``: the model of a name, folder or Hub id.
-      Raises `LookupError` where it is none of the library's.
-    - ``names() -> Iterable[str]``: names that ``load`` takes, to suggest one.
+    An entry point of the group ``tokenprune.adapters`` makes an adapter known: its name is the root package of the
+    models' classes, its value the adapter, an instance or a class, as in
+    ``my_vits = "tokenprune_my_vits:MyViTAdapter"``. Importing the adapter must not import that library: whoever has
+    a model of it has imported it already. A file ``supported.json`` in the adapter's package lists the models that
+    were proved, see `SupportedModel`.
     """
 
+    @abstractmethod
     def describe(self, model: nn.Module) -> Backbone:
         """Describe ``model``.
 
         Raises:
             UnsupportedModelError: The model cannot be described; the message says why.
         """
-        ...
 
+    def identity(self, model: nn.Module) -> dict[str, Any]:
+        """What `build` builds ``model`` from, as an object of JSON; for `save_pretrained`.
 
-class Builder(Protocol):
-    """An adapter that also builds dense models from nothing but their weights, for official checkpoints."""
+        It need not be complete: `save_pretrained` builds the model from it and compares. A key ``"hub_id"`` names
+        public weights in the model card.
+
+        Raises:
+            UnsupportedModelError: ``model`` is not what the library builds by itself.
+        """
+        raise UnsupportedModelError(
+            f"{self} does not say from what a {type(model).__name__} is built again; build the model yourself, and "
+            "pass it as model= when what is saved is loaded."
+        )
+
+    def build(self, identity: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
+        """A model from what `identity` gave; for `from_pretrained`.
+
+        Args:
+            identity: What `identity` gave, after a round trip through JSON.
+            pretrained: Whether to load public weights; otherwise the caller loads all of them.
+
+        Raises:
+            UnsupportedModelError: This version of the library does not build it, or there are no public weights.
+        """
+        raise UnsupportedModelError(
+            f"{self} does not build models; build the dense model yourself, and pass it as model=."
+        )
+
+    def load(self, name: str, *, pretrained: bool = False, image_size: tuple[int, int] | None = None) -> nn.Module:
+        """The model of a name, a folder that the library wrote or a Hub id; for the command line.
+
+        Args:
+            name: The name.
+            pretrained: Whether to load trained weights.
+            image_size: Height and width to build it for; ``None`` means its own.
+
+        Raises:
+            LookupError: It is none of the library's.
+            UnsupportedModelError: It is, and cannot be made, at that size or with those weights.
+        """
+        raise UnknownModelError(
+            f"{self} does not load models by name; load the model in Python, and pass it to tokenprune's functions"
+        )
+
+    def names(self) -> Iterable[str]:
+        """Names that `load` takes, to suggest one that is close; none unless they are listed."""
+        return ()
+
+    def preprocessing(self, model: nn.Module) -> Preprocessing:
+        """How images become the input of ``model``; for `show`, `animate` and `report`.
+
+        Raises:
+            UnsupportedModelError: The model takes no images, or takes them in a way that cannot be described.
+        """
+        raise UnsupportedModelError(
+            f"{self} does not say how images become the input of a {type(model).__name__}; {_PASS_PREPROCESSING}"
+        )
 
     def from_state_dict(self, state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module:
-        """The model that a state dict is of, with any weights: the caller loads them.
+        """The model that a state dict is of, with any weights: the caller loads them; for `load_dynamicvit`.
 
         Args:
             state: The dense model's weights under the names that its authors gave them.
@@ -58,59 +108,81 @@ class Builder(Protocol):
         Raises:
             CheckpointError: The adapter knows no model with such weights, or needs ``num_heads``.
         """
-        ...
-
-
-class Preprocessor(Protocol):
-    """An adapter that also knows how pictures become a model's input, for showing what the model does with them."""
-
-    def preprocessing(self, model: nn.Module) -> Preprocessing:
-        """What ``model`` was made for, as its library says.
-
-        Raises:
-            UnsupportedModelError: The model takes no pictures, or takes them in a way that cannot be described.
-        """
-        ...
-
-
-def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """How pictures become the input of ``model``, by the adapter of the library its class comes from.
-
-    Raises:
-        UnsupportedModelError: No adapter says.
-    """
-    library = library_of(model)
-    found = None if library is None else adapter(library)
-    if not hasattr(found, "preprocessing"):
-        raise UnsupportedModelError(
-            f"no adapter says how pictures become the input of a {type(model).__name__}; pass "
-            "preprocessing=tokenprune.Preprocessing(size=…, mean=…, std=…)."
+        raise _BuildsNone(
+            f"{self} builds no models from official checkpoints; build the model, sparsify it, and load the weights "
+            "into it."
         )
-    return cast(Preprocessor, found).preprocessing(model)
+
+    def __str__(self) -> str:
+        return f"the adapter {type(self).__module__}.{type(self).__qualname__}"
 
 
-def model_of(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module:
-    """A dense model that a state dict is of, built by the first adapter that knows it; its weights are not loaded.
+_PASS_PREPROCESSING = "pass preprocessing=tokenprune.Preprocessing(size=…, mean=…, std=…)."
+
+
+class _BuildsNone(CheckpointError):
+    """From an adapter that builds no model from any weights, and so has nothing to say about these."""
+
+
+class _FunctionAdapter(Adapter):
+    """A module, or another object, with functions of the methods' names: an adapter written for tokenprune 0.1."""
+
+    def __init__(self, functions: Any) -> None:
+        self._functions = functions
+        for name in ("identity", "build", "load", "names", "preprocessing", "from_state_dict"):
+            if callable(function := getattr(functions, name, None)):
+                setattr(self, name, function)
+
+    def describe(self, model: nn.Module) -> Backbone:
+        described: Backbone = self._functions.describe(model)
+        return described
+
+    def __str__(self) -> str:
+        return f"the adapter {getattr(self._functions, '__name__', self._functions)}"
+
+
+def adapter(library: str) -> Adapter:
+    """The adapter of a library.
 
     Raises:
-        CheckpointError: None does; the message has the reason of each that builds models.
+        UnsupportedModelError: There is none, or what its entry point names cannot be imported or is no adapter.
     """
-    refusals: dict[str, CheckpointError] = {}
-    for name in libraries():
-        builder = adapter(name)
-        if not hasattr(builder, "from_state_dict"):
-            continue
-        try:
-            return cast(Builder, builder).from_state_dict(state, num_heads=num_heads)
-        except CheckpointError as error:
-            refusals[name] = error
-        except ModuleNotFoundError as error:
-            refusals[name] = CheckpointError(f"the model would be one of {name}, which is not installed ({error}).")
-    if not refusals:
-        raise CheckpointError("no installed adapter builds models from official checkpoints.")
-    if len(refusals) == 1:
-        raise next(iter(refusals.values()))
-    raise CheckpointError("\n".join(["no adapter knows a model with these weights.", *map(str, refusals.values())]))
+    entries = adapter_entries()
+    if library not in entries:
+        raise UnsupportedModelError(
+            f"no adapter for {library!r} is installed; there are some for {', '.join(sorted(entries)) or 'nothing'}."
+        )
+    entry = entries[library]
+    try:
+        return _adapter_of(entry.load())
+    except Exception as error:  # whatever a foreign module raises while it is imported
+        raise UnsupportedModelError(
+            f"the adapter for {library} cannot be used: its entry point is {entry.value!r}, and "
+            f"{type(error).__name__}: {error}. Install the package that brings it again, or remove it."
+        ) from error
+
+
+def _adapter_of(named: Any) -> Adapter:
+    """The adapter that an entry point names: by itself, by its class, or by a module that holds it."""
+    if isinstance(named, ModuleType) and _is_adapter(held := getattr(named, "adapter", None)):
+        named = held
+    if _is_adapter(named):
+        made: Adapter = named() if isinstance(named, type) else named
+        return made
+    if not isinstance(named, type) and callable(getattr(named, "describe", None)):
+        return _FunctionAdapter(named)
+    raise TypeError(f"{named!r} is neither an instance nor a subclass of tokenprune.Adapter")
+
+
+def _is_adapter(value: Any) -> bool:
+    return isinstance(value, Adapter) or (isinstance(value, type) and issubclass(value, Adapter))
+
+
+def library_of(model: nn.Module) -> str | None:
+    """Root package of the library whose adapter knows the class of ``model``, or one of its bases."""
+    entries = adapter_entries()
+    packages = (base.__module__.partition(".")[0] for base in type(model).__mro__)
+    return next((package for package in packages if package in entries), None)
 
 
 def describe(model: nn.Module) -> Backbone:
@@ -121,118 +193,64 @@ def describe(model: nn.Module) -> Backbone:
     """
     library = library_of(model)
     if library is None:
-        raise UnsupportedModelError(_unknown(model, _entries()))
+        raise UnsupportedModelError(_unknown(model))
     return adapter(library).describe(model)
 
 
-def library_of(model: nn.Module) -> str | None:
-    """Root package of the library whose adapter knows the class of ``model``, or one of its bases."""
-    entries = _entries()
-    packages = (base.__module__.partition(".")[0] for base in type(model).__mro__)
-    return next((package for package in packages if package in entries), None)
-
-
-def libraries() -> tuple[str, ...]:
-    """Root packages of the libraries that have an adapter, whether or not they are installed."""
-    return tuple(sorted(_entries()))
-
-
-def installed_version(library: str) -> str | None:
-    """The version of a library that is installed, found without loading it; ``None`` if it is not."""
-    names = (library, *packages_distributions().get(library, ()))
-    for name in names:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
-
-
-def proved_version(library: str) -> str | None:
-    """The version of a library on which its adapter's tests proved the models; ``None`` where none is recorded."""
-    entry = _entries().get(library)
-    file = None if entry is None else files(entry.module) / "supported.json"
-    if file is None or not file.is_file():
-        return None
-    recorded: str | None = json.loads(file.read_text(encoding="utf-8")).get("library_version")
-    return recorded
-
-
-def adapter(library: str) -> Adapter:
-    """The adapter of a library.
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """How images become the input of ``model``, by the adapter of the library its class comes from.
 
     Raises:
-        UnsupportedModelError: There is none.
+        UnsupportedModelError: No adapter says.
     """
-    entries = _entries()
-    if library not in entries:
+    library = library_of(model)
+    if library is None:
         raise UnsupportedModelError(
-            f"no adapter for {library!r} is installed; there are some for {', '.join(sorted(entries)) or 'nothing'}."
+            f"no adapter says how images become the input of a {type(model).__name__}; {_PASS_PREPROCESSING}"
         )
-    return cast(Adapter, entries[library].load())
+    return adapter(library).preprocessing(model)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SupportedModel:
-    """A model on which the protocol of proof has been run.
+def model_of(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module:
+    """A dense model that a state dict is of, built by the first adapter that knows it; its weights are not loaded.
 
-    Attributes:
-        library: Root package of the library.
-        family: What the library files the model under.
-        name: Its entry point or class.
-        model_class: The class of the model.
-        pooling: What becomes of the tokens after the last block.
-        position_encoding: How positions enter.
-        side_inputs: Names of the blocks' inputs that are cut down with the tokens.
-        passes: What was proved: ``"identity"``, ``"mask = gather"``, ``"undo"``, ``"training step"``, and for
-            one model of each kind ``"compile"`` and ``"export"``.
+    Raises:
+        CheckpointError: None does; the message has the reason of each that builds models.
     """
-
-    library: str
-    family: str
-    name: str
-    model_class: str
-    pooling: str
-    position_encoding: str
-    side_inputs: tuple[str, ...]
-    passes: tuple[str, ...]
-
-
-def supported(library: str | None = None) -> tuple[SupportedModel, ...]:
-    """The models that the tests of the installed adapters have proved.
-
-    A model that is not among them may work as well: `sparsify` says if it cannot, and `verify`
-    whether it does. No library is loaded.
-
-    Args:
-        library: Root package of a library; ``None`` means all.
-    """
-    return tuple(
-        model for name, entry in sorted(_entries().items()) if library in (None, name) for model in _proved(name, entry)
-    )
+    refusals: list[CheckpointError] = []
+    for library in libraries():
+        try:
+            return adapter(library).from_state_dict(state, num_heads=num_heads)
+        except _BuildsNone:
+            continue
+        except CheckpointError as error:
+            refusals.append(error)
+        except UnsupportedModelError as error:
+            refusals.append(CheckpointError(str(error)))
+        except ModuleNotFoundError as error:
+            refusals.append(CheckpointError(f"the model would be one of {library}, which is not installed ({error})."))
+    if not refusals:
+        raise CheckpointError("no installed adapter builds models from official checkpoints.")
+    if len(refusals) == 1:
+        raise refusals[0]
+    raise CheckpointError("\n".join(["no adapter knows a model with these weights.", *map(str, refusals)]))
 
 
-def _proved(library: str, entry: EntryPoint) -> Iterator[SupportedModel]:
-    file = files(entry.module) / "supported.json"
-    if file.is_file():
-        for fields in json.loads(file.read_text(encoding="utf-8"))["models"]:
-            lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-            yield SupportedModel(library=library, **{**fields, **lists})
-
-
-def _entries() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
-
-
-def _unknown(model: nn.Module, entries: dict[str, EntryPoint]) -> str:
+def _unknown(model: nn.Module) -> str:
     cls = type(model)
-    families = {name: sorted({one.family for one in _proved(name, entry)}) for name, entry in sorted(entries.items())}
     lines = [
         f"no adapter knows {cls.__module__}.{cls.__qualname__}.",
         "Proved are (tokenprune.supported() names the models), and others like them work too:",
-        *(f"  {name}: {', '.join(proved)}" for name, proved in families.items()),
+        *(f"  {library}: {_families(library)}" for library in libraries()),
         "For any other model whose blocks take and return (B, L, C) tokens, say where they are:",
         "  tokenprune.sparsify(model, backbone=tokenprune.Backbone(",
         "      blocks=model.blocks, num_prefix_tokens=1, embed_dim=384))",
     ]
     return "\n".join(lines)
+
+
+def _families(library: str) -> str:
+    try:
+        return ", ".join(sorted({model.family for model in supported(library)}))
+    except TokenpruneError as error:
+        return str(error)

@@ -9,6 +9,7 @@ Shapes: B images, P prefix tokens, N patch tokens, Q suffix tokens, L = P + N + 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,15 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenprune.backbones.backbone import Setting, exchange, outermost_attention
+from tokenprune.backbones.adaptations import Adaptation, AttentionBias, Setting
+from tokenprune.backbones.backbone import outermost_attention
 from tokenprune.backbones.interception import SOFTMAXES, AttentionCall, Interception
+from tokenprune.backbones.patterns import besides_tokens, names_with_entries
 from tokenprune.backbones.probing import eval_mode
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.tokens import output_tokens
+from tokenprune.tokens import Layout, output_tokens
 
 
 class Structure(NamedTuple):
-    """What was found.
+    """What was found: attributes of a `Backbone` of the same names.
 
     Attributes:
         blocks: The transformer blocks in the order they run.
@@ -35,6 +38,8 @@ class Structure(NamedTuple):
         final_norm: The norm whose input is the last block's output, if it norms all tokens.
         attentions: For each block the modules in which it attends over all tokens; the block itself
             where none is named after attention.
+        token_inputs: The names of the blocks' parameters, besides tokens, that have an entry for each token.
+        adaptations: An `AttentionBias`, where attention adds a bias for each pair of tokens by itself.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -43,6 +48,8 @@ class Structure(NamedTuple):
     embed_dim: int
     final_norm: nn.Module | None
     attentions: tuple[tuple[nn.Module, ...], ...]
+    token_inputs: Mapping[str, None]
+    adaptations: tuple[Adaptation, ...]
 
 
 @dataclass
@@ -55,6 +62,8 @@ class _List:
     inputs: list[tuple[int, ...]] = field(default_factory=list)
     outputs: list[tuple[int, ...]] = field(default_factory=list)
     num_keys: list[set[int]] = field(default_factory=list)
+    besides: list[dict[str, Any]] = field(default_factory=list)
+    biases: list[Tensor] = field(default_factory=list)
     first: Tensor | None = None
     last: Tensor | None = None
     attention_before: bool = False
@@ -149,9 +158,12 @@ def observe(
     num_prefix, num_suffix = _fixed_tokens(blocks.first, num_images)
     if num_prefix == blocks.first.shape[1]:
         raise UnsupportedModelError(
-            f"the tokens of this {name} are the same for every image, so its prefix tokens cannot be told; give it "
+            f"the tokens of this {name} are the same for every image, so its prefix tokens cannot be inferred; give it "
             "weights, or pass tokenprune.sparsify(model, backbone=tokenprune.Backbone(…))."
         )
+    full = Layout(num_prefix, blocks.first.shape[1] - num_prefix - num_suffix, num_suffix=num_suffix)
+    num_rows = blocks.first.shape[0]
+    named = [names_with_entries(inputs, {}, full, num_rows) for inputs in blocks.besides]
     return Structure(
         blocks=blocks.modules,
         num_prefix_tokens=num_prefix,
@@ -161,7 +173,30 @@ def observe(
             (norm for norm, before, after in normed if before is blocks.last and after.shape == before.shape), None
         ),
         attentions=tuple(_attentions(block, blocks, observer.attended) for block in blocks.modules),
+        token_inputs=dict.fromkeys(name for names in named for name in names),
+        adaptations=(AttentionBias(),) if _has_bias(blocks) else (),
     )
+
+
+def _has_bias(blocks: _List) -> bool:
+    """Whether attention was given a bias for each pair of tokens that no block was given from outside."""
+    given = {tensor.untyped_storage().data_ptr() for inputs in blocks.besides for tensor in _tensors(inputs)}
+    lengths = {length for _, length, *_ in blocks.inputs}
+    return any(
+        bias.dim() >= 2
+        and bias.shape[-1] == bias.shape[-2]
+        and bias.shape[-1] in lengths
+        and bias.untyped_storage().data_ptr() not in given
+        for bias in blocks.biases
+    )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _attentions(block: nn.Module, blocks: _List, attended: Mapping[nn.Module, set[int]]) -> tuple[nn.Module, ...]:
@@ -178,6 +213,7 @@ class _Observer(Interception):
     def __init__(self) -> None:
         super().__init__()
         self.running: list[set[int]] = []
+        self.blocks: list[_List] = []
         self.attended: dict[nn.Module, set[int]] = {}
         self.hits = 0
 
@@ -189,6 +225,9 @@ class _Observer(Interception):
 
     def attention(self, call: AttentionCall) -> Tensor:
         self._note(call.key.shape[-2])
+        if call.attn_mask is not None:
+            for blocks in self.blocks:
+                blocks.biases.append(call.attn_mask)
         return call.run()
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -205,8 +244,11 @@ class _Observer(Interception):
 
 def _record(candidate: _List, index: int, observer: _Observer) -> tuple[Callable[..., None], Callable[..., None]]:
     """Hooks that note what module ``index`` of a list gets, gives and attends over."""
+    names = tuple(inspect.signature(candidate.modules[index].forward).parameters)
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        candidate.besides.append(besides_tokens(args, kwargs, names))
+        observer.blocks.append(candidate)
         tokens = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         candidate.order.append(index)
         candidate.inputs.append(() if tokens is None else tuple(tokens.shape))
@@ -217,6 +259,7 @@ def _record(candidate: _List, index: int, observer: _Observer) -> tuple[Callable
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         observer.running.pop()
+        observer.blocks.pop()
         tokens = None if isinstance(output, tuple) and not output else output_tokens(output)
         candidate.last = tokens if isinstance(tokens, Tensor) else None
         candidate.outputs.append(() if candidate.last is None else tuple(candidate.last.shape))
@@ -294,9 +337,11 @@ def _fixed_tokens(tokens: Tensor, num_images: int) -> tuple[int, int]:
 def _looking(model: nn.Module, settings: Sequence[Setting]) -> Iterator[None]:
     """The model in eval mode and with settings made, for a while, without a trace in the state of random numbers."""
     devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
-    previous = exchange(settings)
     try:
+        for setting in settings:
+            setting.apply()
         with eval_mode(model), torch.random.fork_rng(devices=devices):
             yield
     finally:
-        exchange(previous)
+        for setting in reversed(settings):
+            setting.undo()

@@ -1,111 +1,106 @@
-"""Watching attention: how much of it each patch token receives, for scorers that go by it.
+"""The attention that each patch token receives, recorded for scorers that need it.
 
-Shapes: B images, H heads, L queries, K keys, D channels of a query or key, n patch tokens in the
-sequence, N patch tokens of the whole image.
+Shapes: B images, H heads, L queries, K keys, D channels of a query or key, n patch tokens in the sequence.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokenprune.backbones.backbone import Backbone
-from tokenprune.backbones.interception import (
-    SOFTMAXES,
-    AttentionCall,
-    GatherInterception,
-    Interception,
-    for_each_query_head,
-)
+from tokenprune.backbones.interception import SOFTMAXES, AttentionCall, Interception, for_each_query_head
 from tokenprune.errors import InterceptionError
 from tokenprune.functional import additive, compute_dtype, mask_block, masked_weights, score_blocks
-from tokenprune.tokens import Layout, sizes
+from tokenprune.pruning.selection import Selection
+from tokenprune.tokens import Layout, of_length, sizes
 
 
-class Watching(Interception):
-    """While a block's attention runs: what each patch token receives of it is noted, and nothing changed.
+class AttentionRecorder(Interception):
+    """While a block's attention runs: what each patch token receives of it is recorded, and nothing changed.
 
     That is the mean over heads of the class token's weights, or, where there is no class token, of the
-    weights of all queries that are kept; taken in single precision at least, without a gradient.
+    weights of all queries that are kept; taken in single precision at least, without a gradient. It is to be entered
+    inside what masks attention, and outside what gathers its bias.
 
     Args:
-        backbone: Says which tokens stand where.
-        cutting: What cuts a bias down to the keys that are there, for this one to do alike.
+        class_token: Whether the first prefix token, if there is one, is a class token.
 
     Attributes:
-        num_patches: n; ``None`` while it is switched off.
-        noted: (B, n), one for each time that attention was seen.
+        recorded: (B, n), one for each time that attention was seen.
     """
 
-    def __init__(self, backbone: Backbone, cutting: GatherInterception) -> None:
+    def __init__(self, *, class_token: bool) -> None:
         super().__init__()
-        num_prefix, num_late = backbone.num_prefix_tokens, backbone.num_late_prefix_tokens
-        self._num_prefix = (num_prefix, num_prefix + num_late)
-        self._num_suffix = backbone.num_suffix_tokens + backbone.num_inner_tokens
-        self._class_token = backbone.class_token
-        self._cutting = cutting
-        self.num_patches: int | None = None
-        self._keep: Tensor | None = None
-        self.noted: list[Tensor] = []
+        self._class_token = class_token
+        self._selection: Selection | None = None
+        self._layouts: tuple[Layout, ...] = ()
+        self.recorded: list[Tensor] = []
 
-    def start(self, num_patches: int, keep: Tensor | None) -> None:
-        """Switch it on for sequences with n patch tokens, of which those with a 0 in ``keep`` (B, N) are masked."""
-        self.num_patches, self._keep, self.noted = num_patches, keep, []
-        self.enter()
+    def prepare(self, selection: Selection, layouts: Sequence[Layout]) -> AttentionRecorder:
+        """Itself, for what is in force, in sequences of these layouts."""
+        self._selection, self._layouts, self.recorded = selection, tuple(layouts), []
+        return self
 
-    def stop(self) -> None:
-        """Switch it off."""
-        self.leave()
-        self.num_patches, self._keep = None, None
+    def leave(self) -> None:
+        super().leave()
+        self._selection = None
+
+    def check(self, module: nn.Module) -> None:
+        if len(self.recorded) != 1:
+            raise InterceptionError(
+                f"the attention of {type(module).__name__} passed {len(self.recorded)} times, and not once, through "
+                "scaled_dot_product_attention or a softmax over all tokens, so the attention scores of tokens are "
+                "unknown; move the stage, or take a scorer that does not need attention scores."
+            )
 
     def attention(self, call: AttentionCall) -> Tensor:
-        cut, query = self._cutting.cut(call), call.query
-        layout = self._layout(sizes(cut.key)[-2])
-        if layout is None or cut.is_causal or query.dim() != 4 or sizes(query)[-2] != layout.length:
+        query = call.query
+        layout = of_length(self._layouts, sizes(call.key)[-2])
+        if layout is None or call.is_causal or query.dim() != 4 or sizes(query)[-2] != layout.length:
             raise InterceptionError(
-                f"attention of shape {(*sizes(query)[:-1], sizes(cut.key)[-2])} (…, queries, keys) is not one over all "
-                f"tokens of an image, of which {self.num_patches} are patches; a scorer that goes by attention cannot "
-                "take it. Move the stage, or take another scorer."
+                f"attention of shape {(*sizes(query)[:-1], sizes(call.key)[-2])} (…, queries, keys) is not one over "
+                f"all tokens of an image, of which {self._layouts[0].num_patches} are patches; a scorer that needs "
+                "attention scores cannot take it. Move the stage, or take another scorer."
             )
-        key = for_each_query_head(cut.key, query) if cut.enable_gqa else cut.key
+        key = for_each_query_head(call.key, query) if call.enable_gqa else call.key
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             dtype = compute_dtype(query)
-            bias = None if cut.attn_mask is None else additive(cut.attn_mask, query).to(dtype)
-            keep = None if self._keep is None else layout.with_others(self._keep.to(dtype))
+            bias = None if call.attn_mask is None else additive(call.attn_mask, query).to(dtype)
+            keep = self._visible(layout, dtype)
             only = 1 if self._from_class_token(layout) else None
             received = received_attention(
-                query[..., :only, :].to(dtype), key.to(dtype), keep=keep, bias=bias, scale=cut.scale
+                query[..., :only, :].to(dtype), key.to(dtype), keep=keep, bias=bias, scale=call.scale
             )
-            self.noted.append(layout.patches(received))
+            self.recorded.append(layout.patches(received))
         return call.run()
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         if func in SOFTMAXES and isinstance(result, Tensor) and result.dim() == 4:
             _, _, num_queries, num_keys = sizes(result)
-            layout = self._layout(num_keys) if num_queries == num_keys else None
+            layout = of_length(self._layouts, num_keys) if num_queries == num_keys else None
             if layout is not None:  # attention that is written out; masking, if any, has been here already
-                self.noted.append(layout.patches(self._of_weights(result.detach(), layout)))
+                self.recorded.append(layout.patches(self._of_weights(result.detach(), layout)))
         return result
 
     def _of_weights(self, weights: Tensor, layout: Layout) -> Tensor:
         weights = weights.to(compute_dtype(weights))
         if self._from_class_token(layout):
             return weights[:, :, 0].mean(dim=1)
-        return _mean_of_kept(weights, None if self._keep is None else layout.with_others(self._keep.detach()))
+        return _mean_of_kept(weights, self._visible(layout, weights.dtype))
 
     def _from_class_token(self, layout: Layout) -> bool:
         return self._class_token and layout.num_prefix > 0
 
-    def _layout(self, length: int) -> Layout | None:
-        """The layout of a sequence of so many tokens; ``None`` if it is not the model's."""
-        assert self.num_patches is not None
-        num_prefix = length - self.num_patches - self._num_suffix
-        return Layout(num_prefix, self.num_patches, self._num_suffix) if num_prefix in self._num_prefix else None
+    def _visible(self, layout: Layout, dtype: torch.dtype) -> Tensor | None:
+        """Which tokens of the sequence are kept, (B, L); ``None`` if all."""
+        assert self._selection is not None
+        visible = self._selection.visible(layout)
+        return None if visible is None else visible.detach().to(dtype)
 
 
 def received_attention(

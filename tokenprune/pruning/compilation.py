@@ -13,16 +13,16 @@ from types import MethodType
 from torch import nn
 
 
-def set_apart(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Give modules the ``forward`` of their class as an attribute of their own; those that had none, for `rejoin`."""
+def give_own_forward(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Give modules the ``forward`` of their class as an attribute of their own; returns those that had none."""
     changed = [module for module in modules if "forward" not in module.__dict__]
     for module in changed:
         module.__dict__["forward"] = MethodType(type(module).forward, module)
     return changed
 
 
-def rejoin(modules: Iterable[nn.Module]) -> None:
-    """Take away what `set_apart` has given, where nobody has put something else in its place."""
+def take_own_forward(modules: Iterable[nn.Module]) -> None:
+    """Take away what `give_own_forward` has given, where nobody has put something else in its place."""
     for module in modules:
         if not has_own_forward(module):
             module.__dict__.pop("forward", None)

@@ -1,126 +1,192 @@
 """The hooks that prune a model's tokens while it runs.
 
-Shapes: B images, P prefix tokens, N patch tokens, n of them left, Q suffix tokens, L = P + N + Q, C channels.
+What depends on how decisions are carried out is asked of the pass's `Execution`, what a stage decides of its `Stage`.
+
+Shapes: B images, P prefix tokens, N patch tokens, m of them that reach a stage, n kept ones, L tokens before any
+pruning, K tokens of the sequence as it is, C channels.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tokenprune.backbones.adaptations import Removed, Scope
 from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.interception import Interception
 from tokenprune.errors import InterceptionError, StateError
-from tokenprune.pruning.attention import AttentionPatch
-from tokenprune.pruning.executions.outputs import without_pruned
-from tokenprune.pruning.executions.pooling import TailInterception
+from tokenprune.pruning.attention_scopes import AttentionScopes
+from tokenprune.pruning.executions import AUTO, Execution, default_execution, execution_class
 from tokenprune.pruning.plan import Plan
-from tokenprune.pruning.pruning import Decisions, Pruning
+from tokenprune.pruning.recomputation import State, recomputing, remember
+from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.stage import Stage
 from tokenprune.pruning.trace import Trace
-from tokenprune.scorers import Scorer
-from tokenprune.tokens import output_tokens, sizes
+from tokenprune.tokens import Layout, find_tokens, output_tokens, replace_output_tokens, replace_tokens, sizes
 
-Execution = Literal["auto", "mask", "gather"]
+
+class _Place(NamedTuple):
+    """Where a block stands among the stages.
+
+    Attributes:
+        block: Its index.
+        stage: The last stage in front of it; -1 if there is none.
+        starts: Whether that stands right in front of it.
+        awaited_by: The stage right behind it whose scorer needs its attention scores, if there is one.
+        names: The names of the block's parameters, in order.
+    """
+
+    block: int
+    stage: int
+    starts: bool
+    awaited_by: int | None
+    names: tuple[str, ...]
 
 
 class PruningHooks(nn.Module):
     """Stages, and the hooks that ask them while a model runs.
 
     The hooks are bound methods of this module, which is a part of the model, so that copies and pickles of the model
-    have hooks of their own.
+    have hooks of their own. It is the `RunningModel` of the backbone's adaptations.
 
     Attributes:
-        stages: The stages, each with its scorer.
+        stages: The stages, each with its scorer and its reduction.
         backbone: What the model looks like.
         trace: The record of the last forward pass; ``None`` before the first one and after an unpruned one.
         enabled: Whether the model runs pruned.
     """
 
-    def __init__(self, plan: Plan, backbone: Backbone, scorers: Sequence[Scorer]) -> None:
+    def __init__(self, plan: Plan, backbone: Backbone, stages: Sequence[Stage]) -> None:
         super().__init__()
-        self.stages = nn.ModuleList([Stage(scorer) for scorer in scorers])
+        self.stages = nn.ModuleList(stages)
         self.backbone = backbone
         self.trace: Trace | None = None
         self.enabled = True
         self._plan = plan
-        self._execution: Execution = "auto"
+        self._execution = AUTO
         self._prepare()
+
+    @property
+    def restores(self) -> bool:
+        """Whether pruned tokens are restored behind every block: the reduction does so, or the model needs them."""
+        return self._restores
 
     def _install_hooks(self, tower: nn.Module) -> Iterator[RemovableHandle]:
         """Put the hooks into the module that embeds images and runs the blocks, one after the other."""
         blocks, first = self.backbone.blocks, self._plan.stages[0]
+        for adaptation in self.backbone.adaptations:
+            yield from adaptation.install_outside(blocks, self)
         yield tower.register_forward_pre_hook(self._before_tower, with_kwargs=True)
         yield tower.register_forward_hook(self._after_tower, always_call=True)
         yield blocks[0].register_forward_pre_hook(self._before_first_block, with_kwargs=True)
-        for index in range(first, len(blocks)):
-            names = tuple(inspect.signature(blocks[index].forward).parameters)
-            number = self._stage_before(index)
-            before_block = partial(self._before_block, number, self._plan.stages[number] == index, names)
-            yield blocks[index].register_forward_pre_hook(before_block, with_kwargs=True)
-            # In front of hooks that collect hidden states, so that these see what the next block sees.
-            after_block = partial(self._after_block, number)
-            yield blocks[index].register_forward_hook(after_block, prepend=True)
-        for index in range(len(blocks)):
-            watcher = self._watcher_of(index)
-            for attention in self.backbone.attention_modules(index) if index >= first or watcher is not None else ():
-                before_attention = partial(self._before_attention, self._stage_before(index), watcher)
-                yield attention.register_forward_pre_hook(before_attention)
-                yield attention.register_forward_hook(self._after_attention, always_call=True)
-        for module, keyword in self.backbone.length_inputs:
-            yield module.register_forward_pre_hook(partial(self._before_counting, keyword), with_kwargs=True)
-        for mixer in self.backbone.weight_mixers:
-            yield mixer.register_forward_hook(self._after_weight_mixer)
+        for place, block in zip(self._places(), blocks, strict=True):
+            if place.block >= first:
+                yield block.register_forward_pre_hook(partial(self._before_block, place), with_kwargs=True)
+                # In front of hooks that collect hidden states, so that these see what the next block sees.
+                yield block.register_forward_hook(partial(self._after_block, place), prepend=True)
+            if place.block >= first or place.awaited_by is not None:
+                for attention in self.backbone.attention_modules(place.block):
+                    yield attention.register_forward_pre_hook(partial(self._before_attention, place))
+                    yield attention.register_forward_hook(self._after_attention, always_call=True)
         yield blocks[-1].register_forward_hook(self._after_last_block)
         if self.backbone.final_norm is not None:
             yield self.backbone.final_norm.register_forward_hook(self._after_final_norm)
+        for adaptation in self.backbone.adaptations:
+            yield from adaptation.install_inside(blocks, self)
+
+    def _places(self) -> Iterator[_Place]:
+        for index, block in enumerate(self.backbone.blocks):
+            stage, names = self._stage_before(index), tuple(inspect.signature(block.forward).parameters)
+            starts = stage >= 0 and self._plan.stages[stage] == index
+            yield _Place(index, stage, starts, self._awaited_by(index), names)
 
     def _stage_before(self, index: int) -> int:
-        """The last stage in front of block ``index`` or of one before it."""
+        """The last stage in front of block ``index`` or of one before it; -1 if there is none."""
         return sum(start <= index for start in self._plan.stages) - 1
 
-    def _watcher_of(self, index: int) -> int | None:
-        """The stage behind block ``index`` whose scorer goes by its attention, if there is one."""
-        number = self._stage_before(index + 1)
-        starts = number >= 0 and self._plan.stages[number] == index + 1
-        return number if starts and cast(Stage, self.stages[number]).scorer.needs_attention else None
+    def _awaited_by(self, index: int) -> int | None:
+        """The stage right behind block ``index`` whose scorer needs its attention scores, if there is one."""
+        stage = self._stage_before(index + 1)
+        starts = stage >= 0 and self._plan.stages[stage] == index + 1
+        return stage if starts and cast(Stage, self.stages[stage]).scorer.needs_attention else None
 
     # State of one forward pass. Decisions are kept by stage: activation checkpointing runs a block
     # again, in the backward pass, and must then find what was in force when it ran first.
 
     def _prepare(self) -> None:
         backbone = self.backbone
-        self._pruning = Pruning(backbone)
-        self._attention = AttentionPatch(backbone)
-        self._tail = TailInterception()
-        self._tail.num_prefix = backbone.num_prefix_tokens + backbone.num_late_prefix_tokens
-        self._tail.num_suffix, self._tail.num_tail = backbone.num_suffix_tokens, backbone.num_tail_tokens
+        self._restores = backbone.downstream == "all tokens" or any(
+            cast(Stage, stage).reduction.restores for stage in self.stages
+        )
+        self._executions: dict[str, Execution] = {}
+        self._running: Execution | None = None
+        self._scopes = AttentionScopes(backbone)
+        self._tail: Interception | None = None
         self._in_tower = False
         self._attended = False
         self._image_size: tuple[int, int] | None = None
         self._grad_enabled = False
-        self._decisions = Decisions()
-        self._recomputed_decisions = Decisions()
+        self._everything: Tensor | None = None
+        self._entry = State()
+        self._state = State()
+        self.recomputed = State()
+
+    _LIVE: ClassVar[list[str]] = [
+        "trace",
+        "_executions",
+        "_running",
+        "_scopes",
+        "_tail",
+        "_everything",
+        "_entry",
+        "_state",
+        "recomputed",
+    ]
 
     def __getstate__(self) -> dict[str, Any]:
-        live = ("trace", "_pruning", "_attention", "_tail", "_decisions", "_recomputed_decisions")
-        return {name: value for name, value in self.__dict__.items() if name not in live}
+        return {name: value for name, value in self.__dict__.items() if name not in self._LIVE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.trace = None
         self._prepare()
 
-    def _current_decisions(self) -> Decisions:
-        return self._recomputed_decisions if _recomputing() else self._decisions
+    def _selection(self, stage: int) -> Selection | None:
+        """What is in force behind a stage; ``None`` in front of the first one, and in a pass without pruning."""
+        selections = (self.recomputed if recomputing() else self._state).selections
+        return selections[stage] if self._running is not None and 0 <= stage < len(selections) else None
+
+    def _full_layout(self, block: int) -> Layout:
+        """The sequence that a block would get had nothing been pruned."""
+        assert self.trace is not None
+        return self.backbone.layout_at(self.trace.start.layout, block)
+
+    # What adaptations ask
+
+    def kept_indices(self, block: int) -> Tensor | None:
+        """(B, n) int64, the positions in the grid of the patch tokens that a block gets; ``None`` if all."""
+        selection = self._selection(self._stage_before(block))
+        return None if selection is None or selection.all_kept else selection.indices
+
+    def full_length(self) -> int | None:
+        """L, where tokens are removed in this pass; ``None`` where all stay."""
+        running, trace = self._running, self.trace
+        return None if running is None or trace is None or not running.removes else trace.start.layout.length
+
+    def mask_weights(self, weights: Tensor) -> Tensor | None:
+        """Finished attention weights (B, K, K, H) with those of pruned tokens at 0; ``None`` where all are seen."""
+        return None if self._running is None or not self._scopes.entered else self._running.mask_weights(weights)
+
+    def drops(self) -> bool:
+        """Whether tokens are missing behind a block, for good."""
+        return self.enabled and not self._restores and any(ratio < 1 for ratio in self._plan.keep_ratios)
 
     # Hooks
 
@@ -129,7 +195,7 @@ class PruningHooks(nn.Module):
             raise StateError(
                 "nn.DataParallel makes copies whose hooks belong to the original model; use DistributedDataParallel."
             )
-        self._close_interceptions()
+        self._close()
         self._in_tower = True
         self._grad_enabled = torch.is_grad_enabled()
         self._image_size = next(
@@ -143,178 +209,177 @@ class PruningHooks(nn.Module):
 
     def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._in_tower, self._image_size = False, None
-        self._close_interceptions()
-        trace = self.trace
-        if output is None or not self.backbone.leave_pruned or trace is None or trace.execution != "mask":
+        running, trace = self._running, self.trace
+        self._close()
+        if output is None or running is None or trace is None or not self._hands_on_kept():
             return None
         counts = self._plan.num_keep(trace.num_patches)
         stages = [self._stage_before(index) for index in range(len(self.backbone.blocks))]
-        return without_pruned(output, trace.keep, counts, stages, self.backbone.num_suffix_tokens)
+        return running.output(output, trace, counts, stages)
+
+    def _hands_on_kept(self) -> bool:
+        """Whether the vision tower hands on the kept tokens alone."""
+        return self.backbone.downstream == "any number" and not self._restores
 
     def _before_first_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _recomputing():
+        if recomputing():
             return
-        self.trace, self._decisions = None, Decisions()
+        self.trace, self._running, self._state = None, None, State()
         if not self.enabled:
             return
-        tokens = self._pruning.find(block, args, kwargs)
-        if tokens.shape[2] != self.backbone.embed_dim:
+        backbone, tokens = self.backbone, find_tokens(block, args, kwargs)
+        if tokens.shape[2] != backbone.embed_dim:
             raise StateError(
                 f"{type(block).__name__} got tokens of width {tokens.shape[2]}, and the Backbone says "
-                f"embed_dim={self.backbone.embed_dim}."
+                f"embed_dim={backbone.embed_dim}."
             )
-        num_others = self.backbone.num_prefix_tokens + self.backbone.num_suffix_tokens
+        num_others = backbone.num_prefix_tokens + backbone.num_suffix_tokens
         num_patches = sizes(tokens)[1] - num_others
         if num_patches < 1:
             raise StateError(
                 f"{type(block).__name__} got {tokens.shape[1]} tokens, and {num_others} are "
-                "prefix tokens; there is no patch token to prune."
+                "prefix or suffix tokens; there is no patch token to prune."
             )
-        by_mode: Literal["mask", "gather"] = "mask" if self.training else "gather"
-        execution = by_mode if self._execution == "auto" else self._execution
-        if execution == "mask" and self.training and self.backbone.leave_pruned:
+        name = default_execution(training=self.training) if self._execution == AUTO else self._execution
+        if name not in self._executions:
+            self._executions[name] = execution_class(name)(backbone)
+        running = self._executions[name]
+        if running.trains and self.training and self._hands_on_kept():
             raise StateError(
                 "in training, images keep different numbers of tokens, and what follows the vision tower takes equally "
-                "many of each: train the tower by itself, or set model.tokenprune.execution = 'gather', in which "
-                "scorers do not learn."
+                "many of each: train the tower by itself, or set model.tokenprune.execution = "
+                f"{default_execution(training=False)!r}, in which scorers do not learn."
             )
-        self._pruning.forget()
-        self._attention.close()
+        running.begin()
+        self._scopes.close()
+        layout = Layout(backbone.num_prefix_tokens, num_patches, num_suffix=backbone.num_suffix_tokens)
+        self._running = running
         self.trace = Trace(
-            execution=execution,
-            num_patches=num_patches,
-            num_prefix_tokens=self.backbone.num_prefix_tokens + self.backbone.num_late_prefix_tokens,
-            grid=self._grid(num_patches),
+            execution=name,
+            start=Selection(layout, all_kept=True),
+            num_prefix_tokens=backbone.num_prefix_at(len(backbone.blocks)),
+            grid=backbone.grid_of(num_patches, self._image_size),
+            restored=self._restores,
         )
-
-    def _grid(self, num_patches: int) -> tuple[int, int] | None:
-        backbone = self.backbone
-        if self._image_size is not None and backbone.patch_size is not None:
-            (height, width), (patch_height, patch_width) = self._image_size, backbone.patch_size
-            for grid in (
-                (height // patch_height, width // patch_width),
-                (-(-height // patch_height), -(-width // patch_width)),  # images padded to whole patches
-            ):
-                if grid[0] * grid[1] == num_patches:
-                    return grid
-            return None
-        if backbone.grid_size is not None and math.prod(backbone.grid_size) == num_patches:
-            return backbone.grid_size
-        return None
 
     def _before_block(
-        self,
-        number: int,
-        starts: bool,
-        names: tuple[str, ...],
-        block: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, place: _Place, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """In front of a block behind stage ``number``, which stands right in front of it if it ``starts`` there."""
-        trace, pruning = self.trace, self._pruning
-        if not self.enabled or trace is None:
+        """In front of a block behind a stage, which may stand right in front of it."""
+        running, trace = self._running, self.trace
+        if running is None or trace is None:
             return None
-        waits = self.backbone.put_back
-        if trace.execution == "mask":
-            if starts or waits:
-                tokens = pruning.find(block, args, kwargs)  # (B, L, C)
-                pruning.wait(tokens)
-            if starts:
+        again = recomputing()
+        self._check_recomputed(running, block)
+        if not place.starts and not self._restores:
+            return self._side_inputs(place, running, args, kwargs)
+        given = tokens = find_tokens(block, args, kwargs)  # (B, K, C)
+        state = self.recomputed if again else self._state
+        before = trace.start
+        if place.stage > 0 or not place.starts:
+            before = state.selections[place.stage - 1 if place.starts else place.stage]
+        if self._restores:
+            tokens = self._resume(place, running, tokens, before, state)
+        if place.starts:
+            if running.trains:
                 self._check_grad(block)
-                decided = self._current_decisions()
-                received = decided.received[number] if _recomputing() else self._attention.take_received()
-                stage = cast(Stage, self.stages[number])
-                decisions = pruning.mask(number, stage, self._plan, trace, decided, tokens, received)
-                if not _recomputing():
-                    self._decisions = decisions
-                    trace._keep.append(decisions.keep[-1])
-            return None
-        self._check_not_recomputed(block)
-        if starts:
-            pruning.side_inputs.forget()
-            tokens, received = pruning.find(block, args, kwargs), self._attention.take_received()
-            stage = cast(Stage, self.stages[number])
-            tokens = pruning.gather(number, stage, self._plan, trace, tokens, received)
-        elif waits:
-            tokens = pruning.left(pruning.find(block, args, kwargs), trace.indices[number], trace)
-        elif len(args) + len(kwargs) == 1 and self.backbone.position_input is None:
-            return None  # tokens alone, which are those that are left
-        if starts or waits:
-            args, kwargs = pruning.replace(args, kwargs, tokens)
-        return pruning.shorten(args, kwargs, names, trace.indices[number], trace)
+            before = before._replace(layout=self.backbone.layout_at(before.layout, place.block))
+            tokens, selection = cast(Stage, self.stages[place.stage]).prune(
+                tokens,
+                before,
+                running,
+                trace,
+                num_keep=self._plan.num_keep(trace.num_patches)[place.stage],
+                probability=self._plan.keep_probabilities[place.stage],
+                attention=state.selections[place.stage].attention if again else self._scopes.take_recorded(),
+            )
+            if not again:
+                self._state = self._state._replace(selections=(*self._state.selections, selection))
+                trace.selections.append(selection)
+        if tokens is not given:
+            args, kwargs = replace_tokens(args, kwargs, tokens)
+        return self._side_inputs(place, running, args, kwargs) or (args, kwargs)
 
-    def _before_attention(self, stage: int, watcher: int | None, attention: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self.enabled or self.trace is None:
+    def _resume(self, place: _Place, running: Execution, tokens: Tensor, before: Selection, state: State) -> Tensor:
+        """Of all tokens (B, L, C) those that a block runs on, summary tokens included; the others wait."""
+        self._everything, self._entry = tokens, state
+        layout = self.backbone.layout_at(before.layout, place.block)._replace(num_summary=0)
+        tokens = running.resume(tokens, before, self._full_layout(place.block))
+        return tokens if state.summaries is None else layout.with_summaries(tokens, state.summaries)
+
+    def _side_inputs(
+        self, place: _Place, running: Execution, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """A block's arguments, what it is given besides tokens for those it runs on; ``None`` if nothing changes."""
+        selection = self._selection(place.stage) if len(args) + len(kwargs) > 1 else None
+        if selection is None:
+            return None
+        full = self._full_layout(place.block)
+        return running.side_inputs(args, kwargs, place.names, selection, full)
+
+    def _before_attention(self, place: _Place, attention: nn.Module, args: tuple[Any, ...]) -> None:
+        running, trace = self._running, self.trace
+        if running is None or trace is None:
             return
-        if self.trace.execution == "gather" and watcher is None and not self._attention.cuts:
+        if not running.intercepts and place.awaited_by is None and not self._scopes.adapting:
             return
-        mask = self._mask_of(stage)
-        if mask is not None:
-            self._check_grad(attention)
-            self._attended = True
-            self._attention.mask(mask)
-        elif stage >= 0 and self._attention.cuts and self._gathers():
-            self._check_not_recomputed(attention)
-            layout = self._pruning.full_layout(self.trace.num_patches)
-            self._attention.cut(attention, self.trace.indices[stage], layout, self._pruning.side_inputs.tables())
-        if watcher is not None and self._asks(watcher):
-            left = self.trace.indices[stage] if stage >= 0 and self._gathers() else None
-            self._attention.watch(self.trace.num_patches if left is None else sizes(left)[1])
+        selection, layouts = self._selection(place.stage), self.backbone.attention_layouts
+        scopes: list[Scope] = []
+        if selection is not None:
+            masking = running.attention(selection, layouts(selection.layout, place.block))
+            if masking is not None:
+                self._check_grad(attention)
+                self._attended = True
+                scopes.append(masking)
+        if place.awaited_by is not None and self._asks(place.awaited_by):
+            seen = trace.start if selection is None else selection
+            scopes.append(self._scopes.recorder(seen, layouts(seen.layout, place.block)))
+        if self._scopes.adapting and selection is not None and selection.indices is not None and running.removes:
+            self._check_recomputed(running, attention)
+            full = self._full_layout(place.block)
+            removed = Removed(full.positions(selection.indices), full.length, running.gathered())
+            scopes += self._scopes.of_adaptations(attention, removed)
+        if scopes:
+            self._scopes.enter(scopes)
 
     def _after_attention(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._attention.entered:
-            self._attention.leave(attention, failed=output is None)  # None: an exception is passing through
+        if self._scopes.entered:
+            self._scopes.leave(attention, failed=output is None)  # None: an exception is passing through
 
-    def _asks(self, number: int) -> bool:
+    def _asks(self, stage: int) -> bool:
         """Whether a stage's scorer will be asked in this pass; what it was told is kept for recomputations."""
-        running = self.enabled and self.trace is not None and not _recomputing()
-        return (
-            running
-            and self._plan.keep_probabilities[number] < 1
-            and cast(Stage, self.stages[number]).scorer.needs_attention
-        )
+        asked = self._plan.keep_probabilities[stage] < 1 and cast(Stage, self.stages[stage]).scorer.needs_attention
+        return asked and not recomputing()
 
-    def _before_counting(
-        self, keyword: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self.trace is None or not self._gathers() or kwargs.get(keyword) is None:
+    def _after_block(self, place: _Place, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        running = self._running
+        if running is None or not (self._restores or running.trains or running.intercepts):
             return None
-        return args, {**kwargs, keyword: self._pruning.full_layout(self.trace.num_patches).length}
+        selection = self._selection(place.stage)
+        if selection is None:
+            return None
+        given = tokens = output_tokens(output)
+        if self._restores:
+            tokens = self._restore(place, running, tokens, selection)
+        if not selection.all_kept and not torch.compiler.is_compiling():
+            if running.intercepts:
+                self._check_attended(block)
+            if running.trains:
+                state = self.recomputed if recomputing() else self._state
+                found = State(state.selections[: place.stage + 1], self._entry.summaries if self._restores else None)
+                remember(self, tokens, found)
+        return None if tokens is given else replace_output_tokens(output, tokens)
 
-    def _after_weight_mixer(self, mixer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return self._attention.mix(output)
-
-    def _gathers(self) -> bool:
-        return self.enabled and self.trace is not None and self.trace.execution == "gather"
-
-    def _mask_of(self, stage: int) -> Tensor | None:
-        """The decisions (B, N) in force after a stage in `mask` execution; ``None`` while nothing is pruned."""
-        if not self.enabled or self.trace is None or self.trace.execution != "mask":
-            return None
-        masks = self._current_decisions().masks
-        return masks[stage] if 0 <= stage < len(masks) else None
-
-    def _after_block(self, stage: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not self.enabled or self.trace is None:
-            return None
-        if self.trace.execution == "gather" and not self.backbone.put_back:
-            return None
-        mask = self._mask_of(stage)
-        indices = self.trace.indices[stage] if self._gathers() else None
-        completed = self._pruning.complete(output_tokens(output), mask, indices)
-        if mask is not None and not torch.compiler.is_compiling():
-            self._check_attended(block)
-            tokens = output_tokens(output) if completed is None else completed
-            if tokens.requires_grad:
-                # This gradient is the first thing known of the block in the backward pass, so a block
-                # that is recomputed there finds the decisions of the forward pass it belongs to, even
-                # if another one in training has run since. The reference is weak: a hook lives as long as the graph.
-                decisions = self._current_decisions().upto(stage)
-                tokens.register_hook(partial(_restore, weakref.ref(self), decisions))
-        if completed is None:
-            return None
-        return (completed, *output[1:]) if isinstance(output, tuple) else completed
+    def _restore(self, place: _Place, running: Execution, tokens: Tensor, selection: Selection) -> Tensor:
+        """All tokens (B, L, C) behind a block: those it gave (B, K, C), and the others as they waited."""
+        everything, self._everything = self._everything, None
+        assert everything is not None
+        layout = self.backbone.layout_at(selection.layout, place.block)
+        if layout.num_summary:
+            if not recomputing():
+                self._state = self._state._replace(summaries=layout.summaries(tokens))
+            tokens = layout.without_summaries(tokens)
+        return running.restore(tokens, selection, everything, self._full_layout(place.block))
 
     def _check_attended(self, block: nn.Module) -> None:
         if not self._attended:
@@ -325,20 +390,24 @@ class PruningHooks(nn.Module):
         self._attended = False
 
     def _after_last_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if _recomputing():
+        if recomputing():
             return
         if self.backbone.final_norm is None:
             self._record_tokens(output_tokens(output))
-        mask = self._mask_of(len(self._plan.stages) - 1)
-        if mask is None or self.backbone.put_back:
+        running, trace = self._running, self.trace
+        if running is None or trace is None or self._restores:
+            return
+        tail = running.tail(trace.selections[-1], self.backbone.tail_layouts(trace.layout))
+        if tail is None:
             return
         if self._in_tower:
-            self._tail.keep = mask
-            self._tail.enter()
+            self._tail = tail
+            tail.enter()
         else:
             warnings.warn(
-                "a method of a sparsified model was called in mask execution without calling the model itself: its "
-                "tokens include pruned ones, which model.tokenprune.trace.keep[-1] tells apart before they are pooled.",
+                "a method of a sparsified model was called in an execution in which all tokens stay, without calling "
+                "the model itself: its tokens include pruned ones, which model.tokenprune.trace.keep[-1] tells apart "
+                "before they are pooled.",
                 stacklevel=2,
             )
 
@@ -346,22 +415,24 @@ class PruningHooks(nn.Module):
         self._record_tokens(output)
 
     def _record_tokens(self, tokens: Tensor) -> None:
-        if self.trace is not None and self.trace.execution == "mask" and torch.is_grad_enabled():
-            self.trace.tokens = tokens
+        running, trace = self._running, self.trace
+        if running is not None and trace is not None and running.trains and torch.is_grad_enabled():
+            trace.tokens = tokens
 
-    def _close_interceptions(self) -> None:
+    def _close(self) -> None:
         """Leave what is still entered: the tail's as a rule, a block's after an interrupted pass."""
-        self._attention.close()
-        if self._tail.keep is not None:
-            self._tail.leave()
-            self._tail.keep = None
-        self._pruning.forget()
+        self._scopes.close()
+        tail, self._tail = self._tail, None
+        if tail is not None:
+            tail.leave()
+        self._everything, self._entry, self._state = None, State(), State()
 
-    def _check_not_recomputed(self, module: nn.Module) -> None:
-        if _recomputing():  # the tokens left are those of the latest forward pass, which need not be this one's
+    def _check_recomputed(self, running: Execution, module: nn.Module) -> None:
+        if not running.trains and recomputing():  # what is left is that of the latest pass, maybe another one
+            assert self.trace is not None
             raise StateError(
-                f"activation checkpointing runs {type(module).__name__} again in gather execution; train in mask "
-                "execution, or without checkpointing."
+                f"activation checkpointing runs {type(module).__name__} again in {self.trace.execution} execution; "
+                f"train in {default_execution(training=True)} execution, or without checkpointing."
             )
 
     def _check_grad(self, module: nn.Module) -> None:
@@ -370,14 +441,3 @@ class PruningHooks(nn.Module):
                 f"{type(module).__name__} runs without gradients inside a forward pass with them: re-entrant "
                 "activation checkpointing loses the gradients of the keep decisions. Use use_reentrant=False."
             )
-
-
-def _restore(hooks: weakref.ref[PruningHooks], decisions: Decisions, grad: Tensor) -> None:
-    alive = hooks()
-    if alive is not None:
-        alive._recomputed_decisions = decisions
-
-
-def _recomputing() -> bool:
-    """Whether a backward pass is running, in which activation checkpointing runs blocks again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -24,12 +24,12 @@ class Record:
     Attributes:
         plan: Where is pruned and how much is kept.
         scorer: The name of the scorer; ``None`` for one without a registered name.
-        pruned: What becomes of pruned tokens.
+        pruned: The name of the reduction; ``None`` for one without a registered name.
     """
 
     plan: Plan
     scorer: str | None
-    pruned: str
+    pruned: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """As an object of JSON, which `from_dict` reads; the plan carries the version."""
@@ -48,7 +48,7 @@ class Record:
                 f"the record of how a model was sparsified lacks {', '.join(missing)}; it is damaged."
             )
         scorer, pruned = fields["scorer"], fields["pruned"]
-        if not isinstance(scorer, (str, type(None))) or not isinstance(pruned, str):
+        if not all(isinstance(name, (str, type(None))) for name in (scorer, pruned)):
             raise CheckpointError(
                 f"scorer={scorer!r}, pruned={pruned!r}: expected names in the record of how a model was sparsified."
             )

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenprune.backbones.backbone import Backbone, Setting, exchange
+from tokenprune.backbones.backbone import Backbone
 from tokenprune.errors import CheckpointError
-from tokenprune.pruning.compilation import rejoin, set_apart
-from tokenprune.pruning.grid_methods import GridMethod
-from tokenprune.pruning.hooks import Execution, PruningHooks
+from tokenprune.pruning.compilation import give_own_forward, take_own_forward
+from tokenprune.pruning.executions import check_execution
+from tokenprune.pruning.hooks import PruningHooks
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.record import Record
-from tokenprune.scorers import Scorer
-
-Pruned = Literal["drop", "preserve"]
+from tokenprune.pruning.stage import Stage
 
 
 class Sparsifier(PruningHooks):
@@ -27,9 +25,9 @@ class Sparsifier(PruningHooks):
     One forward pass at a time may run on a model: its record is kept here.
 
     Attributes:
-        stages: The stages, each with its scorer.
+        stages: The stages, each with its scorer and its reduction.
         backbone: What the model looks like.
-        pruned: What becomes of pruned tokens, as `sparsify` was told.
+        pruned: The name under which the reduction is registered; ``None`` for one without a name.
         scorer: The name under which the scorer is registered; ``None`` for one without a name.
         trace: The record of the last forward pass; ``None`` before the first one and after an
             unpruned one.
@@ -40,17 +38,16 @@ class Sparsifier(PruningHooks):
         self,
         plan: Plan,
         backbone: Backbone,
-        scorers: Sequence[Scorer],
+        stages: Sequence[Stage],
         *,
-        pruned: Pruned = "drop",
-        scorer_name: str | None = None,
+        pruned: str | None = "drop",
+        scorer: str | None = None,
     ) -> None:
-        super().__init__(plan, backbone.preserving() if pruned == "preserve" else backbone, scorers)
-        self.scorer = scorer_name
-        self.pruned: Pruned = pruned
+        super().__init__(plan, backbone, stages)
+        self.scorer = scorer
+        self.pruned = pruned
         self._handles: list[RemovableHandle] = []
-        self._previous_settings: tuple[Setting, ...] = ()
-        self._set_apart: list[nn.Module] = []
+        self._own_forward: list[nn.Module] = []
 
     # What users set and read
 
@@ -73,8 +70,10 @@ class Sparsifier(PruningHooks):
         self._plan = self._plan.with_keep_ratio(keep_ratio)
 
     @property
-    def execution(self) -> Execution:
-        """``"auto"`` (mask in training mode, gather in eval mode), ``"mask"`` or ``"gather"``.
+    def execution(self) -> str:
+        """How decisions are carried out: ``"mask"``, ``"gather"``, or ``"auto"``.
+
+        The last means mask in training mode and gather in eval mode.
 
         Raises:
             ValueError: On setting anything else.
@@ -82,9 +81,8 @@ class Sparsifier(PruningHooks):
         return self._execution
 
     @execution.setter
-    def execution(self, execution: Execution) -> None:
-        if execution not in ("auto", "mask", "gather"):
-            raise ValueError(f"execution={execution!r}: choose 'auto', 'mask' or 'gather'.")
+    def execution(self, execution: str) -> None:
+        check_execution(execution)
         self._execution = execution
 
     @contextmanager
@@ -97,7 +95,7 @@ class Sparsifier(PruningHooks):
             self.enabled = before
 
     @contextmanager
-    def executing(self, execution: Execution) -> Iterator[None]:
+    def executing(self, execution: str) -> Iterator[None]:
         """While it lasts, the execution is this one."""
         before, self.execution = self.execution, execution
         try:
@@ -143,11 +141,11 @@ class Sparsifier(PruningHooks):
     def attach(self, model: nn.Module) -> None:
         """Install everything in ``model``, or, if anything fails, nothing."""
         try:
-            self._previous_settings = exchange(self.backbone.settings)
-            for name in self.backbone.grid_methods:
-                self._tower(model).__dict__[name] = GridMethod(self, self._tower(model), name)
-            self._set_apart = set_apart(self._guarded())
-            self._handles += self._install_hooks(self._tower(model))
+            for adaptation in self.backbone.adaptations:
+                adaptation.apply()
+            self._own_forward = give_own_forward(self._guarded())
+            for handle in self._install_hooks(self._tower(model)):
+                self._handles.append(handle)
             model.add_module("tokenprune", self)
         except BaseException:
             self.detach(model)
@@ -155,15 +153,14 @@ class Sparsifier(PruningHooks):
 
     def detach(self, model: nn.Module) -> None:
         """Take everything out of ``model`` again."""
-        self._close_interceptions()
+        self._close()
         for handle in self._handles:
             handle.remove()
-        rejoin(self._set_apart)
-        exchange(self._previous_settings)
-        for name in self.backbone.grid_methods:
-            self._tower(model).__dict__.pop(name, None)
+        take_own_forward(self._own_forward)
+        for adaptation in reversed(self.backbone.adaptations):
+            adaptation.undo()
         model._modules.pop("tokenprune", None)
-        self._handles, self._previous_settings, self._set_apart, self.trace = [], (), [], None
+        self._handles, self._own_forward, self.trace = [], [], None
 
     def _tower(self, model: nn.Module) -> nn.Module:
         return model if self.backbone.tower is None else self.backbone.tower

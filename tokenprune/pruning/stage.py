@@ -1,6 +1,7 @@
 """A stage: one point in the model at which tokens are scored and pruned.
 
-Shapes: B images, n patch tokens that reach the stage, P prefix tokens, C channels.
+Shapes: B images, N patch tokens, m of them that reach the stage, n kept ones, K tokens of the sequence as it is,
+C channels.
 """
 
 from __future__ import annotations
@@ -9,42 +10,101 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import StateError
-from tokenprune.pruning.sampling import sample, top_k
+from tokenprune.pruning.executions import Execution
+from tokenprune.pruning.reductions import Drop, Reduction, Split
+from tokenprune.pruning.selection import Selection, compose_hosts
+from tokenprune.pruning.trace import Trace
 from tokenprune.scorers import Candidates, Scorer
+from tokenprune.tokens import sizes
 
 
 class Stage(nn.Module):
-    """Scores the patch tokens in front of one block and decides which go on.
+    """Scores the patch tokens in front of one block, and says what becomes of those that are pruned.
 
     Attributes:
         scorer: What gives the scores; replace or train it freely.
+        reduction: What becomes of pruned tokens.
     """
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: Scorer, reduction: Reduction | None = None) -> None:
         super().__init__()
         self.scorer = scorer
+        self.reduction = Drop() if reduction is None else reduction
 
-    def mask(self, candidates: Candidates, num_keep: int) -> Tensor:
-        """Decide without removing: (B, n) of 1 = kept and 0 = pruned.
+    def prune(
+        self,
+        tokens: Tensor,
+        before: Selection,
+        execution: Execution,
+        trace: Trace,
+        *,
+        num_keep: int,
+        probability: float,
+        attention: Tensor | None,
+    ) -> tuple[Tensor, Selection]:
+        """Score, decide and apply: the sequence that goes on, and the selection behind the stage.
 
-        In training, decisions of a probabilistic scorer are sampled and carry a gradient; else the
-        ``num_keep`` best are kept.
+        Args:
+            tokens: The sequence (B, K, C) that reaches the stage.
+            before: What has been decided on it.
+            execution: How the decision is carried out.
+            trace: The record of the pass, for what is known of the images.
+            num_keep: n, how many patch tokens to keep of each image, where decisions are not sampled.
+            probability: The fraction that is to be kept of those that reach the stage.
+            attention: (B, m), what each of them received in the block before; ``None`` where it was not recorded.
         """
-        scores = self._scores(candidates)
-        if self.training and self.scorer.probabilistic:
-            return sample(scores, candidates.keep)
-        chosen = top_k(scores.detach(), candidates.keep, num_keep)
-        return torch.zeros_like(scores).scatter(1, chosen, 1.0)
+        if execution.keeps_all(num_keep, probability, before):
+            return tokens, execution.pass_all(before, tokens)._replace(attention=attention)
+        candidates = Candidates(
+            patches=before.layout.patches(tokens),
+            prefix=before.layout.prefix(tokens),
+            keep=before.keep,
+            indices=before.indices,
+            num_patches=trace.num_patches,
+            grid=trace.grid,
+            attention=attention,
+        )
+        scores = self.score(candidates)
+        sampled = execution.trains and self.training and self.scorer.probabilistic
+        selection = execution.decide(scores, before, num_keep, sampled=sampled)
+        selection = selection._replace(scores=scores, attention=attention)
+        if not self.reduction.looks_at_pruned:
+            return execution.remove(tokens, before, selection), selection
+        return self._reduce(tokens, candidates.patches, before, selection, execution, trace)
 
-    def gather(self, candidates: Candidates, num_keep: int) -> Tensor:
-        """Decide for removal: (B, num_keep) int64, ascending positions among the n candidates."""
-        return top_k(self._scores(candidates).detach(), candidates.keep, num_keep)
+    def _reduce(
+        self,
+        tokens: Tensor,
+        patches: Tensor,
+        before: Selection,
+        selection: Selection,
+        execution: Execution,
+        trace: Trace,
+    ) -> tuple[Tensor, Selection]:
+        assert selection.scores is not None
+        keep, pruned = selection.split(before, selection.scores.dtype)
+        reduced = self.reduction(Split(patches, keep, pruned, self.scorer.importance(selection.scores)))
+        if reduced.patches is not patches:
+            tokens = before.layout.with_patches(tokens, reduced.patches)
+        tokens = execution.remove(tokens, before, selection)
+        if reduced.summary is not None:
+            tokens = selection.layout.with_summaries(tokens, reduced.summary)
+            selection = selection.with_summaries(sizes(reduced.summary)[1], pruned)
+        if trace.restored and reduced.hosts is not None:
+            selection = selection._replace(hosts=compose_hosts(before, reduced.hosts, trace.num_patches))
+        return tokens, selection
 
-    def _scores(self, candidates: Candidates) -> Tensor:
+    def score(self, candidates: Candidates) -> Tensor:
+        """The scores (B, m) of the candidates, in single precision at least.
+
+        Raises:
+            StateError: The scorer needs attention scores, and none were recorded.
+            ValueError: The scorer gave scores of another shape.
+        """
         if self.scorer.needs_attention and candidates.attention is None:
             raise StateError(
-                f"{type(self.scorer).__name__} goes by the attention of the block before its stage, which is not "
-                "looked at since the scorer was put there later; pass it as tokenprune.sparsify(…, scorer=…)."
+                f"{type(self.scorer).__name__} needs attention scores of the block before its stage, but was assigned "
+                "after sparsify(), so they are not recorded; pass it as tokenprune.sparsify(…, scorer=…)."
             )
         scores: Tensor = self.scorer(candidates)
         expected = candidates.patches.shape[:2]

@@ -1,15 +1,17 @@
 """The record of a forward pass: what was decided, on which grid, with what in the end.
 
-Shapes: B images, N patch tokens of the whole image, n kept ones, P prefix tokens, C channels.
+Shapes: B images, N patch tokens of the whole image, n kept ones, P prefix tokens, S summary tokens, Q suffix tokens,
+L = P + N + S + Q, C channels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-import torch
 from torch import Tensor
+
+from tokenprune.pruning.selection import Selection
+from tokenprune.tokens import Layout
 
 
 @dataclass
@@ -17,30 +19,61 @@ class Trace:
     """What happened in the last forward pass of a sparsified model.
 
     Attributes:
-        execution: How it ran.
-        num_patches: N, the patch tokens of each image before any pruning.
-        num_prefix_tokens: P.
+        execution: The name of the execution it ran in.
+        start: What reached the first stage: everything.
+        num_prefix_tokens: P, those that join on the way included.
         grid: Rows and columns of patches, ``None`` where the image's size was not seen.
-        indices: In ``gather`` execution one (B, n) int64 tensor a stage: the kept tokens' positions
-            in the original row-major patch grid, ascending. Empty in ``mask`` execution.
-        tokens: The final normalised tokens, prefix first, then the N patch tokens, then any suffix,
-            (B, L, C); recorded in ``mask`` execution while gradients are enabled, for losses.
+        selections: What each stage has decided, one a stage that was reached.
+        tokens: The final normalised tokens, laid out as `layout` says, (B, L, C); recorded for losses in executions
+            that train, while gradients are enabled.
     """
 
-    execution: Literal["mask", "gather"]
-    num_patches: int
+    execution: str
+    start: Selection
     num_prefix_tokens: int
     grid: tuple[int, int] | None = None
-    indices: list[Tensor] = field(default_factory=list)
+    selections: list[Selection] = field(default_factory=list)
+    restored: bool = False
     tokens: Tensor | None = None
-    _keep: list[Tensor] = field(default_factory=list)
+
+    @property
+    def num_patches(self) -> int:
+        """N, the patch tokens of each image before any pruning."""
+        return self.start.layout.num_patches
+
+    @property
+    def full_layout(self) -> Layout:
+        """The sequence behind the last block as it would be had nothing been pruned."""
+        return self.start.layout._replace(num_prefix=self.num_prefix_tokens)
+
+    @property
+    def layout(self) -> Layout:
+        """The sequence behind the last block as it is."""
+        if self.restored or not self.selections:
+            return self.full_layout
+        return self.selections[-1].layout._replace(num_prefix=self.num_prefix_tokens)
 
     @property
     def keep(self) -> tuple[Tensor, ...]:
         """One (B, N) float tensor a stage, 1 = kept, 0 = pruned; in training a gradient reaches it."""
-        if self.execution == "mask":
-            return tuple(self._keep)
+        return tuple(selection.keep_of_grid(self.num_patches) for selection in self.selections)
+
+    @property
+    def indices(self) -> tuple[Tensor, ...]:
+        """Where tokens are removed, one (B, n) int64 tensor a stage: the kept tokens' positions in the grid.
+
+        Positions count in the original row-major patch grid, ascending. Empty in executions in which all tokens stay.
+        """
+        return tuple(selection.indices for selection in self.selections if selection.indices is not None)
+
+    @property
+    def scores(self) -> tuple[Tensor | None, ...]:
+        """What each stage decided by, (B, N), higher = keep, NaN for patches that did not reach it.
+
+        ``None`` for a stage that keeps all it gets, and does not ask its scorer.
+        """
+        before = (self.start, *self.selections)
         return tuple(
-            torch.zeros(kept.shape[0], self.num_patches, device=kept.device).scatter_(1, kept, 1.0)
-            for kept in self.indices
+            selection.grid_scores(reached, self.num_patches)
+            for selection, reached in zip(self.selections, before, strict=False)
         )

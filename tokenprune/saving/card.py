@@ -60,6 +60,7 @@ def _call(manifest: Manifest) -> str:
     arguments = [f'"{SOURCE}"']
     arguments += ["model=dense_model"] if manifest.identity is None else []
     arguments += ["scorer=build_scorer"] if manifest.record.scorer is None else []
+    arguments += ["pruned=build_reduction"] if manifest.record.pruned is None else []
     return ", ".join(arguments)
 
 

@@ -8,19 +8,19 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.backbones.probing import eval_mode, random_inputs
 from tokenprune.errors import ExportError, TokenpruneError
+from tokenprune.pruning.executions import default_execution
+from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.sparsifier import Sparsifier
-from tokenprune.pruning.stage import Stage
 
 BATCH_SIZES = (1, 3, 8)
 """Images a batch with which a file is checked."""
@@ -240,7 +240,7 @@ def _as_it_runs(model: nn.Module) -> Iterator[None]:
     with ExitStack() as settings:
         settings.enter_context(eval_mode(model))
         for sparsifier in sparsifiers:
-            settings.enter_context(sparsifier.executing("gather"))
+            settings.enter_context(sparsifier.executing(default_execution(training=False)))
         try:
             yield
         finally:
@@ -254,31 +254,24 @@ def _clear_cut(model: nn.Module, images: Tensor) -> Tensor:
     Two tokens whose scores are equal but for rounding are told apart differently by every runtime, and the outputs
     then differ by far more than rounding though nothing is wrong.
     """
-    found: list[Tensor] = []
     margins = []
-    with ExitStack() as hooks:
+    for some in images.split(max(BATCH_SIZES)):
+        _run(model, some)
+        found = [some.new_ones(len(some), dtype=torch.float32)]
         for sparsifier in _sparsifiers(model):
-            for number, stage in enumerate(sparsifier.stages):
-                scorer = cast(Stage, stage).scorer
-                handle = scorer.register_forward_hook(partial(_note_margin, found, sparsifier, number))
-                hooks.callback(handle.remove)
-        for some in images.split(max(BATCH_SIZES)):
-            found.clear()
-            _run(model, some)
-            margins.append(torch.stack([some.new_ones(len(some), dtype=torch.float32), *found]).amin(dim=0))
+            selections = [] if sparsifier.trace is None else sparsifier.trace.selections  # none inside tokenprune.dense
+            found += [_margin(selection) for selection in selections if selection.scores is not None]
+        margins.append(torch.stack([each.to(found[0]) for each in found]).amin(dim=0))
     order = torch.cat(margins).argsort(descending=True, stable=True)
     return images[order[: sum(BATCH_SIZES)]]
 
 
-def _note_margin(
-    found: list[Tensor], sparsifier: Sparsifier, number: int, scorer: nn.Module, args: Any, scores: Tensor
-) -> None:
-    """Note how far apart the worst kept and the best dropped token of an image are, of all its scores' range: (B,)."""
-    assert sparsifier.trace is not None
-    num_keep = sparsifier.plan.num_keep(sparsifier.trace.num_patches)[number]
-    best = scores.float().sort(dim=1, descending=True).values  # (B, n)
-    margin = (best[:, num_keep - 1] - best[:, num_keep]) / (best[:, 0] - best[:, -1]).clamp(min=1e-12)
-    found.append(margin)
+def _margin(selection: Selection) -> Tensor:
+    """How far apart the worst kept and the best pruned token of an image are, of all its scores' range: (B,)."""
+    assert selection.scores is not None
+    num_keep = selection.layout.num_patches
+    best = selection.scores.float().sort(dim=1, descending=True).values  # (B, m)
+    return (best[:, num_keep - 1] - best[:, num_keep]) / (best[:, 0] - best[:, -1]).clamp(min=1e-12)
 
 
 def _sparsifiers(model: nn.Module) -> list[Sparsifier]:

@@ -6,8 +6,9 @@ Whatever may be wrong is found out before the first number is changed.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from tokenprune.backbones.adapters import describe
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.errors import CheckpointError, PlanError, StateError, UnknownModelError, UnsupportedModelError
 from tokenprune.pruning.record import Record
+from tokenprune.pruning.reductions import ReductionBuilder, reduction_builder
 from tokenprune.saving import hub, weights
 from tokenprune.saving.manifest import MANIFEST, WEIGHTS, Manifest
 from tokenprune.saving.named import load_from_library
@@ -32,6 +34,7 @@ def from_pretrained(
     *,
     model: nn.Module | None = None,
     scorer: str | ScorerBuilder | None = None,
+    pruned: str | ReductionBuilder | None = None,
     backbone: Backbone | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -50,6 +53,7 @@ def from_pretrained(
         model: A dense model to load into, in place; it keeps its device, dtype and mode. Needed where the saved
             model is user-written or modified.
         scorer: Builds the scorers where they have no registered name.
+        pruned: Builds the reductions where they have no registered name.
         backbone: What ``model`` looks like, where no adapter says.
         revision: Branch, tag or commit of the repository.
         token: For the Hub; ``None`` means the one that is stored on this machine.
@@ -60,7 +64,7 @@ def from_pretrained(
 
     Raises:
         CheckpointError: The source does not exist, is damaged, incomplete, of a later version or of another
-            architecture, or needs ``model`` or ``scorer``; nothing has been changed.
+            architecture, or needs ``model``, ``scorer`` or ``pruned``; nothing has been changed.
         StateError: ``model`` is sparsified already.
     """
     folder = hub.local_folder(source, revision=revision, token=token, cache_dir=cache_dir)
@@ -72,16 +76,27 @@ def from_pretrained(
         raise StateError("model= is sparsified already; pass a dense one, or call tokenprune.unsparsify first.")
     with torch.random.fork_rng(devices=[]):  # new weights are drawn, and the saved ones take their places
         if not (folder / MANIFEST).exists():
-            return _from_library_folder(folder, model, scorer, backbone)
-        return _from_own_folder(folder, model, scorer, backbone)
+            return _from_library_folder(folder, model, scorer, pruned, backbone)
+        return _from_own_folder(folder, model, scorer, pruned, backbone)
+
+
+class _Builders(NamedTuple):
+    """What makes the scorers and the reductions of the saved model again."""
+
+    scorer: str | ScorerBuilder
+    pruned: str | ReductionBuilder
 
 
 def _from_own_folder(
-    folder: Path, model: nn.Module | None, scorer: str | ScorerBuilder | None, backbone: Backbone | None
+    folder: Path,
+    model: nn.Module | None,
+    scorer: str | ScorerBuilder | None,
+    pruned: str | ReductionBuilder | None,
+    backbone: Backbone | None,
 ) -> nn.Module:
     manifest = Manifest.read(folder)
     state = weights.read([folder / WEIGHTS])
-    chosen = _scorer(manifest.record, scorer)
+    chosen = _builders(manifest.record, scorer, pruned)
     own = {name: tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
     base = {name: tensor for name, tensor in state.items() if name not in own}
     if manifest.scorers_only:
@@ -100,7 +115,7 @@ def _all_into(
     record: Record,
     base: dict[str, Tensor],
     own: dict[str, Tensor],
-    scorer: str | ScorerBuilder,
+    builders: _Builders,
     backbone: Backbone | None,
     *,
     given: bool,
@@ -114,7 +129,7 @@ def _all_into(
     weights.check_fit(
         base, model.state_dict(), f"the saved weights are not those of this {type(model).__name__}", remedy
     )
-    _sparsified(model, record, own, scorer, backbone)
+    _sparsified(model, record, own, builders, backbone)
     if not given:
         _cast(model, base | own)
     model.load_state_dict(base | own)
@@ -126,7 +141,7 @@ def _scorers_into(
     manifest: Manifest,
     own: dict[str, Tensor],
     base: dict[str, Tensor],
-    scorer: str | ScorerBuilder,
+    builders: _Builders,
     backbone: Backbone | None,
     *,
     given: bool,
@@ -145,46 +160,62 @@ def _scorers_into(
         if not given:
             raise CheckpointError(f"{differs}; pass model=, the base model they belong to.")
         warnings.warn(f"{differs}; check that it is the right model (another dtype alone is no harm).", stacklevel=4)
-    _sparsified(model, manifest.record, own, scorer, described)
+    _sparsified(model, manifest.record, own, builders, described)
     model.load_state_dict({**model.state_dict(), **own})
     return model if given else model.eval()
 
 
 def _sparsified(
-    model: nn.Module, record: Record, own: dict[str, Tensor], scorer: str | ScorerBuilder, backbone: Backbone | None
+    model: nn.Module, record: Record, own: dict[str, Tensor], builders: _Builders, backbone: Backbone | None
 ) -> None:
-    """Sparsify as recorded; if the saved scorers do not fit, leave the model as it was."""
-    pruned: Any = record.pruned
+    """Sparsify as recorded; if the saved scorers and reductions do not fit, leave the model as it was."""
+    plan = record.plan
     try:
-        sparsify(model, record.plan.stages, record.plan.keep_ratios, scorer=scorer, pruned=pruned, backbone=backbone)
+        sparsify(model, plan.stages, plan.keep_ratios, **builders._asdict(), backbone=backbone)
     except (PlanError, ValueError) as error:
         raise CheckpointError(f"{type(model).__name__} cannot be sparsified as the saved model was: {error}") from error
     sparsifier = sparsifier_of(model)
     expected = {f"{_PREFIX}{name}": value for name, value in sparsifier.state_dict().items()}
     expected.pop(_EXTRA, None)
+    built = f"scorer={builders.scorer!r} and pruned={builders.pruned!r} build"
     try:
-        weights.check_fit(own, expected, f"the saved scorers are not what scorer={scorer!r} builds", "Pass scorer=.")
+        weights.check_fit(own, expected, f"the saved scorers are not what {built}", "Pass scorer= or pruned=.")
     except CheckpointError:
         unsparsify(model)
         raise
 
 
-def _scorer(record: Record, given: str | ScorerBuilder | None) -> str | ScorerBuilder:
+def _builders(record: Record, scorer: str | ScorerBuilder | None, pruned: str | ReductionBuilder | None) -> _Builders:
+    """What was given, and what was recorded where nothing was."""
+    return _Builders(
+        _builder("scorer", record.scorer, scorer, scorer_builder),
+        _builder("pruned", record.pruned, pruned, reduction_builder),
+    )
+
+
+_Builder = TypeVar("_Builder", bound=Callable[..., Any])
+
+
+def _builder(
+    option: str, recorded: str | None, given: str | _Builder | None, resolve: Callable[[str | _Builder], _Builder]
+) -> str | _Builder:
+    what = {"scorer": "scorer", "pruned": "reduction"}[option]
     if given is not None:
-        scorer_builder(given)
+        resolve(given)
         return given
-    if record.scorer is None:
+    if recorded is None:
         raise CheckpointError(
-            "the saved model's scorer has no registered name; pass scorer=, the callable that it was sparsified with."
+            f"the saved model's {what} has no registered name; pass {option}=, the callable that it was sparsified "
+            "with."
         )
     try:
-        scorer_builder(record.scorer)
+        resolve(recorded)
     except ValueError as error:
         raise CheckpointError(
-            f"the saved model's scorer {record.scorer!r} is not registered here; import the module that registers it "
-            f"with tokenprune.register_scorer, or pass scorer= ({error})"
+            f"the saved model's {what} {recorded!r} is not registered here; import the module that registers it "
+            f"with tokenprune.register_{what}, or pass {option}= ({error})"
         ) from error
-    return record.scorer
+    return recorded
 
 
 def _rebuilt(manifest: Manifest, *, pretrained: bool) -> nn.Module:
@@ -214,7 +245,11 @@ def _cast(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _from_library_folder(
-    folder: Path, model: nn.Module | None, scorer: str | ScorerBuilder | None, backbone: Backbone | None
+    folder: Path,
+    model: nn.Module | None,
+    scorer: str | ScorerBuilder | None,
+    pruned: str | ReductionBuilder | None,
+    backbone: Backbone | None,
 ) -> nn.Module:
     """From what the model's own library wrote while it was sparsified: its files, with our tensors among them."""
     own = weights.read(sorted(folder.glob("*.safetensors")), prefix=_PREFIX)
@@ -224,7 +259,7 @@ def _from_library_folder(
             "with its own library and call tokenprune.sparsify."
         )
     record = Record.from_tensor(own.pop(_EXTRA))
-    chosen = _scorer(record, scorer)
+    chosen = _builders(record, scorer, pruned)
     try:
         # By the library itself, which may write other names than its models' state dicts have.
         loaded = load_from_library(str(folder), pretrained=True)

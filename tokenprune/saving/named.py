@@ -7,8 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from tokenprune.backbones.adapters import adapter, libraries, supported
-from tokenprune.errors import UnknownModelError
+from tokenprune.backbones.adapters import adapter
+from tokenprune.backbones.entry_points import libraries
+from tokenprune.backbones.supported import supported
+from tokenprune.errors import UnknownModelError, UnsupportedModelError
 
 
 def load_from_library(name: str, *, pretrained: bool = False, image_size: tuple[int, int] | None = None) -> nn.Module:
@@ -35,28 +37,27 @@ def load_from_library(name: str, *, pretrained: bool = False, image_size: tuple[
         asked = (*proved, *(library for library in asked if library not in proved))
     reasons: list[str] = []
     for library in asked:
-        load = getattr(adapter(library), "load", None)
-        if not callable(load):
+        try:
+            found = adapter(library)
+        except UnsupportedModelError as error:  # an adapter that is damaged, not one that refuses the model
+            reasons.append(f"{library}: {str(error).removesuffix('.')}")
             continue
         try:
-            model: nn.Module = load(name, pretrained=pretrained, image_size=image_size)
+            return found.load(name, pretrained=pretrained, image_size=image_size)
         except ImportError as error:
             reasons.append(f"{library}: not installed ({error})")
         except LookupError as error:
             reasons.append(f"{library}: {error.args[0] if error.args else 'unknown'}")
-        else:
-            return model
-    told = "; ".join(reasons) or "no adapter loads models by name"
-    raise UnknownModelError(f"no model {name!r}. Asked were: {told}.{_suggestion(name)}")
+    answers = "; ".join(reasons) or "nobody, since no adapter is installed"
+    raise UnknownModelError(f"no model {name!r}. Asked were: {answers}.{_suggestion(name)}")
 
 
 def _suggestion(name: str) -> str:
     names: set[str] = set()
     for library in libraries():
         try:
-            found = getattr(adapter(library), "names", None)
-            names.update(found() if callable(found) else ())
-        except ImportError:  # not installed
+            names.update(adapter(library).names())
+        except (ImportError, UnsupportedModelError):  # a library that is not installed, an adapter that is damaged
             continue
     close = difflib.get_close_matches(name.rpartition(":")[2], sorted(names), n=3)
     return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -50,10 +50,9 @@ def identify(model: nn.Module, switches: Sequence[str] = ()) -> Identity:
     """
     library = library_of(model)
     name = f"{type(model).__module__}.{type(model).__qualname__}"
-    find = getattr(adapter(library), "identity", None) if library is not None else None
-    if library is None or not callable(find) or not callable(getattr(adapter(library), "build", None)):
+    if library is None:
         raise UnsupportedModelError(f"no installed adapter can build a {name}.")
-    fields = find(model)
+    fields = adapter(library).identity(model)
     try:
         same = json.loads(json.dumps(fields))
     except (TypeError, ValueError) as error:
@@ -84,17 +83,14 @@ def build(library: str, fields: Mapping[str, Any], *, pretrained: bool = False) 
     Raises:
         UnsupportedModelError: There is no adapter for the library, it is not installed, or it refuses.
     """
-    make = getattr(adapter(library), "build", None)
-    if not callable(make):
-        raise UnsupportedModelError(f"the adapter for {library} cannot build models.")
+    found = adapter(library)
     try:
         with torch.random.fork_rng(devices=[]):
-            model: nn.Module = make(dict(fields), pretrained=pretrained)
+            return found.build(dict(fields), pretrained=pretrained)
     except ImportError as error:
         raise UnsupportedModelError(
             f"{library} is needed to build this model and cannot be imported: {error}"
         ) from error
-    return model
 
 
 def cast_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> None:

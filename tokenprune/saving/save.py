@@ -6,16 +6,21 @@ import logging
 import shutil
 import uuid
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from tokenprune.api import sparsifier_of, unwrap
+from tokenprune.backbones.adaptations import Setting
 from tokenprune.errors import CheckpointError, TokenpruneError, UnsupportedModelError
+from tokenprune.pruning.reductions import ReductionContext, reduction_builder
 from tokenprune.pruning.sparsifier import Sparsifier
+from tokenprune.pruning.stage import Stage
 from tokenprune.saving import card, weights
 from tokenprune.saving.manifest import MANIFEST, WEIGHTS, Manifest
 from tokenprune.saving.rebuilding import Identity, identify
@@ -93,17 +98,20 @@ def _move_in(aside: Path, folder: Path) -> None:
 def _manifest(model: nn.Module, sparsifier: Sparsifier, scorers_only: bool) -> Manifest:
     record = sparsifier.record
     if record.scorer is not None and not _scorers_fit(sparsifier, record.scorer):
-        record = type(record)(plan=record.plan, scorer=None, pruned=record.pruned)
-    if record.scorer is None:
-        warnings.warn(
-            "the scorer has no registered name, so tokenprune.from_pretrained will need scorer=builder; "
-            "@tokenprune.register_scorer(name) gives it one.",
-            stacklevel=3,
-        )
+        record = replace(record, scorer=None)
+    if record.pruned is not None and not _reductions_fit(sparsifier, record.pruned):
+        record = replace(record, pruned=None)
+    for option, what, name in (("scorer", "scorer", record.scorer), ("pruned", "reduction", record.pruned)):
+        if name is None:
+            warnings.warn(
+                f"the {what} has no registered name, so tokenprune.from_pretrained will need {option}=builder; "
+                f"@tokenprune.register_{what}(name) gives it one.",
+                stacklevel=3,
+            )
     identity: Identity | None = None
     reason: str | None = None
     try:
-        identity = identify(model, [setting.name for setting in sparsifier.backbone.settings])
+        identity = identify(model, [one.name for one in sparsifier.backbone.adaptations if isinstance(one, Setting)])
     except UnsupportedModelError as error:
         reason = str(error)
         warnings.warn(
@@ -126,15 +134,33 @@ def _manifest(model: nn.Module, sparsifier: Sparsifier, scorers_only: bool) -> M
 
 def _scorers_fit(sparsifier: Sparsifier, name: str) -> bool:
     """Whether the registered scorer of that name makes scorers like those in the stages, which users may replace."""
-    backbone = sparsifier.backbone
-    for probability, stage in zip(sparsifier.plan.keep_probabilities, sparsifier.stages, strict=True):
-        own: Any = stage.scorer
+    backbone, probabilities = sparsifier.backbone, sparsifier.plan.keep_probabilities
+    contexts = [ScorerContext(backbone.embed_dim, probability, backbone.grid_size) for probability in probabilities]
+    return _are_like([stage.scorer for stage in _stages(sparsifier)], scorer_builder, name, contexts)
+
+
+def _reductions_fit(sparsifier: Sparsifier, name: str) -> bool:
+    """Whether the registered reduction of that name makes reductions like those in the stages."""
+    width, probabilities = sparsifier.backbone.embed_dim, sparsifier.plan.keep_probabilities
+    contexts = [ReductionContext(width, probability) for probability in probabilities]
+    return _are_like([stage.reduction for stage in _stages(sparsifier)], reduction_builder, name, contexts)
+
+
+def _stages(sparsifier: Sparsifier) -> list[Stage]:
+    return [cast(Stage, stage) for stage in sparsifier.stages]
+
+
+def _are_like(
+    modules: Sequence[nn.Module], resolve: Callable[[str], Callable[..., nn.Module]], name: str, contexts: Sequence[Any]
+) -> bool:
+    """Whether what is registered under a name builds modules of the classes and the shapes of those given."""
+    for own, context in zip(modules, contexts, strict=True):
         try:
-            made = scorer_builder(name)(ScorerContext(backbone.embed_dim, probability, backbone.grid_size))
+            made = resolve(name)(context)
         except (TokenpruneError, ValueError, TypeError) as error:
-            _logger.warning("the registered scorer %r cannot be built again: %s", name, error)
+            _logger.warning("what is registered as %r cannot be built again: %s", name, error)
             return False
-        shapes = [{key: value.shape for key, value in scorer.state_dict().items()} for scorer in (made, own)]
+        shapes = [{key: value.shape for key, value in module.state_dict().items()} for module in (made, own)]
         if type(made) is not type(own) or shapes[0] != shapes[1]:
             return False
     return True

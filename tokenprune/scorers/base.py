@@ -37,6 +37,17 @@ class Candidates(NamedTuple):
     grid: tuple[int, int] | None
     attention: Tensor | None = None
 
+    def at_candidates(self, values: Tensor) -> Tensor:
+        """Values (B, N) for the whole image, in row-major order, as those of the candidates: (B, n)."""
+        return values if self.indices is None else values.gather(1, self.indices)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean (B, 1, C) of values (B, n, C) over the candidates that are not pruned yet."""
+        if self.keep is None:
+            return values.mean(dim=1, keepdim=True)
+        weights = self.keep.to(values.dtype).unsqueeze(-1)  # (B, n, 1)
+        return (values * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+
 
 class ScorerContext(NamedTuple):
     """What is known of a stage when its scorer is built.
@@ -58,7 +69,7 @@ class Scorer(nn.Module):
     A subclass implements `forward`. With ``probabilistic = True`` a score is the log-odds of keeping
     the token, log p − log(1 − p), and in training decisions are sampled from it, with a gradient.
     With ``False`` scores only rank, and the top k are kept in training too. With
-    ``needs_attention = True`` the attention of the block before the stage is looked at, and
+    ``needs_attention = True`` the attention of the block before the stage is recorded, and
     `Candidates` carries what each token received.
     """
 
@@ -72,6 +83,14 @@ class Scorer(nn.Module):
             (B, n) floating point; what it says of tokens that are already pruned is ignored.
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward(candidates)")
+
+    def importance(self, scores: Tensor) -> Tensor:
+        """Scores (B, n) as weights that are not negative, for reductions that weight tokens with them.
+
+        The probability of keeping a token, for a ``probabilistic`` scorer; otherwise the score itself, or 0 where that
+        is negative.
+        """
+        return scores.sigmoid() if self.probabilistic else scores.clamp(min=0)
 
 
 ScorerBuilder = Callable[[ScorerContext], Scorer]

@@ -56,11 +56,7 @@ class Predictor(Scorer):
     def forward(self, candidates: Candidates) -> Tensor:
         hidden: Tensor = self.in_conv(candidates.patches)  # (B, n, C)
         local, other = hidden.chunk(2, dim=-1)  # (B, n, C/2) each
-        if candidates.keep is None:
-            mean = other.mean(dim=1, keepdim=True)  # (B, 1, C/2)
-        else:
-            weights = candidates.keep.to(other.dtype).unsqueeze(-1)  # (B, n, 1)
-            mean = (other * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+        mean = candidates.mean(other)  # (B, 1, C/2)
         logits: Tensor = self.out_conv(torch.cat([local, mean.expand_as(local)], dim=-1))  # (B, n, 2)
         return logits[..., 0] - logits[..., 1]
 

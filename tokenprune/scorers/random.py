@@ -12,13 +12,13 @@ class Random(Scorer):
     """Uniform random scores, drawn anew in every forward pass.
 
     The "random" row of DynamicViT's ablation (arXiv 2106.02034). Scores are drawn for the whole
-    image and looked up by position, so `mask` and `gather` decide alike under the same seed.
+    image and looked up by position, so all executions decide alike under the same seed.
     """
 
     def forward(self, candidates: Candidates) -> Tensor:
         patches = candidates.patches
         scores = torch.rand(patches.shape[0], candidates.num_patches, device=patches.device)
-        return scores if candidates.indices is None else scores.gather(1, candidates.indices)
+        return candidates.at_candidates(scores)
 
 
 @register_scorer("random")

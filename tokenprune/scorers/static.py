@@ -29,8 +29,7 @@ class Static(Scorer):
 
     def forward(self, candidates: Candidates) -> Tensor:
         scores = self._scores(candidates.num_patches, candidates.grid)  # (N,)
-        scores = scores.expand(candidates.patches.shape[0], -1)  # (B, N)
-        return scores if candidates.indices is None else scores.gather(1, candidates.indices)
+        return candidates.at_candidates(scores.expand(candidates.patches.shape[0], -1))
 
     def _scores(self, num_patches: int, grid: tuple[int, int] | None) -> Tensor:
         if grid in (None, tuple(self.log_odds.shape)) and num_patches == self.log_odds.numel():

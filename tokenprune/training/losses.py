@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from tokenprune.api import sparsifier_of, unwrap
 from tokenprune.errors import StateError
+from tokenprune.pruning.executions import default_execution, execution_class
 from tokenprune.pruning.sparsifier import Sparsifier
+from tokenprune.pruning.trace import Trace
 
 
 class DynamicViTLoss(nn.Module):
@@ -113,7 +115,8 @@ class DynamicViTLoss(nn.Module):
             ValueError: Student and teacher do not fit together.
         """
         sparsifier = sparsifier_of(model)
-        keep = _decisions(sparsifier)
+        trace = _trained_trace(sparsifier)
+        keep = trace.keep
         if self.heads is not None and not sparsifier.backbone.num_prefix_tokens:
             raise ValueError(f"heads={self.heads}: this model has no class token for the first of them.")
         logits = logits_of(outputs) if self.heads is None else self._class_logits(model, _final_tokens(sparsifier))
@@ -125,7 +128,7 @@ class DynamicViTLoss(nn.Module):
                 parts["kl"] = _kl_divergence(logits, teacher_logits)
             if self.distill_weight:
                 tokens = _final_tokens(sparsifier)
-                student, teacher = _patches(tokens, teacher_tokens, keep[-1], sparsifier.backbone.num_suffix_tokens)
+                student, teacher = _patches(tokens, teacher_tokens, trace)
                 parts["distill"] = _mean_over_kept(self._token_errors(model, student, teacher), keep[-1])
         if self.ratio_weight:
             parts["ratio"] = _ratio(keep, sparsifier.plan.keep_ratios)
@@ -161,13 +164,14 @@ class DynamicViTLoss(nn.Module):
         return _divergences(_head(model, self.heads[1])(student), taught)
 
 
-def _decisions(sparsifier: Sparsifier) -> tuple[Tensor, ...]:
+def _trained_trace(sparsifier: Sparsifier) -> Trace:
+    """The record of the last forward pass, if it was one to learn from."""
     trace = sparsifier.trace
-    if trace is None or trace.execution != "mask":
-        ran = "no pruned forward pass" if trace is None else "one in gather execution"
+    if trace is None or not execution_class(trace.execution).trains:
+        ran = "no pruned forward pass" if trace is None else f"one in {trace.execution} execution"
         raise StateError(
-            f"the loss needs decisions made in mask execution; there was {ran}. Call model.train() and "
-            "model(inputs), outside of tokenprune.dense, before the loss."
+            f"the loss needs decisions made in {default_execution(training=True)} execution; there was {ran}. Call "
+            "model.train() and model(inputs), outside of tokenprune.dense, before the loss."
         )
     learns = any(
         parameter.requires_grad
@@ -180,7 +184,7 @@ def _decisions(sparsifier: Sparsifier) -> tuple[Tensor, ...]:
             "the decisions of the last forward pass carry no gradient; it ran under no_grad, or inside re-entrant "
             "activation checkpointing (use use_reentrant=False)."
         )
-    return trace.keep
+    return trace
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
@@ -270,17 +274,16 @@ def _divergences(student: Tensor, teacher: Tensor) -> Tensor:
     return pointwise.sum(dim=-1)
 
 
-def _patches(student: Tensor, teacher: Tensor | None, keep: Tensor, num_suffix_tokens: int) -> tuple[Tensor, Tensor]:
-    """The patch tokens, (B, N, C) each, of final tokens (B, P + N + Q, C) each."""
-    if teacher is None or student.shape != teacher.shape:
+def _patches(student: Tensor, teacher: Tensor | None, trace: Trace) -> tuple[Tensor, Tensor]:
+    """The patch tokens, (B, N, C) each, of the final tokens of student and teacher."""
+    layout, dense = trace.layout, trace.full_layout
+    if teacher is None or student.shape[1] != layout.length or teacher.shape[1:] != (dense.length, student.shape[2]):
         got = None if teacher is None else tuple(teacher.shape)
         raise ValueError(
             f"final tokens of student {tuple(student.shape)} and teacher {got} differ in shape; pass distill_weight=0 "
             "for a teacher of another architecture, and do not drop patches in training while distilling tokens."
         )
-    end = student.shape[1] - num_suffix_tokens
-    start = end - keep.shape[1]
-    return student[:, start:end], teacher[:, start:end]
+    return layout.patches(student), dense.patches(teacher)
 
 
 def _mean_over_kept(errors: Tensor, keep: Tensor) -> Tensor:

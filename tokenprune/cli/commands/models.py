@@ -14,7 +14,7 @@ from tokenprune.cli.output import show, show_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tokenprune.backbones.adapters import SupportedModel
+    from tokenprune.backbones.supported import SupportedModel
 
 
 def models(
@@ -30,7 +30,8 @@ def models(
 
     In Python: tokenprune.supported().
     """
-    from tokenprune.backbones.adapters import installed_version, libraries, proved_version, supported
+    from tokenprune.backbones.entry_points import installed_version, libraries
+    from tokenprune.backbones.supported import proved_version, supported
 
     known = libraries()
     if library is not None and library not in known:

@@ -1,1 +1,28 @@
-"""Executions: how decisions are carried out while a model runs."""
+"""Executions: how the decisions of stages are carried out while a model runs, one file each.
+
+Their order is that in which ``"auto"`` looks for one that trains, and for one that does not.
+"""
+
+from tokenprune.pruning.executions.base import (
+    AUTO,
+    Execution,
+    check_execution,
+    default_execution,
+    execution_class,
+    executions,
+    register_execution,
+)
+from tokenprune.pruning.executions.gather import Gather
+from tokenprune.pruning.executions.mask import Mask
+
+__all__ = [
+    "AUTO",
+    "Execution",
+    "Gather",
+    "Mask",
+    "check_execution",
+    "default_execution",
+    "execution_class",
+    "executions",
+    "register_execution",
+]

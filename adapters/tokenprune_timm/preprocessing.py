@@ -1,4 +1,4 @@
-"""How pictures become the input of a timm model: by the configuration that its weights were made with."""
+"""How images become the input of a timm model: by the configuration that its weights were made with."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ _FITS: dict[str, Literal["cover", "contain", "squash"]] = {"squash": "squash", "
 
 
 def preprocessing(model: nn.Module) -> Preprocessing:
-    """As ``timm.data.create_transform`` does it for evaluation, at the size the model was built for.
-
-    Raises:
-        UnsupportedModelError: The model takes neither colours nor shades of grey.
-    """
+    """As ``timm.data.create_transform`` does it for evaluation, at the size the model was built for."""
     from timm.data import resolve_data_config
 
     size, channels = image_size(model), num_channels(model)

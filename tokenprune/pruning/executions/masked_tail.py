@@ -1,6 +1,6 @@
-"""Pooling behind the last block, made to see kept tokens only.
+"""Pooling behind the last block that does not see pruned tokens, although they are there.
 
-Shapes: B images, N patch tokens, P prefix tokens, L all tokens, K keys, C channels.
+Shapes: B images, L tokens of a sequence, C channels.
 """
 
 from __future__ import annotations
@@ -12,28 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.backbones.interception import Masking
 from tokenprune.errors import InterceptionError
+from tokenprune.pruning.executions.masked_attention import MaskedAttention
 
 
-class TailInterception(Masking):
+class MaskedTail(MaskedAttention):
     """From the last block to the end of the forward pass: pooling sees kept tokens only.
 
     Means and maxima over the token dimension and attention pools are covered, over all tokens as
     over patch tokens alone.
-
-    Attributes:
-        num_prefix: P.
-        num_tail: Tokens that the tail may put in front.
     """
 
     own_key = False  # a pool's query is not one of the tokens; where it is, rows of pruned tokens are not used
     where = "attention after the last block"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_prefix = 0
-        self.num_tail = 0
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         reduction = _REDUCTIONS.get(func)
@@ -47,21 +38,21 @@ class TailInterception(Masking):
             result = self.reduce(_mean, args[0], -1, True)
             if result is not None:
                 return result
-        if func in _UNKNOWN_REDUCTIONS and self.keep_of_reduction(*args, **kwargs) is not None:
+        if func in _UNKNOWN_REDUCTIONS and self.seen_by_reduction(*args, **kwargs) is not None:
             raise InterceptionError(
                 f"behind the last block {func.__name__} reduces all tokens, of which some are pruned; means, maxima "
-                "and attention can be masked, and put_back=True in the Backbone is for everything else."
+                "and attention can be masked; downstream='all tokens' in the Backbone is for everything else."
             )
         return super().other(func, args, kwargs)
 
     def without_pruned(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The arguments of a maximum over tokens with pruned tokens at −∞, or any others as they are."""
-        found = self.keep_of_reduction(*args, **kwargs) if args else None
+        found = self.seen_by_reduction(*args, **kwargs) if args else None
         return args if found is None else (args[0].masked_fill(found[0] == 0, -math.inf), *args[1:])
 
     def reduce(self, reduction: Callable[[Tensor, Tensor, int], Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
         """The kept-only reduction, or ``None`` where the call does not reduce tokens."""
-        found = self.keep_of_reduction(*args, **kwargs)
+        found = self.seen_by_reduction(*args, **kwargs)
         if found is None:
             return None
         keep, dim = found
@@ -70,7 +61,7 @@ class TailInterception(Masking):
         result = reduction(tokens, keep, dim)
         return result if keepdim else result.squeeze(dim)
 
-    def keep_of_reduction(self, *args: Any, **kwargs: Any) -> tuple[Tensor, int] | None:
+    def seen_by_reduction(self, *args: Any, **kwargs: Any) -> tuple[Tensor, int] | None:
         """The decisions on the tokens that a call reduces over, (B, L, 1) or (B, 1, L), and along which dimension.
 
         ``None`` where it does not reduce tokens. Tokens are (B, L, C), or (B, C, L) if C is no number of tokens.
@@ -86,23 +77,6 @@ class TailInterception(Masking):
         if keep is None or tokens.shape[0] != keep.shape[0] or (along == 2 and other is not None):
             return None
         return keep.unsqueeze(3 - along), along
-
-    def lookup(self, length: int) -> Tensor | None:
-        assert self.keep is not None
-        num_others = length - self.keep.shape[1]
-        if num_others == 0:
-            return self.keep
-        for num_prefix, num_suffix in (
-            (self.num_prefix, self.num_suffix),
-            (self.num_prefix, 0),
-            (self.num_prefix + self.num_tail, self.num_suffix),
-        ):
-            if num_others == num_prefix + num_suffix:
-                return self.surrounded(num_prefix, num_suffix)
-        return None
-
-    def expected(self) -> str:
-        return " or ".join(map(str, sorted({0, self.num_prefix + self.num_suffix})))
 
 
 def _mean(tokens: Tensor, keep: Tensor, dim: int) -> Tensor:

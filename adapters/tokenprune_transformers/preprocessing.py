@@ -1,4 +1,4 @@
-"""How pictures become the input of a transformers model: by its image processor, saved beside it or of its family."""
+"""How images become the input of a transformers model: by its image processor, saved beside it or of its family."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ def preprocessing(model: nn.Module) -> Preprocessing:
     """As the image processor in the folder or repository that the model was loaded from does it.
 
     Where there is none, the one that transformers has for the family, at the size the model was built for.
-
-    Raises:
-        UnsupportedModelError: There is neither, or pictures become something else than one image of a fixed size.
     """
     config: Any = model.config
     own = image_size(model, vision_config(config))

@@ -1,0 +1,189 @@
+"""What an execution is, and the table of executions by name.
+
+Shapes: B images, N patch tokens, m of them that reach a stage, n kept ones, L tokens before any pruning, K tokens of
+the sequence as it is, C channels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.interception import Interception
+from tokenprune.pruning.selection import Selection
+from tokenprune.pruning.trace import Trace
+from tokenprune.tokens import Layout
+
+
+class Execution(ABC):
+    """How the decisions of stages are carried out while a model runs.
+
+    The central invariant of the library: for the same decisions, all executions give the same output. One object
+    serves one model, pass after pass; what it keeps belongs to the pass that is running, see `begin`.
+
+    Attributes:
+        trains: Whether a gradient reaches the decisions, which are sampled in training, and blocks may be run again
+            by activation checkpointing. The first execution that trains is what ``"auto"`` takes in training mode, the
+            first that does not is what it takes in eval mode.
+        removes: Whether pruned tokens are removed, so that blocks run on shorter sequences.
+        intercepts: Whether attention has to be intercepted in every block behind a stage that has pruned; a block that
+            does not call its attention modules is then an error.
+    """
+
+    trains: ClassVar[bool] = False
+    removes: ClassVar[bool] = False
+    intercepts: ClassVar[bool] = False
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+
+    def begin(self) -> None:  # noqa: B027 - most executions keep nothing
+        """Forget what belongs to an earlier pass."""
+
+    # Deciding
+
+    @abstractmethod
+    def keeps_all(self, num_keep: int, probability: float, before: Selection) -> bool:
+        """Whether a stage prunes nothing of what reaches it, so that its scorer need not be asked.
+
+        Args:
+            num_keep: n, how many patch tokens of each image it is to keep.
+            probability: The fraction that it is to keep of what reaches it.
+            before: What reaches it.
+        """
+
+    @abstractmethod
+    def pass_all(self, before: Selection, tokens: Tensor) -> Selection:
+        """The selection behind a stage that prunes nothing of the sequence (B, K, C)."""
+
+    @abstractmethod
+    def decide(self, scores: Tensor, before: Selection, num_keep: int, *, sampled: bool) -> Selection:
+        """The selection behind a stage.
+
+        Args:
+            scores: (B, m), higher = keep; log-odds where ``sampled``.
+            before: What reached the stage.
+            num_keep: n, how many of each image to keep where decisions are not sampled.
+            sampled: Whether the scorer's decisions are to be sampled, which an execution that trains does.
+        """
+
+    # Applying
+
+    @abstractmethod
+    def remove(self, tokens: Tensor, before: Selection, selection: Selection) -> Tensor:
+        """Of the sequence (B, K, C) that reached a stage what goes on; summary tokens are added later."""
+
+    @abstractmethod
+    def resume(self, tokens: Tensor, selection: Selection, full: Layout) -> Tensor:
+        """Of all tokens (B, L, C), of layout ``full``, those that a block runs on, where the others are restored."""
+
+    @abstractmethod
+    def restore(self, tokens: Tensor, selection: Selection, everything: Tensor, full: Layout) -> Tensor:
+        """All tokens (B, L, C) behind a block: those that it ran on (B, K, C), and the others as they were before it.
+
+        Neither has summary tokens. Where the selection has ``hosts``, a pruned token takes the state of its host.
+
+        Args:
+            tokens: What the block gave.
+            selection: What is in force.
+            everything: (B, L, C), all tokens before the block.
+            full: The layout of all tokens.
+        """
+
+    def side_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], selection: Selection, full: Layout
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What a block is given besides tokens, for the tokens it runs on; ``None`` if nothing changes.
+
+        Args:
+            args: The block's positional arguments, with the tokens it runs on.
+            kwargs: Its keyword arguments.
+            names: The names of its parameters, in order.
+            selection: What is in force.
+            full: The sequence before any pruning.
+        """
+        return None
+
+    # Intercepting
+
+    def attention(self, selection: Selection, layouts: Sequence[Layout]) -> Interception | None:
+        """What a block's attention is to be intercepted by, ``None`` if by nothing.
+
+        Args:
+            selection: What is in force.
+            layouts: Of the sequence that the block gets, and of those that it may attend over besides.
+        """
+        return None
+
+    def mask_weights(self, weights: Tensor) -> Tensor | None:
+        """Attention weights (B, K, K, H) that a block has mixed after its softmax, masked again; ``None`` if as is."""
+        return None
+
+    def tail(self, selection: Selection, layouts: Sequence[Layout]) -> Interception | None:
+        """What the model behind its last block is to be intercepted by, ``None`` if by nothing.
+
+        Args:
+            selection: What is in force.
+            layouts: Of the sequence behind the last block, and of those that the tail may make of it.
+        """
+        return None
+
+    def gathered(self) -> tuple[Tensor, ...]:
+        """Side inputs that were gathered for the block that is running, each image's own."""
+        return ()
+
+    def output(self, value: Any, trace: Trace, num_keep: Sequence[int], stages: Sequence[int]) -> Any:
+        """What the vision tower returns, cut down to the tokens left, for a model that takes any number of them.
+
+        Args:
+            value: A tensor, or tensors in tuples and mappings.
+            trace: The pass that made it.
+            num_keep: How many patch tokens each stage keeps.
+            stages: For each block the last stage in front of it, -1 if there is none.
+        """
+        return value
+
+
+_Class = TypeVar("_Class", bound=type[Execution])
+_EXECUTIONS: dict[str, type[Execution]] = {}
+AUTO = "auto"
+
+
+def register_execution(name: str) -> Callable[[_Class], _Class]:
+    """Decorate a subclass of `Execution`, to make it available as ``model.tokenprune.execution = name``."""
+
+    def add(execution: _Class) -> _Class:
+        _EXECUTIONS[name] = execution
+        return execution
+
+    return add
+
+
+def executions() -> tuple[str, ...]:
+    """The names of all executions, in the order in which they were registered."""
+    return tuple(_EXECUTIONS)
+
+
+def execution_class(name: str) -> type[Execution]:
+    """The execution of a name."""
+    return _EXECUTIONS[name]
+
+
+def default_execution(*, training: bool) -> str:
+    """The execution that ``"auto"`` takes in training mode, or in eval mode."""
+    return next(name for name, execution in _EXECUTIONS.items() if execution.trains is training)
+
+
+def check_execution(name: str) -> None:
+    """Refuse a name that is none.
+
+    Raises:
+        ValueError: It is neither ``"auto"`` nor the name of an execution.
+    """
+    if not isinstance(name, str) or name not in (AUTO, *_EXECUTIONS):
+        *others, last = (repr(choice) for choice in (AUTO, *_EXECUTIONS))
+        raise ValueError(f"execution={name!r}: choose {', '.join(others)} or {last}.")

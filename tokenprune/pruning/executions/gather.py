@@ -1,0 +1,75 @@
+"""The execution of inference: pruned tokens are removed, and later blocks run on a shorter sequence.
+
+Shapes: B images, N patch tokens, m of them that reach a stage, n kept ones, L tokens before any pruning, K tokens of
+the sequence as it is, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.backbones.backbone import Backbone
+from tokenprune.pruning.executions.base import Execution, register_execution
+from tokenprune.pruning.sampling import top_k
+from tokenprune.pruning.selection import Selection
+from tokenprune.pruning.side_inputs import SideInputs
+from tokenprune.tokens import Layout, restore, select
+
+
+@register_execution("gather")
+class Gather(Execution):
+    """Keeps the n best tokens of every image, and gathers what belongs to them."""
+
+    removes = True
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
+        self._inputs = SideInputs(backbone.token_inputs)
+
+    def begin(self) -> None:
+        self._inputs.forget()
+
+    def keeps_all(self, num_keep: int, probability: float, before: Selection) -> bool:
+        return num_keep >= before.layout.num_patches
+
+    def pass_all(self, before: Selection, tokens: Tensor) -> Selection:
+        if before.indices is not None:
+            return before._replace(chosen=None, scores=None, attention=None)
+        everything = torch.arange(before.layout.num_patches, device=tokens.device).expand(tokens.shape[0], -1)
+        return before._replace(indices=everything)
+
+    def decide(self, scores: Tensor, before: Selection, num_keep: int, *, sampled: bool) -> Selection:
+        chosen = top_k(scores.detach(), None, num_keep)  # (B, n)
+        self._inputs.forget()
+        indices = chosen if before.indices is None else before.indices.gather(1, chosen)
+        layout = before.layout._replace(num_patches=num_keep)
+        return before._replace(layout=layout, indices=indices, chosen=chosen, all_kept=False)
+
+    def remove(self, tokens: Tensor, before: Selection, selection: Selection) -> Tensor:
+        assert selection.chosen is not None
+        return select(tokens, before.layout.positions(selection.chosen))
+
+    def resume(self, tokens: Tensor, selection: Selection, full: Layout) -> Tensor:
+        if selection.all_kept or selection.indices is None:
+            return tokens
+        return select(tokens, full.positions(selection.indices))
+
+    def restore(self, tokens: Tensor, selection: Selection, everything: Tensor, full: Layout) -> Tensor:
+        if selection.all_kept or selection.indices is None:
+            return tokens
+        restored = restore(tokens, full.positions(selection.indices), everything)
+        if selection.hosts is None:
+            return restored
+        return full.with_patches(restored, select(full.patches(restored), selection.hosts))
+
+    def side_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], selection: Selection, full: Layout
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        return None if selection.all_kept else self._inputs.gather(args, kwargs, names, selection, full)
+
+    def gathered(self) -> tuple[Tensor, ...]:
+        return self._inputs.tables()

@@ -1,0 +1,35 @@
+"""Reductions: what becomes of pruned tokens, one file each."""
+
+from tokenprune.pruning.reductions.base import (
+    Reduced,
+    Reduction,
+    ReductionBuilder,
+    ReductionContext,
+    Split,
+    reduction_builder,
+    reduction_name,
+    reduction_names,
+    register_reduction,
+)
+from tokenprune.pruning.reductions.drop import Drop
+from tokenprune.pruning.reductions.fuse import Fuse, FusePreserve
+from tokenprune.pruning.reductions.merge import Merge, MergePreserve
+from tokenprune.pruning.reductions.preserve import Preserve
+
+__all__ = [
+    "Drop",
+    "Fuse",
+    "FusePreserve",
+    "Merge",
+    "MergePreserve",
+    "Preserve",
+    "Reduced",
+    "Reduction",
+    "ReductionBuilder",
+    "ReductionContext",
+    "Split",
+    "reduction_builder",
+    "reduction_name",
+    "reduction_names",
+    "register_reduction",
+]

@@ -1,0 +1,146 @@
+"""What a reduction is, what it is given, and the table of reductions by name.
+
+Shapes: B images, m patch tokens that reach a stage, S summary tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from tokenprune.backbones.backbone import Backbone
+from tokenprune.errors import UnsupportedModelError
+
+
+class Split(NamedTuple):
+    """The patch tokens that reached a stage, and what it has decided on them.
+
+    Some of them may have been pruned by earlier stages and be there all the same: those have 0 in ``keep`` and in
+    ``pruned``, and must leave no trace in what is returned for the others. Shapes are the same in every execution,
+    so that one implementation serves all.
+
+    Attributes:
+        patches: (B, m, C).
+        keep: (B, m), 1 = kept; in training a gradient reaches it.
+        pruned: (B, m), 1 = pruned by this stage; in training a gradient reaches it.
+        importance: (B, m), not negative, higher = matters more: what the scorer makes of its scores.
+    """
+
+    patches: Tensor
+    keep: Tensor
+    pruned: Tensor
+    importance: Tensor
+
+
+class Reduced(NamedTuple):
+    """What a reduction has made of the patch tokens.
+
+    Attributes:
+        patches: (B, m, C), of which the kept ones go on.
+        summary: (B, S, C), tokens that go on besides; ``None`` for none.
+        hosts: (B, m) int64, for each patch token the position among them of the kept one whose state it takes when
+            it is restored, its own position if kept or pruned earlier; ``None`` where it takes its own old state.
+    """
+
+    patches: Tensor
+    summary: Tensor | None = None
+    hosts: Tensor | None = None
+
+
+class ReductionContext(NamedTuple):
+    """What is known of a stage when its reduction is built.
+
+    Attributes:
+        embed_dim: Width C of the tokens.
+        keep_probability: Fraction of the tokens reaching the stage that it is to keep, in (0, 1].
+    """
+
+    embed_dim: int
+    keep_probability: float
+
+
+class Reduction(nn.Module):
+    """What becomes of the tokens that a stage prunes.
+
+    A subclass implements `forward`, and may have parameters. It is part of its stage, so that they are saved with it.
+
+    Attributes:
+        restores: Whether pruned tokens are restored behind every block, so that whatever stands there gets all of
+            them, while the block itself runs without them. In models that need every token they are restored in any
+            case.
+        num_summary: S, how many tokens it adds at every stage; the same for all stages.
+        looks_at_pruned: Whether `forward` is to be called; ``False`` where kept tokens go on as they are.
+    """
+
+    restores: bool = False
+    num_summary: int = 0
+    looks_at_pruned: bool = True
+
+    def check(self, backbone: Backbone, name: str) -> None:
+        """Refuse a model in which this reduction has no meaning.
+
+        Args:
+            backbone: The model.
+            name: What the reduction is called, for the message.
+
+        Raises:
+            UnsupportedModelError: The message says why, and what can be done instead.
+        """
+        if self.num_summary and backbone.summary_obstacles:
+            raise UnsupportedModelError(
+                f"pruned={name!r} adds a token that stands for several places in the image and has none of its own, "
+                f"but of this model {'; '.join(backbone.summary_obstacles)}. Choose a reduction that adds no token, "
+                "such as 'merge', 'drop' or 'preserve'."
+            )
+
+    def forward(self, split: Split) -> Reduced:
+        """What goes on, of the patch tokens that reached the stage."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward(split)")
+
+
+ReductionBuilder = Callable[[ReductionContext], Reduction]
+_Builder = TypeVar("_Builder", bound=ReductionBuilder)
+_BUILDERS: dict[str, ReductionBuilder] = {}
+
+
+def register_reduction(name: str) -> Callable[[_Builder], _Builder]:
+    """Decorate a function that builds a reduction, to make it available as ``pruned=name``."""
+
+    def add(builder: _Builder) -> _Builder:
+        _BUILDERS[name] = builder
+        return builder
+
+    return add
+
+
+def reduction_names() -> tuple[str, ...]:
+    """The names of all registered reductions."""
+    return tuple(_BUILDERS)
+
+
+def reduction_builder(pruned: str | ReductionBuilder) -> ReductionBuilder:
+    """The builder of a reduction given by name, or the one that was given.
+
+    Raises:
+        ValueError: No reduction has that name.
+        TypeError: It is neither a name nor a callable.
+    """
+    if isinstance(pruned, str):
+        if pruned not in _BUILDERS:
+            raise ValueError(f"pruned={pruned!r} is unknown; choose from {sorted(_BUILDERS)}, or pass a callable.")
+        return _BUILDERS[pruned]
+    if isinstance(pruned, nn.Module) or not callable(pruned):
+        raise TypeError(
+            f"pruned={type(pruned).__name__}: expected a name from {sorted(_BUILDERS)}, or a callable that takes a "
+            "ReductionContext and returns a new Reduction for a stage."
+        )
+    return pruned
+
+
+def reduction_name(pruned: str | ReductionBuilder) -> str | None:
+    """The name under which a reduction is registered; ``None`` for a builder without one."""
+    if isinstance(pruned, str):
+        return pruned
+    return next((name for name, builder in _BUILDERS.items() if builder is pruned), None)
