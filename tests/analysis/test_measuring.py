@@ -195,7 +195,7 @@ def test_tails_that_pool_in_other_words(tail: str) -> None:
 
 @pytest.mark.parametrize("tail", ["median", "deviation"])
 def test_a_tail_that_reduces_tokens_in_an_unknown_way_is_an_error(tail: str) -> None:
-    with pytest.raises(tokenprune.InterceptionError, match="put_back=True in the Backbone"):
+    with pytest.raises(tokenprune.InterceptionError, match="downstream='all tokens' in the Backbone"):
         tokenprune.verify(research(tail=tail), torch.randn(2, 3, 48, 48))
 
 

@@ -281,7 +281,8 @@ class PruningHooks(nn.Module):
         if self._restores:
             tokens = self._resume(place, running, tokens, before, state)
         if place.starts:
-            self._check_grad(block)
+            if running.trains:
+                self._check_grad(block)
             before = before._replace(layout=self.backbone.layout_at(before.layout, place.block))
             tokens, selection = cast(Stage, self.stages[place.stage]).prune(
                 tokens,
@@ -424,7 +425,7 @@ class PruningHooks(nn.Module):
         tail, self._tail = self._tail, None
         if tail is not None:
             tail.leave()
-        self._everything, self._entry = None, State()
+        self._everything, self._entry, self._state = None, State(), State()
 
     def _check_recomputed(self, running: Execution, module: nn.Module) -> None:
         if not running.trains and recomputing():  # what is left is that of the latest pass, maybe another one
