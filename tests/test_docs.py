@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,15 @@ def test_the_walk_through_the_code_names_what_is_there() -> None:
     assert [name for name in hooks if not callable(getattr(PruningHooks, name, None))] == []
     rooms = {path.name for path in (ROOT / "tokenprune").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert rooms <= {path.rstrip("/") for path in paths}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["structure.observe", "structure.Structure", "probing.random_inputs", "plotting.flops_curve",
+     "saving.resolve.load_model", "cli.app", "integrations.transformers.SparseTrainer", "functional.masked_attention"],
+)  # fmt: skip
+def test_import_paths_that_the_documentation_has_named_stay_valid(name: str) -> None:
+    module, _, attribute = f"tokenprune.{name}".rpartition(".")
+    script = f"from {module} import {attribute}; import {module}; print({module}.{attribute})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
