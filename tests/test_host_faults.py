@@ -20,7 +20,6 @@ from tests.census import hosts
 from tests.census.entry import Entry
 from tests.census.hosts import assert_most_run, host_fault, installed_release, skip_host_fault
 from tests.census.lookup import entry_of
-from tests.census.proof import prove
 from tests.census.torchvision import supported
 from tokenprune.scorers.predictor import Predictor
 
@@ -57,7 +56,7 @@ def test_what_fails_behind_the_dense_model_is_ours(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Predictor, "forward", fails)
     assert host_fault(WHOLE) is None
     with pytest.raises(RuntimeError, match="a fault of ours"):
-        prove(WHOLE)
+        tokenprune.prove(WHOLE, library="torchvision")
 
 
 def test_a_dense_model_of_ours_that_fails_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +95,7 @@ def test_faults_cannot_hide_everything(recorded: str, allowed: int, monkeypatch:
 
 CENSUS = """
 import pytest
-from tests.census.proof import prove
+import tokenprune
 from tests.test_host_faults import BROKEN, WHOLE, fails
 from tokenprune.scorers.predictor import Predictor
 
@@ -105,7 +104,8 @@ from tokenprune.scorers.predictor import Predictor
 def test_an_entry(entry, ours, monkeypatch, record_property):
     if ours == "fails":
         monkeypatch.setattr(Predictor, "forward", fails)
-    record_property("supported torchvision", prove(entry))
+    tokenprune.prove(entry, library="torchvision")
+    record_property("supported torchvision", entry.name)
 """
 
 
