@@ -177,7 +177,7 @@ def test_another_reduction() -> None:
         pruned: fields("flops", *SMALL, "--pruned", pruned, "-k", "0.5")["reports"][0]["sparse"]
         for pruned in ("drop", "preserve", "fuse", "merge")
     }
-    assert counted["drop"] == counted["preserve"] < min(counted["fuse"], counted["merge"])
+    assert len(set(counted.values())) == 4 and min(counted.values()) == counted["drop"]
 
 
 def test_another_image_size_and_scorer() -> None:
