@@ -3,10 +3,12 @@
 import sys
 
 from tokenprune import functional
+from tokenprune.analysis import plotting
 from tokenprune.analysis.benchmark import ThroughputReport, throughput
 from tokenprune.analysis.flop_counter import FlopReport, flops
 from tokenprune.analysis.kept_tokens import KeptTokens, kept_tokens
 from tokenprune.analysis.overlays import animate, show
+from tokenprune.analysis.proof import prove
 from tokenprune.analysis.report import report
 from tokenprune.analysis.verification import VerificationReport, verify
 from tokenprune.api import dense, sparsify, unsparsify
@@ -14,16 +16,19 @@ from tokenprune.backbones import probing, structure
 from tokenprune.backbones.adaptations import Adaptation, Setting, TokenTable
 from tokenprune.backbones.adapters import Adapter
 from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.examples import Example
 from tokenprune.backbones.preprocessing import Preprocessing
 from tokenprune.backbones.supported import SupportedModel, supported
 from tokenprune.errors import (
     CheckpointError,
     CountingError,
     ExportError,
+    HostError,
     InterceptionError,
     MissingExtraError,
     PictureError,
     PlanError,
+    ProofError,
     StateError,
     TokenpruneError,
     UnknownModelError,
@@ -43,7 +48,8 @@ from tokenprune.training.losses import DynamicViTLoss
 __version__ = "0.1.0"
 
 # Where the documentation of 0.1 imports these from.
-sys.modules.update({f"{__name__}.structure": structure, f"{__name__}.probing": probing})
+_MOVED = {"plotting": plotting, "probing": probing, "structure": structure}
+sys.modules.update({f"{__name__}.{name}": module for name, module in _MOVED.items()})
 
 __all__ = [
     "Adaptation",
@@ -53,9 +59,11 @@ __all__ = [
     "CheckpointError",
     "CountingError",
     "DynamicViTLoss",
+    "Example",
     "ExportError",
     "ExportReport",
     "FlopReport",
+    "HostError",
     "InterceptionError",
     "KeptTokens",
     "MissingExtraError",
@@ -63,6 +71,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Preprocessing",
+    "ProofError",
     "Reduced",
     "Reduction",
     "ReductionContext",
@@ -89,6 +98,7 @@ __all__ = [
     "functional",
     "kept_tokens",
     "load_dynamicvit",
+    "prove",
     "push_to_hub",
     "register_reduction",
     "register_scorer",

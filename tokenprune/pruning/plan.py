@@ -41,7 +41,7 @@ class Plan:
 
     @classmethod
     def build(cls, *, depth: int, stages: Sequence[int] | None, keep_ratio: float | Sequence[float]) -> Plan:
-        """Complete a user's wishes to a plan for a model of ``depth`` blocks.
+        """Resolve arguments into a plan for a model of ``depth`` blocks.
 
         Args:
             depth: Number of blocks of the model.
@@ -50,7 +50,7 @@ class Plan:
                 gives one cumulative fraction a stage.
 
         Raises:
-            PlanError: The wishes do not fit together or do not fit the depth.
+            PlanError: The arguments do not fit together or do not fit the depth.
         """
         chosen = default_stages(depth) if stages is None else _as_tuple(stages, "stages")
         _check_stages(chosen)
