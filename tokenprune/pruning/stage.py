@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import StateError
 from tokenprune.pruning.executions import Execution
-from tokenprune.pruning.reductions import Drop, Reduction, Split
+from tokenprune.pruning.reductions import Drop, Reduction, Split, check_reduced
 from tokenprune.pruning.selection import Selection, compose_hosts
 from tokenprune.pruning.trace import Trace
 from tokenprune.scorers import Candidates, Scorer
@@ -85,7 +85,8 @@ class Stage(nn.Module):
     ) -> tuple[Tensor, Selection]:
         assert selection.scores is not None
         keep, pruned = selection.split(before, selection.scores.dtype)
-        reduced = self.reduction(Split(patches, keep, pruned, self.scorer.importance(selection.scores)))
+        split = Split(patches, keep, pruned, self.scorer.importance(selection.scores))
+        reduced = check_reduced(self.reduction(split), split, self.reduction)
         if reduced.patches is not patches:
             tokens = before.layout.with_patches(tokens, reduced.patches)
         tokens = execution.remove(tokens, before, selection)
