@@ -151,7 +151,8 @@ def snapshot(model: nn.Module) -> dict[Any, Any]:
 
 
 def assert_unchanged(model: nn.Module, before: dict[Any, Any], *, copied: bool = False) -> None:
-    """That a model is what it was, of the very same parts unless it was ``copied``."""
+    """That a model is what it was, of the very same parts unless it was ``copied``, and nothing is switched on."""
+    assert torch._C._len_torch_function_stack() == 0
     after = snapshot(model)
     assert list(before) == list(after), sorted(map(str, set(before) ^ set(after)))
     changed = [key for key in before if not _same(before[key], after[key], copied)]
