@@ -159,7 +159,7 @@ def test_attention_modules_inside_of_each_other_are_refused() -> None:
         ("patch_size", 8, r"Backbone\(patch_size=8\): expected height and width"),
         ("grid_size", (0, 4), r"grid_size=\(0, 4\)"),
         ("num_suffix_tokens", 1.5, "a whole number from 0"),
-        ("token_inputs", {"rope": "n d -> b n d"}, "expected for names of parameters sequences of patterns"),
+        ("token_inputs", {"rope": "n d -> b n d"}, "expected for names of parameters patterns such as"),
         ("adaptations", [3], "tokenprune.Adaptation objects"),
         ("tower", nn.Identity(), "not part of this"),
     ],
