@@ -50,6 +50,15 @@ def test_a_plan_takes_sequences(fields: Any) -> None:
         Plan(**fields)
 
 
+@pytest.mark.parametrize("pruned", ["drop", "fuse", "merge", "merge_preserve"])
+@torch.no_grad()
+def test_a_batch_without_images_gives_no_logits(pruned: str) -> None:
+    model = tokenprune.sparsify(VIT.model(), (2, 4), 0.5, pruned=pruned)
+    for execution in ("gather", "mask"):
+        model.tokenprune.execution = execution
+        assert model(VIT.images(0)).shape == (0, 7)
+
+
 class Odd(Scorer, Reduction):
     """Returns what it is told to."""
 
