@@ -53,13 +53,13 @@ def load(name: str, *, pretrained: bool = False, image_size: tuple[int, int] | N
 def _class(config: Any) -> Any:
     import transformers
 
-    for name in getattr(config, "architectures", None) or ():
-        cls = getattr(transformers, name, None)
-        if isinstance(cls, type):
+    named = getattr(config, "architectures", None)
+    for name in named if isinstance(named, list) else ():
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
     raise UnsupportedModelError(
-        f"the config names no class of transformers {transformers.__version__}: "
-        f"architectures={getattr(config, 'architectures', None)}."
+        f"the config names no class of transformers {transformers.__version__}: architectures={named}."
     )
 
 

@@ -65,15 +65,17 @@ class Record:
         return torch.frombuffer(bytearray(text.ljust(length)), dtype=torch.uint8)
 
     @classmethod
-    def from_tensor(cls, tensor: Tensor) -> Record:
+    def from_tensor(cls, tensor: Any) -> Record:
         """Read what `to_tensor` gave.
 
         Raises:
             CheckpointError: The tensor holds something else.
         """
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8 or tensor.dim() != 1:
+            raise CheckpointError("the record of how a model was sparsified is damaged; it is no row of bytes.")
         try:
             fields = json.loads(bytes(tensor.cpu().tolist()))
-        except (ValueError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"the record of how a model was sparsified is damaged ({error}).") from error
         if not isinstance(fields, dict):
             raise CheckpointError("the record of how a model was sparsified is damaged; it is no JSON object.")

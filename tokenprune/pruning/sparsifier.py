@@ -128,7 +128,7 @@ class Sparsifier(PruningHooks):
             try:
                 stages = Record.from_tensor(state_dict[key]).plan.stages
             except CheckpointError as error:
-                errors.append(str(error))
+                errors.append(f"{key}: {error} Take it out of the state dict to load the weights in spite of that.")
                 return
             if stages != self._plan.stages:
                 errors.append(

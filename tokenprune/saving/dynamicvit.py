@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from tokenprune.api import sparsify
 from tokenprune.backbones.adapters import model_of
 from tokenprune.errors import CheckpointError
 from tokenprune.saving.state_files import read_state
+from tokenprune.saving.weights import alike
 from tokenprune.scorers import Predictor
 
 _NUM_DEFAULT_STAGES = 3
@@ -56,6 +58,8 @@ def load_dynamicvit(
         PlanError: Stages or ratios make no plan for this model.
         FileNotFoundError: There is no such file.
     """
+    if num_heads is not None and (not isinstance(num_heads, Integral) or isinstance(num_heads, bool)):
+        raise CheckpointError(f"num_heads={num_heads!r}: expected a whole number from 1, or None.")
     state = read_state(source)
     if any(_OURS.match(name) for name in state):
         raise CheckpointError(
@@ -105,14 +109,19 @@ def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     }
     missing = [name for name in wanted if name not in state]
     unexpected = [name for name in state if name not in wanted]
-    shapes = [
+    differences = [
         f"{name} has shape {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
         for name, (_, tensor) in wanted.items()
         if name in state and state[name].shape != tensor.shape
     ]
-    if missing or unexpected or shapes:
+    differences += [
+        f"{name} holds numbers of {state[name].dtype} instead of {tensor.dtype}"
+        for name, (_, tensor) in wanted.items()
+        if name in state and not alike(state[name], tensor)
+    ]
+    if missing or unexpected or differences:
         raise CheckpointError(
-            "\n  ".join([f"the weights are not those of a sparsified {type(model).__name__}.", *shapes[:12]]),
+            "\n  ".join([f"the weights are not those of a sparsified {type(model).__name__}.", *differences[:12]]),
             missing=missing,
             unexpected=unexpected,
         )

@@ -81,12 +81,12 @@ class Manifest:
         """
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{where} is damaged: it is not JSON ({error}).") from error
         if not isinstance(fields, dict) or fields.get("format") != "tokenprune":
             raise CheckpointError(f"{where} is not what tokenprune.save_pretrained writes.")
         version = fields.get("version")
-        if not isinstance(version, int) or version < 1:
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise CheckpointError(f"{where} is damaged: its version is {version!r}.")
         if version > FORMAT_VERSION:
             wrote = fields.get("written_by", {})
@@ -133,6 +133,8 @@ class Manifest:
             ) from None
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{file} is damaged: it is not text ({error}).") from error
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
         return cls.from_json(text, str(file))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tokenprune.backbones.adapters import adapter, library_of
-from tokenprune.errors import CheckpointError, UnsupportedModelError
+from tokenprune.errors import CheckpointError, TokenpruneError, UnsupportedModelError
 from tokenprune.pruning.compilation import has_own_forward
 
 # What is switched on a model for a while and does not make it another one.
@@ -90,6 +90,12 @@ def build(library: str, fields: Mapping[str, Any], *, pretrained: bool = False) 
     except ImportError as error:
         raise UnsupportedModelError(
             f"{library} is needed to build this model and cannot be imported: {error}"
+        ) from error
+    except TokenpruneError:
+        raise
+    except Exception as error:  # what a file says may be anything, and constructors fail in many ways
+        raise UnsupportedModelError(
+            f"{library} builds no model from what was saved ({type(error).__name__}: {error})."
         ) from error
 
 

@@ -67,8 +67,8 @@ def read(files: Sequence[Path], prefix: str = "") -> dict[str, Tensor]:
         try:
             with safe_open(str(file), framework="pt") as opened:
                 own = {name: opened.get_tensor(name) for name in opened.keys() if name.startswith(prefix)}  # noqa: SIM118
-                ties = json.loads((opened.metadata() or {}).get(_TIES, "{}"))
-        except (SafetensorError, OSError, ValueError) as error:
+                ties = _ties((opened.metadata() or {}).get(_TIES, "{}"))
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{file} is damaged or truncated, or no safetensors file ({error}); save or download it again."
             ) from error
@@ -77,8 +77,16 @@ def read(files: Sequence[Path], prefix: str = "") -> dict[str, Tensor]:
     return tensors
 
 
+def _ties(text: str) -> dict[str, str]:
+    """Names that were tied, and for each the one under which its tensor was written."""
+    ties = json.loads(text)
+    if not isinstance(ties, dict) or not all(isinstance(kept, str) for kept in ties.values()):
+        raise ValueError(f"what it says of tied weights is {text[:40]!r}")
+    return ties
+
+
 def check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Refuse tensors that are not, by name and shape, those a model has.
+    """Refuse tensors that are not, by name, shape and kind of numbers, those a model has.
 
     Raises:
         CheckpointError: They differ; the message names how.
@@ -91,10 +99,20 @@ def check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Any], what: st
             for name in found
             if name in expected and found[name].shape != expected[name].shape
         ],
+        "of another kind": [
+            f"{name} {found[name].dtype} instead of {expected[name].dtype}"
+            for name in found
+            if name in expected and not alike(found[name], expected[name])
+        ],
     }
     if any(lists.values()):
         told = "; ".join(f"{len(names)} {kind}: {shortened(names)}" for kind, names in lists.items() if names)
         raise CheckpointError(f"{what}: {told}. {remedy}")
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether both hold numbers of a kind: floating-point, complex or whole ones."""
+    return all(getattr(one.dtype, kind) == getattr(other.dtype, kind) for kind in ("is_floating_point", "is_complex"))
 
 
 def shortened(names: Sequence[str]) -> str:
