@@ -1,4 +1,4 @@
-"""Sequences of tokens: where patches stand in them, and taking tokens out and putting them back.
+"""Sequences of tokens: where the patch tokens are in them, and removing and restoring tokens.
 
 Shapes: B images, P prefix tokens, N patch tokens, n of them left, S summary tokens, Q suffix tokens,
 L = P + N + S + Q, K = P + n + S + Q, C channels.

@@ -1,4 +1,4 @@
-"""What single families of timm need besides: adaptations that serve nobody else.
+"""Adaptations of single families of timm.
 
 Shapes: B images, N patch tokens, L tokens of a sequence, H heads, C channels.
 """

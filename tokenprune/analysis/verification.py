@@ -1,4 +1,4 @@
-"""Proving the invariants on a user's own model and inputs."""
+"""Checking the invariants on a user's own model and inputs."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class VerificationReport:
         identity: Between the model with nothing pruned and the unpruned model.
         mask_equals_gather: Between the executions, for the same decisions: the largest to that of inference.
         effect: Between the pruned and the unpruned model; 0 means pruning changes nothing.
-        gradients: For each stage the largest gradient of its scorer's parameters after a training
-            step; NaN if one is not finite or missing, and no entry for scorers without parameters,
-            stages that keep all and models that can only be trained in parts.
+        gradients: For each stage the largest gradient of its parameters, those of its scorer and its reduction, after
+            a training step; NaN if one is not finite or missing, and no entry for stages without parameters, stages
+            that keep all and models that can only be trained in parts.
         compared: Number of output tensors that were compared.
         not_compared: Names of those that could not be, since neither all tokens nor those left explain
             their shape.
@@ -86,7 +86,7 @@ class VerificationReport:
 
 
 def verify(model: nn.Module, inputs: Any, *, tolerance: float = 1e-4) -> VerificationReport:
-    """Check on a sparsified model that what must hold does hold.
+    """Check the invariants on a sparsified model.
 
     In eval mode a pass is made unpruned, one with nothing pruned and one in each execution, and in training mode one
     more, in which every masked block must be seen to attend. Weights, gradients, modes and settings are afterwards
@@ -143,7 +143,7 @@ def verify(model: nn.Module, inputs: Any, *, tolerance: float = 1e-4) -> Verific
 
 
 class _Hashed(Scorer):
-    """Scores that differ by position and image and are the same in either execution."""
+    """Scores that differ by position and image and are the same in every execution."""
 
     def forward(self, candidates: Candidates) -> Tensor:
         patches = candidates.patches
@@ -168,7 +168,7 @@ def _hashed_scores(sparsifier: Sparsifier) -> Iterator[None]:
 
 @contextmanager
 def _unchanged(model: nn.Module, sparsifier: Sparsifier) -> Iterator[None]:
-    """Put back what a training step and a change of settings would leave."""
+    """Restore what a training step and other settings change."""
     plan, execution = sparsifier.plan, sparsifier.execution
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}

@@ -18,7 +18,7 @@ Downstream = Literal["pooled", "all tokens", "any number"]
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """What a Vision Transformer looks like, without a word on how it is pruned.
+    """What a Vision Transformer looks like, and nothing about how it is pruned.
 
     Every block takes tokens of shape (B, L, C) as its first argument, prefix tokens first, then
     the patch tokens in row-major order, then suffix tokens, and returns tokens of the same shape
