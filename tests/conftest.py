@@ -45,24 +45,18 @@ def _its_library_runs_it(request: pytest.FixtureRequest, _seed: None) -> None:
         skip_host_fault(entry)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-supported", action="store_true", help="write what the census proved beside the adapters")
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Count what the census proved in this run and what it could not, and write it where asked."""
-    recorded: dict[str, list[dict[str, Any]]] = defaultdict(list)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Count what the census proved in this run and what it could not."""
+    recorded: dict[str, list[str]] = defaultdict(list)
     for report in terminalreporter.stats.get("passed", []):
-        for name, fields in report.user_properties:
-            recorded[name].append(fields)
+        for what, name in report.user_properties:
+            recorded[what].append(name)
     skipped = [report.longrepr for report in terminalreporter.stats.get("skipped", [])]
     faults = [*summary(reason[-1] for reason in skipped if isinstance(reason, tuple))]
     if not recorded and not faults:
         return
-    from tests.helpers.supported_models import counts, write
+    from tests.helpers.supported_models import counts
 
     terminalreporter.section("census")
     for line in (*counts(recorded), *faults):
         terminalreporter.write_line(line)
-    if config.getoption("--write-supported"):
-        write(recorded)

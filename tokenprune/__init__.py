@@ -8,6 +8,7 @@ from tokenprune.analysis.benchmark import ThroughputReport, throughput
 from tokenprune.analysis.flop_counter import FlopReport, flops
 from tokenprune.analysis.kept_tokens import KeptTokens, kept_tokens
 from tokenprune.analysis.overlays import animate, show
+from tokenprune.analysis.proof import prove
 from tokenprune.analysis.report import report
 from tokenprune.analysis.verification import VerificationReport, verify
 from tokenprune.api import dense, sparsify, unsparsify
@@ -15,16 +16,19 @@ from tokenprune.backbones import probing, structure
 from tokenprune.backbones.adaptations import Adaptation, Setting, TokenTable
 from tokenprune.backbones.adapters import Adapter
 from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.examples import Example
 from tokenprune.backbones.preprocessing import Preprocessing
 from tokenprune.backbones.supported import SupportedModel, supported
 from tokenprune.errors import (
     CheckpointError,
     CountingError,
     ExportError,
+    HostError,
     InterceptionError,
     MissingExtraError,
     PictureError,
     PlanError,
+    ProofError,
     StateError,
     TokenpruneError,
     UnknownModelError,
@@ -55,9 +59,11 @@ __all__ = [
     "CheckpointError",
     "CountingError",
     "DynamicViTLoss",
+    "Example",
     "ExportError",
     "ExportReport",
     "FlopReport",
+    "HostError",
     "InterceptionError",
     "KeptTokens",
     "MissingExtraError",
@@ -65,6 +71,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Preprocessing",
+    "ProofError",
     "Reduced",
     "Reduction",
     "ReductionContext",
@@ -91,6 +98,7 @@ __all__ = [
     "functional",
     "kept_tokens",
     "load_dynamicvit",
+    "prove",
     "push_to_hub",
     "register_reduction",
     "register_scorer",

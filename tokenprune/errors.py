@@ -25,6 +25,14 @@ class InterceptionError(TokenpruneError, RuntimeError):
     """A masked forward pass reached code whose attention could not be masked."""
 
 
+class HostError(TokenpruneError, RuntimeError):
+    """A library cannot run its own model, dense and untouched, so that nothing can be proved on it."""
+
+
+class ProofError(TokenpruneError, AssertionError):
+    """What must hold for a pruned model does not hold for this one."""
+
+
 class CheckpointError(TokenpruneError, ValueError):
     """A checkpoint cannot be read, or is not of the model that is wanted.
 

@@ -230,6 +230,13 @@ def naflex_dict() -> list[Entry]:
     ]
 
 
+def examples() -> list[Entry]:
+    """All that are supported, to prove; the first of each architecture is compiled and exported as well."""
+    entries = [*flat(), *volo(), *naflex_dict()]
+    first = {entry.name for entry in distinct(entries)}
+    return [replace(entry, compiled=entry.name in first) for entry in entries]
+
+
 # What tells two models apart besides their modules and parameters.
 _SETTINGS = (
     "global_pool",

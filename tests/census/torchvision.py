@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -24,6 +25,12 @@ def _create(name: str) -> nn.Module:
     """Calls an entry point, and of the arguments with which that builds a model changes the sizes."""
     with patch.object(vision_transformer, "VisionTransformer", partial(_small, vision_transformer.VisionTransformer)):
         return torchvision.models.get_model(name, num_classes=7)
+
+
+def examples() -> list[Entry]:
+    """All that are supported, to prove; the first is compiled and exported as well."""
+    first, *others = supported()
+    return [replace(first, compiled=True), *others]
 
 
 def supported() -> list[Entry]:

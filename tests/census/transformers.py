@@ -11,6 +11,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,11 @@ def rows(names: str, inputs: Inputs = IMAGES, **given: Any) -> Iterator[Entry]:
         elif name in modules_of(family):
             made = partial(build, family, name, given)
             yield Entry(library="transformers", family=family, name=name, build=made, inputs=inputs)
+
+
+def examples() -> list[Entry]:
+    """All that are supported, to prove; the plainer ones are compiled and exported as well."""
+    return [*(replace(entry, compiled=True) for entry in supported()), *uncovered(), *composites()]
 
 
 def supported() -> list[Entry]:

@@ -172,6 +172,14 @@ def test_the_curve_shows_what_was_counted() -> None:
     assert set(axes.lines[1].get_ydata()) == {reports[0].dense_gmacs} and axes.get_title() == "DeiT"
 
 
+def test_another_reduction() -> None:
+    counted = {
+        pruned: fields("flops", *SMALL, "--pruned", pruned, "-k", "0.5")["reports"][0]["sparse"]
+        for pruned in ("drop", "preserve", "fuse", "merge")
+    }
+    assert len(set(counted.values())) == 4 and min(counted.values()) == counted["drop"]
+
+
 def test_another_image_size_and_scorer() -> None:
     report = fields("flops", *SMALL, "--image-size", "96x160", "--scorer", "random", "-k", "0.5")["reports"][0]
     assert report["input_size"] == [3, 96, 160] and report["stages"] == [0, 0]
@@ -183,7 +191,7 @@ def test_a_saved_model_keeps_its_plan_but_for_the_ratio(sources: dict[str, str])
     saved = sources["a saved folder"]
     assert fields("flops", saved, "-k", "0.5")["reports"][0]["keep_ratios"] == [0.5, 0.25]
     assert run("flops", saved, "--stages", "2,4").exit_code == 0
-    for option in (["--stages", "1,3"], ["--scorer", "random"]):
+    for option in (["--stages", "1,3"], ["--scorer", "random"], ["--pruned", "merge"]):
         result = run("flops", saved, *option)
         assert result.exit_code == 2 and "the saved model" in result.stderr
 
@@ -227,6 +235,7 @@ def test_help(command: list[str]) -> None:
         (["flops", "test_vit", "--image-size", "big"], "expected pixels such as 224"),
         (["flops", "test_vit", "--by", "colour"], "--by"),
         (["flops", "test_vit", "--scorer", "oracle"], "scorer='oracle' is unknown"),
+        (["flops", "test_vit", "--pruned", "melt"], "pruned='melt' is unknown"),
         (["flops", "test_vit", "--plot", "x.png"], "give --keep-ratio several times"),
         (["flops", *SMALL, "-k", "0.9", "-k", "0.5", "--plot", "curve.nonsense"], "--plot curve.nonsense"),
         (["bench", "test_vit", "--device", "toaster"], "--device toaster"),

@@ -1,11 +1,11 @@
-"""What the census proved: its counts, the lists beside the adapters, and the page of the docs made from them.
+"""What the census proved: its counts, and the page of the docs that is made from the lists beside the adapters.
 
-``python -m tests.helpers.supported_models`` writes the page; a test fails where it is out of date.
+``tokenprune prove`` writes these lists, ``python -m tests.helpers.supported_models`` the page; a test fails where it is
+out of date.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from itertools import groupby
@@ -18,7 +18,7 @@ from tests.census import torchvision as census_torchvision
 from tests.census import transformers as census_transformers
 from tests.census.entry import Entry
 from tokenprune import SupportedModel
-from tokenprune.backbones.supported import write_supported
+from tokenprune.backbones.supported import proved_version
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "supported-models.md"
@@ -39,7 +39,8 @@ TABLES: dict[str, dict[str, list[Entry]]] = {
     "torchvision": {"entry points": census_torchvision.supported()},
 }
 
-Recorded = Mapping[str, list[dict[str, Any]]]
+Recorded = Mapping[str, list[str]]
+"""Names of models, by what was found of them and their library, such as ``"supported timm"``."""
 
 HEAD = """# Supported models
 
@@ -78,27 +79,9 @@ def counts(recorded: Recorded) -> Iterator[str]:
         supported, refused = recorded.get(f"supported {library}", []), recorded.get(f"refused {library}", [])
         if supported or refused:
             yield f"{library} {version(library)}: {len(supported)} models proved, {len(refused)} refused"
-        names = {model["name"] for model in supported}
         for what, entries in TABLES[library].items():
             if supported:
-                yield f"  {what}: {sum(entry.name in names for entry in entries)} of {len(entries)}"
-
-
-def write(recorded: Recorded) -> None:
-    """Write the lists beside the adapters, and the page."""
-    for library in LIBRARIES:
-        models: dict[tuple[str, str], dict[str, Any]] = {}
-        for model in recorded.get(f"supported {library}", []):
-            known = models.setdefault((model["family"], model["name"]), model)
-            known["side_inputs"] = sorted({*known["side_inputs"], *model["side_inputs"]})
-        for model in recorded.get(f"passes {library}", []):
-            passes = models[model["family"], model["name"]]["passes"]
-            passes += [one for one in model["passes"] if one not in passes]
-        if models:
-            path = ROOT / "adapters" / f"tokenprune_{library}" / "supported.json"
-            proved = [SupportedModel.from_dict(model, library=library) for model in models.values()]
-            write_supported(path, proved, library_version=version(library))
-    PAGE.write_text(page(), encoding="utf-8")
+                yield f"  {what}: {sum(entry.name in supported for entry in entries)} of {len(entries)}"
 
 
 def page() -> str:
@@ -106,9 +89,8 @@ def page() -> str:
     sections = []
     numbers = []
     for library in LIBRARIES:
-        path = ROOT / "adapters" / f"tokenprune_{library}" / "supported.json"
         models = tokenprune.supported(library)
-        numbers.append(f"- **{library}** {json.loads(path.read_text())['library_version']}: {len(models)} models")
+        numbers.append(f"- **{library}** {proved_version(library)}: {len(models)} models")
         sections.append(f"\n## {library}\n\n{_table(models)}")
     return HEAD.format(counts="\n".join(numbers)) + "".join(sections) + TAIL
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -254,15 +255,15 @@ def _of_tokens_left(
     def cut(tokens: Tensor, left: Tensor) -> Tensor:
         if tokens.dim() != 3 or tokens.shape == left.shape or tokens.shape[0] != left.shape[0]:
             return tokens
-        for stage, selection in enumerate(reference.selections):
+        wanted = left if trace is not None else _without_summaries(left, reference)
+        for num_prefix, stage in product(_prefixes(reference), reversed(range(len(reference.selections)))):
+            selection = reference.selections[stage]
             assert selection.indices is not None
-            before = reference.full_layout if trace is None else trace.selections[stage].layout
             after = selection.layout if trace is not None else selection.layout._replace(num_summary=0)
-            wanted = left if trace is not None else _without_summaries(left, reference)
-            for num_prefix in _prefixes(reference):
-                layout = before._replace(num_prefix=num_prefix)
-                if tokens.shape[1] == layout.length and wanted.shape[1] == after._replace(num_prefix=num_prefix).length:
-                    return select(tokens, layout.positions(selection.indices))
+            layout = reference.full_layout if trace is None else trace.selections[stage].layout
+            layout, after = layout._replace(num_prefix=num_prefix), after._replace(num_prefix=num_prefix)
+            if tokens.shape[1] == layout.length and wanted.shape[1] == after.length:
+                return select(tokens, layout.positions(selection.indices))
         return tokens
 
     return {name: cut(tokens, gathered[name]) for name, tokens in outputs.items() if name in gathered}
@@ -270,11 +271,12 @@ def _of_tokens_left(
 
 def _without_summaries(tokens: Tensor, trace: Trace) -> Tensor:
     """An output, where it is the sequence behind a stage, without summary tokens."""
-    for selection in trace.selections if tokens.dim() == 3 and not trace.restored else ():
-        for num_prefix in _prefixes(trace):
-            layout = selection.layout._replace(num_prefix=num_prefix)
-            if layout.num_summary and layout.length == tokens.shape[1]:
-                return layout.without_summaries(tokens)
+    if tokens.dim() != 3 or trace.restored:
+        return tokens
+    for num_prefix, selection in product(_prefixes(trace), reversed(trace.selections)):
+        layout = selection.layout._replace(num_prefix=num_prefix)
+        if layout.num_summary and layout.length == tokens.shape[1]:
+            return layout.without_summaries(tokens)
     return tokens
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.entry_points import adapter_entries, libraries
+from tokenprune.backbones.examples import Example
 from tokenprune.backbones.preprocessing import Preprocessing
 from tokenprune.backbones.supported import supported
 from tokenprune.errors import CheckpointError, TokenpruneError, UnknownModelError, UnsupportedModelError
@@ -111,6 +112,19 @@ class Adapter(ABC):
         raise _BuildsNone(
             f"{self} builds no models from official checkpoints; build the model, sparsify it, and load the weights "
             "into it."
+        )
+
+    def examples(self) -> Iterable[Example]:
+        """Small models of every kind that the adapter describes, to prove; for ``tokenprune prove``.
+
+        The library may be imported here. Where it cannot build a model by itself, as when its release is too old,
+        leave the example out.
+
+        Raises:
+            UnsupportedModelError: The adapter names none.
+        """
+        raise UnsupportedModelError(
+            f"{self} names no examples to prove; pass a function that does, as in --examples tests.my_models:examples."
         )
 
     def __str__(self) -> str:

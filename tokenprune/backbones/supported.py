@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
@@ -176,6 +176,19 @@ def write_supported(file: str | Path, models: Iterable[SupportedModel], *, libra
     ordered = tuple(sorted(models, key=lambda model: (model.family, model.name)))
     table = SupportTable(models=ordered, library_version=library_version)
     Path(file).write_text(table.to_json(), encoding="utf-8")
+
+
+def merge_examples(models: Iterable[SupportedModel]) -> tuple[SupportedModel, ...]:
+    """One entry for each model, where several examples of it were proved: what any of them is given, and passes."""
+    merged: dict[tuple[str, str], SupportedModel] = {}
+    for model in models:
+        first = merged.setdefault((model.family, model.name), model)
+        merged[model.family, model.name] = replace(
+            first,
+            side_inputs=tuple(sorted({*first.side_inputs, *model.side_inputs})),
+            passes=tuple(dict.fromkeys((*first.passes, *model.passes))),
+        )
+    return tuple(merged.values())
 
 
 def _file(entry: EntryPoint) -> Path | None:

@@ -259,10 +259,8 @@ def _clear_cut(model: nn.Module, images: Tensor) -> Tensor:
         _run(model, some)
         found = [some.new_ones(len(some), dtype=torch.float32)]
         for sparsifier in _sparsifiers(model):
-            assert sparsifier.trace is not None
-            found += [
-                _margin(selection).cpu() for selection in sparsifier.trace.selections if selection.scores is not None
-            ]
+            selections = [] if sparsifier.trace is None else sparsifier.trace.selections  # none inside tokenprune.dense
+            found += [_margin(selection) for selection in selections if selection.scores is not None]
         margins.append(torch.stack([each.to(found[0]) for each in found]).amin(dim=0))
     order = torch.cat(margins).argsort(descending=True, stable=True)
     return images[order[: sum(BATCH_SIZES)]]
