@@ -168,6 +168,32 @@ def test_checkpointed_blocks_see_the_same_decisions(name: str, pruned: str) -> N
     assert_same_gradients(gradients(case, model, images), expected, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["timm class token", "transformers ViT classifier"])
+@every_reduction
+def test_checkpointed_blocks_of_which_nothing_is_pruned(name: str, pruned: str) -> None:
+    """Also behind a pass in which something was."""
+    case = BY_NAME[name]
+    model, images = case.sparsified(pruned=pruned).train(), case.images()
+    model.tokenprune.keep_ratio = 1.0
+    expected = gradients(case, model, images)
+    enable_checkpointing(model)
+    assert_same_gradients(gradients(case, model, images), expected, 1e-5)
+    model.tokenprune.keep_ratio = (1.0, 0.5)
+    gradients(case, model, images)
+    model.tokenprune.keep_ratio = 1.0
+    assert_same_gradients(gradients(case, model, images), expected, 1e-5)
+
+
+@some_models
+@every_new_reduction
+def test_autocast_in_training(case: Case, pruned: str) -> None:
+    model = case.sparsified(pruned=pruned).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = case.run(model, case.images())
+    sum(output.float().square().mean() for output in outputs.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.tokenprune.parameters())
+
+
 @some_models
 @every_new_reduction
 def test_verify_and_flops(case: Case, pruned: str) -> None:

@@ -315,14 +315,13 @@ class PruningHooks(nn.Module):
         given = tokens = output_tokens(output)
         if self._restores:
             tokens = self._restore(place, running, tokens, selection)
-        if not selection.all_kept and not torch.compiler.is_compiling():
-            if running.intercepts:
-                check_attended(block, self._attended)
-                self._attended = False
-            if running.trains:
-                state = self.recomputed if recomputing() else self._state
-                found = State(state.selections[: place.stage + 1], self._entry.summaries if self._restores else None)
-                remember(self, tokens, found)
+        if running.intercepts and not selection.all_kept and not torch.compiler.is_compiling():
+            check_attended(block, self._attended)
+            self._attended = False
+        if running.trains and not torch.compiler.is_compiling():
+            state = self.recomputed if recomputing() else self._state
+            found = State(state.selections[: place.stage + 1], self._entry.summaries if self._restores else None)
+            remember(self, tokens, found)
         return None if tokens is given else replace_output_tokens(output, tokens)
 
     def _restore(self, place: Place, running: Execution, tokens: Tensor, selection: Selection) -> Tensor:
