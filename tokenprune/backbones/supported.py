@@ -28,7 +28,8 @@ class SupportedModel:
         model_class: The class of the model.
         pooling: What becomes of the tokens after the last block.
         position_encoding: How positions enter.
-        side_inputs: Names of the blocks' inputs that are gathered with the tokens.
+        side_inputs: Names of the blocks' inputs that are gathered with the tokens, since they have an entry for each,
+            and ``"bias"`` where attention itself makes one for each pair.
         passes: What was proved: ``"identity"``, ``"mask = gather"``, ``"undo"``, ``"training step"``, and for
             one model of each kind ``"compile"`` and ``"export"``.
     """
