@@ -49,7 +49,7 @@ def card(model: nn.Module, manifest: Manifest) -> str:
         "the original ones.\n",
         "## Use\n",
         f"```python\nimport tokenprune\n\nmodel = tokenprune.from_pretrained({_call(manifest)})\n```\n",
-        "`model` is of the class of the dense model; `tokenprune.unsparsify(model)` removes what was added, `model.tokenprune`.\n",
+        "`model` is of the class of the dense model; `tokenprune.unsparsify(model)` takes out what was added to it.\n",
         "## Multiply-adds of one image\n",
         _table(model),
     ]
