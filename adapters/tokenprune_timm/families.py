@@ -20,7 +20,7 @@ class TailClassToken(Adaptation):
     """A class token comes in behind the blocks, and attends over all tokens there (CaiT, VOLO)."""
 
     def tail_layouts(self, layout: Layout) -> tuple[Layout, ...]:
-        return (layout._replace(num_prefix=layout.num_prefix + 1),)
+        return (layout.replace(num_prefix=layout.num_prefix + 1),)
 
 
 class TalkingHeads(Adaptation):

@@ -82,7 +82,7 @@ class FrameMessage(Adaptation):
     """A message of the whole video stands behind each frame's tokens while a block attends (X-CLIP, 2208.02816)."""
 
     def attention_layouts(self, layout: Layout) -> tuple[Layout, ...]:
-        return (layout._replace(num_suffix=layout.num_suffix + 1),)
+        return (layout.replace(num_suffix=layout.num_suffix + 1),)
 
 
 class SharedTables(Adaptation):

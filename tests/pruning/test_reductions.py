@@ -309,7 +309,7 @@ def test_fused_tokens_go_beside_the_grid_where_all_are_restored() -> None:
     beside, plain = case.sparsified(pruned="fuse_preserve"), case.sparsified(pruned="fuse")
     images = case.images()
     lengths: list[int] = []
-    for block in beside.vit.layers:
+    for block in beside.tokenprune.backbone.blocks:
         block.register_forward_hook(lambda block, args, output: lengths.append(output_tokens(output).shape[1]))
     with torch.no_grad():
         torch.testing.assert_close(
@@ -386,7 +386,7 @@ def test_merge_needs_no_place(name: str, pruned: str) -> None:
 def test_a_mask_that_hides_tokens_is_refused_when_it_comes() -> None:
     case = BY_NAME["transformers ViT classifier"]
     model = case.sparsified(pruned="fuse")
-    layer = model.vit.layers[3]
+    layer = model.tokenprune.backbone.blocks[3]
     mask = torch.ones(3, 1, NUM_PATCHES + 1, NUM_PATCHES + 1, dtype=torch.bool)
 
     def give(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -399,7 +399,7 @@ def test_a_mask_that_hides_tokens_is_refused_when_it_comes() -> None:
             model.tokenprune.execution = execution
             torch.testing.assert_close(case.run(model, case.images())["logits"], expected, rtol=0, atol=1e-5)
             mask[:, :, :, 4] = False
-            with pytest.raises(tokenprune.StateError, match="'attention_mask', which hides some tokens"):
+            with pytest.raises(tokenprune.StateError, match="_mask', which hides some tokens"):
                 case.run(model, case.images())
             mask[:] = True
 

@@ -259,9 +259,9 @@ def _of_tokens_left(
         for num_prefix, stage in product(_prefixes(reference), reversed(range(len(reference.selections)))):
             selection = reference.selections[stage]
             assert selection.indices is not None
-            after = selection.layout if trace is not None else selection.layout._replace(num_summary=0)
+            after = selection.layout if trace is not None else selection.layout.replace(num_summary=0)
             layout = reference.full_layout if trace is None else trace.selections[stage].layout
-            layout, after = layout._replace(num_prefix=num_prefix), after._replace(num_prefix=num_prefix)
+            layout, after = layout.replace(num_prefix=num_prefix), after.replace(num_prefix=num_prefix)
             if tokens.shape[1] == layout.length and wanted.shape[1] == after.length:
                 return select(tokens, layout.positions(selection.indices))
         return tokens
@@ -274,7 +274,7 @@ def _without_summaries(tokens: Tensor, trace: Trace) -> Tensor:
     if tokens.dim() != 3 or trace.restored:
         return tokens
     for num_prefix, selection in product(_prefixes(trace), reversed(trace.selections)):
-        layout = selection.layout._replace(num_prefix=num_prefix)
+        layout = selection.layout.replace(num_prefix=num_prefix)
         if layout.num_summary and layout.length == tokens.shape[1]:
             return layout.without_summaries(tokens)
     return tokens

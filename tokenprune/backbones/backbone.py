@@ -80,7 +80,7 @@ class Backbone:
 
     def layout_at(self, layout: Layout, block: int) -> Layout:
         """A layout as block ``block`` gets it: with the prefix tokens that have joined by then."""
-        return layout._replace(num_prefix=self.num_prefix_at(block))
+        return layout.replace(num_prefix=self.num_prefix_at(block))
 
     def attention_layouts(self, layout: Layout, block: int) -> list[Layout]:
         """The sequence that a block gets, and those that it attends over instead."""
@@ -89,7 +89,7 @@ class Backbone:
 
     def tail_layouts(self, layout: Layout) -> list[Layout]:
         """The sequence behind the last block, and those that the model makes of it there."""
-        patches, without_suffix = layout._replace(num_prefix=0, num_suffix=0), layout._replace(num_suffix=0)
+        patches, without_suffix = layout.replace(num_prefix=0, num_suffix=0), layout.replace(num_suffix=0)
         made = [other for adaptation in self.adaptations for other in adaptation.tail_layouts(layout)]
         return [patches, layout, without_suffix, *made]
 
