@@ -68,15 +68,20 @@ def size_of(kind: str) -> tuple[int, int]:
     return (32, 48) if kind == "timm, registers, average" else (32, 32)
 
 
-def images_of(kind: str, batch: int = 2) -> Tensor:
-    """Images that fit."""
-    return torch.randn(batch, 3, *size_of(kind), generator=torch.Generator().manual_seed(8))
+def images_of(kind: str, batch: int = 2, size: tuple[int, int] | None = None) -> Tensor:
+    """Images, of the size that fits unless another is given."""
+    return torch.randn(batch, 3, *(size or size_of(kind)), generator=torch.Generator().manual_seed(8))
 
 
 def run(model: nn.Module, images: Any) -> Tensor:
     """Its logits, with the same random numbers every time."""
     torch.manual_seed(0)
     with torch.no_grad():
-        output = model(images)
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits
+        return logits(model, images)
+
+
+def logits(model: nn.Module, images: Any) -> Tensor:
+    """What its head gives."""
+    output = model(images)
+    found: Tensor = output if isinstance(output, Tensor) else output.logits
+    return found

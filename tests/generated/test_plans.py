@@ -25,7 +25,8 @@ def test_a_plan_is_what_was_asked_for_or_is_refused(data: st.DataObject, depth: 
     number = len(asked) if stages.valid else 3
     ratios: Given = data.draw(mixed(good_ratios(number), bad_ratios(number)))
     plan, error = attempt(
-        lambda: Plan.build(depth=depth, stages=asked, keep_ratio=ratios.value), valid=bool(stages.valid and ratios.valid)
+        lambda: Plan.build(depth=depth, stages=asked, keep_ratio=ratios.value),
+        valid=bool(stages.valid and ratios.valid),
     )
     if error is not None:
         assert isinstance(error, PlanError)

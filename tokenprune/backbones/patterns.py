@@ -90,6 +90,16 @@ def axes(pattern: str) -> tuple[list[str], list[str]]:
     return left.split(), right.split()
 
 
+def is_pattern(pattern: object) -> bool:
+    """Whether it is a pattern: letters on both sides, tokens among them, and nothing new on the right but images."""
+    if not isinstance(pattern, str) or pattern.count("->") != 1:
+        return False
+    left, right = axes(pattern)
+    letters = all(axis == "1" or (len(axis) == 1 and axis.islower()) for axis in left + right)
+    once = len({*left}) == len(left) and len({*right} - {"1"}) == len([axis for axis in right if axis != "1"])
+    return letters and once and bool({*left} & {"n", "m"}) and {*left} <= {*right} <= {*left, "b", "1"}
+
+
 def token_axis(letters: list[str]) -> int:
     """Which axis counts tokens."""
     return letters.index("n" if "n" in letters else "m")

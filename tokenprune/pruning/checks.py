@@ -62,6 +62,18 @@ def refuse_training_in_place() -> NoReturn:
     )
 
 
+def refuse_order(block: nn.Module, index: int) -> NoReturn:
+    """Refuse a forward pass that runs the blocks in another order than the backbone names them.
+
+    Raises:
+        StateError: It names the block that was not expected.
+    """
+    raise StateError(
+        f"block {index} of the Backbone, a {type(block).__name__}, runs before blocks that are named before it; name "
+        "the blocks in the order in which the model runs them."
+    )
+
+
 def check_attended(block: nn.Module, attended: bool) -> None:
     """Refuse a block of which no attention module was called, although tokens are to be masked in it.
 

@@ -27,6 +27,7 @@ from tokenprune.pruning.checks import (
     check_no_replica,
     check_recomputed,
     layout_of,
+    refuse_order,
     refuse_training_in_place,
 )
 from tokenprune.pruning.executions import AUTO, Execution, default_execution, execution_class
@@ -103,6 +104,7 @@ class PruningHooks(nn.Module):
         self._scopes = AttentionScopes(backbone)
         self._tail: Interception | None = None
         self._in_tower = False
+        self._open = False
         self._attended = False
         self._image_size: tuple[int, int] | None = None
         self._grad_enabled = False
@@ -194,7 +196,7 @@ class PruningHooks(nn.Module):
     def _before_first_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if recomputing():
             return
-        self.trace, self._running, self._state = None, None, State()
+        self.trace, self._running, self._state, self._open = None, None, State(), False
         if not self.enabled:
             return
         backbone, tokens = self.backbone, find_tokens(block, args, kwargs)
@@ -215,15 +217,15 @@ class PruningHooks(nn.Module):
             grid=backbone.grid_of(layout.num_patches, self._image_size),
             restored=self._restores,
         )
+        self._open = True
 
     def _before_block(
         self, place: Place, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """In front of a block behind a stage, which may stand right in front of it."""
-        running, trace = self._running, self.trace
-        if running is None or trace is None:
+        again, running, trace = recomputing(), self._running, self.trace
+        if not (again or self._is_next(place, block)) or running is None or trace is None:
             return None
-        again = recomputing()
         check_recomputed(running, trace.execution, block)
         if not place.starts and not self._restores:
             return self._side_inputs(place, running, args, kwargs)
@@ -253,6 +255,15 @@ class PruningHooks(nn.Module):
         if tokens is not given:
             args, kwargs = replace_tokens(args, kwargs, tokens)
         return self._side_inputs(place, running, args, kwargs) or (args, kwargs)
+
+    def _is_next(self, place: Place, block: nn.Module) -> bool:
+        """Whether the pass has come to a block; one that somebody calls by itself runs as it is."""
+        decided = len(self._state.selections) if self._open else -1
+        if decided == place.stage + (0 if place.starts else 1):
+            return True
+        if self._in_tower and self.enabled:
+            refuse_order(block, place.block)
+        return False
 
     def _resume(self, place: Place, running: Execution, tokens: Tensor, before: Selection, state: State) -> Tensor:
         """Of all tokens (B, L, C) those that a block runs on, summary tokens included; the others wait."""
@@ -314,6 +325,8 @@ class PruningHooks(nn.Module):
             return None
         given = tokens = output_tokens(output)
         if self._restores:
+            if self._everything is None:  # a block that somebody called by itself
+                return None
             tokens = self._restore(place, running, tokens, selection)
         if running.intercepts and not selection.all_kept and not torch.compiler.is_compiling():
             check_attended(block, self._attended)
@@ -340,8 +353,9 @@ class PruningHooks(nn.Module):
             return
         if self.backbone.final_norm is None:
             self._record_tokens(output_tokens(output))
+        self._open = self._open and self._in_tower
         running, trace = self._running, self.trace
-        if running is None or trace is None or self._restores:
+        if running is None or trace is None or self._restores or not trace.selections:
             return
         tail = running.tail(trace.selections[-1], self.backbone.tail_layouts(trace.layout))
         if tail is None:
@@ -371,4 +385,4 @@ class PruningHooks(nn.Module):
         tail, self._tail = self._tail, None
         if tail is not None:
             tail.leave()
-        self._everything, self._entry, self._state = None, State(), State()
+        self._everything, self._entry, self._state, self._open = None, State(), State(), False

@@ -165,7 +165,8 @@ def _check_keep_ratios(ratios: Sequence[Any], num_stages: int) -> None:
         # What no float is near enough to, such as 1/10⁴⁰⁰, is no ratio either.
         if not (is_number and 0 < ratio <= 1 and float(ratio) > 0):
             raise PlanError(f"keep ratio {ratio!r} is outside (0, 1]; it is the fraction of patch tokens to keep.")
-    if any(later > earlier for earlier, later in pairwise(ratios)):
+    # As floats: between NumPy's types, 0.05 of one precision may count as equal to a larger one of another.
+    if any(float(later) > float(earlier) for earlier, later in pairwise(ratios)):
         raise PlanError(
             f"keep ratios {tuple(ratios)} rise from stage to stage; they are fractions of the original tokens, "
             "and a pruned token never comes back."

@@ -6,12 +6,14 @@ C channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import StateError
 from tokenprune.pruning.executions import Execution
-from tokenprune.pruning.reductions import Drop, Reduction, Split
+from tokenprune.pruning.reductions import Drop, Reduction, Split, check_reduced
 from tokenprune.pruning.selection import Selection, compose_hosts
 from tokenprune.pruning.trace import Trace
 from tokenprune.scorers import Candidates, Scorer
@@ -83,7 +85,8 @@ class Stage(nn.Module):
     ) -> tuple[Tensor, Selection]:
         assert selection.scores is not None
         keep, pruned = selection.split(before, selection.scores.dtype)
-        reduced = self.reduction(Split(patches, keep, pruned, self.scorer.importance(selection.scores)))
+        split = Split(patches, keep, pruned, self.scorer.importance(selection.scores))
+        reduced = check_reduced(self.reduction(split), split, self.reduction)
         if reduced.patches is not patches:
             tokens = before.layout.with_patches(tokens, reduced.patches)
         tokens = execution.remove(tokens, before, selection)
@@ -99,6 +102,7 @@ class Stage(nn.Module):
 
         Raises:
             StateError: The scorer needs attention scores, and none were recorded.
+            TypeError: The scorer gave no tensor, or one of numbers that have no order.
             ValueError: The scorer gave scores of another shape.
         """
         if self.scorer.needs_attention and candidates.attention is None:
@@ -106,7 +110,10 @@ class Stage(nn.Module):
                 f"{type(self.scorer).__name__} needs attention scores of the block before its stage, but was assigned "
                 "after sparsify(), so they are not recorded; pass it as tokenprune.sparsify(…, scorer=…)."
             )
-        scores: Tensor = self.scorer(candidates)
+        scores: Any = self.scorer(candidates)
+        if not isinstance(scores, Tensor) or scores.is_complex():
+            got = f"a tensor of {scores.dtype}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise TypeError(f"{type(self.scorer).__name__} returned {got}; expected scores, a tensor of real numbers.")
         expected = candidates.patches.shape[:2]
         if scores.shape != expected:
             raise ValueError(
