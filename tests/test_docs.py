@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ from typer.testing import CliRunner
 from tests.helpers import supported_models
 from tests.helpers.official import Layout
 from tokenprune.cli import app as cli
-from tokenprune.scorers import base
+from tokenprune.pruning.executions import base as executions
+from tokenprune.pruning.hooks import PruningHooks
+from tokenprune.pruning.reductions import base as reductions
+from tokenprune.scorers import base as scorers
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,7 +58,9 @@ def test_every_block_of_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(timm, "create_model", untrained)
     monkeypatch.setattr(transformers.AutoModelForImageClassification, "from_pretrained", staticmethod(from_config))
-    monkeypatch.setattr(base, "_BUILDERS", dict(base._BUILDERS))  # a page may register a scorer
+    monkeypatch.setattr(scorers, "_BUILDERS", dict(scorers._BUILDERS))  # a page may register a scorer,
+    monkeypatch.setattr(reductions, "_BUILDERS", dict(reductions._BUILDERS))  # a reduction,
+    monkeypatch.setattr(executions, "_EXECUTIONS", dict(executions._EXECUTIONS))  # or an execution
     monkeypatch.chdir(tmp_path)
     for name, (nest, layout) in DOWNLOADS.get(page.stem, {}).items():
         torch.save({nest: layout.state()}, name)
@@ -105,3 +112,29 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_walk_through_the_code_names_what_is_there() -> None:
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    walk = page[page.index("## From `sparsify` to logits") :]
+    paths = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+(?:\.py|/))`", walk)) - {"recipes/", "tests/", "tokenprune/"}
+    assert len(paths) > 30
+    for path in paths:
+        assert (ROOT / path).exists() or (ROOT / "tokenprune" / path).exists(), path
+    hooks = set(re.findall(r"`(_[a-z_]+)`", walk))
+    assert len(hooks) >= 9
+    assert [name for name in hooks if not callable(getattr(PruningHooks, name, None))] == []
+    rooms = {path.name for path in (ROOT / "tokenprune").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms <= {path.rstrip("/") for path in paths}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["structure.observe", "structure.Structure", "probing.random_inputs", "plotting.flops_curve",
+     "saving.resolve.load_model", "cli.app", "integrations.transformers.SparseTrainer", "functional.masked_attention"],
+)  # fmt: skip
+def test_import_paths_that_the_documentation_has_named_stay_valid(name: str) -> None:
+    module, _, attribute = f"tokenprune.{name}".rpartition(".")
+    script = f"from {module} import {attribute}; import {module}; print({module}.{attribute})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 import sys
 
 from tokenprune import functional
+from tokenprune.analysis import plotting
 from tokenprune.analysis.benchmark import ThroughputReport, throughput
 from tokenprune.analysis.flop_counter import FlopReport, flops
 from tokenprune.analysis.kept_tokens import KeptTokens, kept_tokens
@@ -47,7 +48,8 @@ from tokenprune.training.losses import DynamicViTLoss
 __version__ = "0.1.0"
 
 # Where the documentation of 0.1 imports these from.
-sys.modules.update({f"{__name__}.structure": structure, f"{__name__}.probing": probing})
+_MOVED = {"plotting": plotting, "probing": probing, "structure": structure}
+sys.modules.update({f"{__name__}.{name}": module for name, module in _MOVED.items()})
 
 __all__ = [
     "Adaptation",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from tokenprune.pruning.stage import Stage
 from tokenprune.scorers import Scorer, ScorerBuilder, ScorerContext, scorer_builder, scorer_name
 
 Model = TypeVar("Model", bound=nn.Module)
+Built = TypeVar("Built", bound=nn.Module)
 
 
 def sparsify(
@@ -84,14 +85,10 @@ def sparsify(
     plan = Plan.build(depth=len(backbone.blocks), stages=stages, keep_ratio=keep_ratio)
     built = []
     for probability in plan.keep_probabilities:
-        scorer_of_stage = build_scorer(ScorerContext(backbone.embed_dim, probability, backbone.grid_size))
-        if not isinstance(scorer_of_stage, Scorer):
-            raise TypeError(
-                f"scorer={scorer!r} built a {type(scorer_of_stage).__name__}; expected a tokenprune.Scorer."
-            )
-        reduction = build_reduction(ReductionContext(backbone.embed_dim, probability))
-        if not isinstance(reduction, Reduction):
-            raise TypeError(f"pruned={pruned!r} built a {type(reduction).__name__}; expected a tokenprune.Reduction.")
+        scorer_context = ScorerContext(backbone.embed_dim, probability, backbone.grid_size)
+        scorer_of_stage = _built(Scorer, build_scorer, scorer_context, f"scorer={scorer!r}")
+        reduction_context = ReductionContext(backbone.embed_dim, probability)
+        reduction = _built(Reduction, build_reduction, reduction_context, f"pruned={pruned!r}")
         built.append(Stage(scorer_of_stage, reduction))
     if any(stage.scorer.needs_attention for stage in built):
         _check_attention(plan, backbone, scorer)
@@ -153,6 +150,17 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is not None and not isinstance(model._modules.get("tokenprune"), Sparsifier):
             return unwrap(inner)
     return model
+
+
+def _built(kind: type[Built], build: Callable[[Any], Any], context: Any, given: str) -> Built:
+    """What a builder of scorers or reductions makes for a stage."""
+    try:
+        made = build(context)
+    except TypeError as error:  # a class in the place of a builder, as a rule
+        raise TypeError(f"{given} cannot be called with a {type(context).__name__}: {error}") from error
+    if not isinstance(made, kind):
+        raise TypeError(f"{given} built a {type(made).__name__}; expected a tokenprune.{kind.__name__}.")
+    return made
 
 
 def _check_attention(plan: Plan, backbone: Backbone, scorer: str | ScorerBuilder) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 import tokenprune
 from tests.helpers.zoo import BY_NAME
+from tokenprune.pruning.plan import default_stages
 
 LVVIT = BY_NAME["timm LV-ViT"]
 SMALL: dict[str, Any] = {"img_size": 32, "depth": 4, "embed_dim": 32, "num_heads": 2, "num_classes": 7}
@@ -40,7 +41,7 @@ def test_published_numbers_of_parameters(
         model = timm.create_model(name)
         predictors = [tokenprune.scorers.Predictor(width) for _ in stages]
     assert isinstance(model, LVViT)
-    assert tokenprune.plan.default_stages(len(model.blocks)) == stages
+    assert default_stages(len(model.blocks)) == stages
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2) == millions
     if millions_of_predictors is not None:
         count = sum(parameter.numel() for predictor in predictors for parameter in predictor.parameters())

@@ -21,9 +21,14 @@ from tokenprune.analysis.verification import named_outputs
 from tokenprune.backbones.adapters import describe
 
 
-def verified(entry: Entry, keep_ratio: Any, **changes: Any) -> tokenprune.VerificationReport:
+def verified(entry: Entry, keep_ratio: Any, *without: str, **changes: Any) -> tokenprune.VerificationReport:
+    """The report of a model whose description lacks adaptations of these names, and has these changes."""
     model = entry.model()
-    tokenprune.sparsify(model, STAGES, keep_ratio, backbone=replace(describe(model), **changes))
+    described = describe(model)
+    adaptations = tuple(one for one in described.adaptations if type(one).__name__ not in without)
+    assert len(adaptations) < len(described.adaptations) or not without
+    backbone = replace(described, **{"adaptations": adaptations, **changes})
+    tokenprune.sparsify(model, STAGES, keep_ratio, backbone=backbone)
     return tokenprune.verify(model, entry.example(), tolerance=CENSUS_MASK_EQUALS_GATHER)
 
 
@@ -33,13 +38,13 @@ def test_convit_when_a_perfect_square_of_tokens_is_left() -> None:
     assert tokenprune.Plan.build(depth=6, stages=STAGES, keep_ratio=(0.7, 0.45)).num_keep(36) == (25, 16)
     report = verified(entry, (0.7, 0.45))
     assert report.passed, str(report)
-    assert verified(entry, (0.7, 0.45), token_tables=()).mask_equals_gather > 1e-3
+    assert verified(entry, (0.7, 0.45), "TokenTable").mask_equals_gather > 1e-3
 
 
 def test_vjepa_counts_positions_inside_of_attention() -> None:
     entry = entry_of("VJEPA2ForVideoClassification")
     assert verified(entry, 0.6).passed
-    assert not verified(entry, 0.6, position_input=None).passed
+    assert not verified(entry, 0.6, "PositionInput").passed
 
 
 @pytest.mark.parametrize("size", [48, 64])
@@ -62,23 +67,28 @@ def test_a_bias_is_interpolated_to_all_tokens_and_not_to_those_left(family: str,
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    ("name", "without", "changes"),
     [
-        ("vit_small_patch16_rope_224", {"token_inputs": {"rope": ("b n d -> b n d",)}}),
-        ("vit_small_patch16_rope_mixed_224", {"token_inputs": {"rope": ("b h n d -> b h n d",)}}),
-        ("cait_xxs24_224", {"weight_mixers": ()}),
-        ("Gemma4VisionModel", {"put_back": False}),
-        ("Siglip2VisionModel", {"put_back": False}),
-        ("Data2VecVisionModel", {"biased_attention": False, "token_inputs": {"attention_mask": ()}}),
-        ("volo_d1_224", {"num_tail_tokens": 0}),
+        ("vit_small_patch16_rope_224", (), {"token_inputs": {"rope": ("b n d -> b n d",)}}),
+        ("vit_small_patch16_rope_mixed_224", (), {"token_inputs": {"rope": ("b h n d -> b h n d",)}}),
+        ("cait_xxs24_224", ("TalkingHeads",), {}),
+        ("convit_tiny", ("LateClassToken",), {}),
+        ("Gemma4VisionModel", (), {"downstream": "pooled"}),
+        ("Siglip2VisionModel", (), {"downstream": "pooled"}),
+        ("Data2VecVisionModel", ("AttentionBias",), {"token_inputs": {"attention_mask": ()}}),
+        ("beit_base_patch16_224", ("AttentionBias",), {}),
+        ("volo_d1_224", ("TailClassToken",), {}),
+        ("volo_d1_224", ("GridTokens",), {}),
+        ("MLCDVisionModel", ("SharedTables",), {}),
+        ("XCLIPVisionModel", ("FrameMessage",), {}),
     ],
 )
-def test_what_a_family_needs_is_needed(name: str, changes: dict[str, Any]) -> None:
+def test_what_a_family_needs_is_needed(name: str, without: tuple[str, ...], changes: dict[str, Any]) -> None:
     """A description without it fails, by a report or by an error, and never passes."""
     entry = entry_of(name)
     assert verified(entry, 0.6).passed
     try:
-        report = verified(entry, 0.6, **changes)
+        report = verified(entry, 0.6, *without, **changes)
     except (RuntimeError, ValueError):
         return
     assert not report.passed

@@ -17,7 +17,9 @@ import tokenprune
 from tests.helpers.refusals import refused
 from tests.helpers.zoo import BY_NAME, DEPTH
 from tokenprune import PlanError, StateError, UnsupportedModelError
+from tokenprune.backbones.adaptations import GridMethods
 from tokenprune.backbones.adapters import describe
+from tokenprune.pruning.reductions import Drop
 from tokenprune.scorers import Random
 
 PLAIN = BY_NAME["timm class token"]
@@ -50,7 +52,10 @@ def test_other_options_that_make_no_sense() -> None:
     model = PLAIN.model()
     refused(model, ValueError, "scorer='best' is unknown; choose from", scorer="best")
     refused(model, TypeError, "a callable that takes a ScorerContext", scorer=Random())
-    refused(model, ValueError, "pruned='merge'", pruned="merge")
+    refused(model, ValueError, r"pruned='melt' is unknown; choose from \['drop', 'fuse', .*'preserve'\]", pruned="melt")
+    refused(model, TypeError, "a callable that takes a ReductionContext", pruned=Drop())
+    refused(model, TypeError, "built a Random; expected a tokenprune.Reduction", pruned=lambda context: Random())
+    refused(model, TypeError, "built a Drop; expected a tokenprune.Scorer", scorer=lambda context: Drop())
     refused(model, TypeError, "backbone=", backbone=model.blocks)
 
     def fails_at_the_last_stage() -> Callable[[tokenprune.ScorerContext], tokenprune.Scorer]:
@@ -173,10 +178,12 @@ def test_backbones_that_do_not_fit() -> None:
         (replace(right, attentions=[(right.blocks[0].attn,)]), "attentions"),
         (replace(right, blocks=()), "no blocks"),
         (
-            replace(right, settings=[tokenprune.Setting(owner=model, name="fast", value=True)]),
+            replace(right, adaptations=[tokenprune.Setting(owner=model, name="fast", value=True)]),
             "names 'fast', which Vis",
         ),
-        (replace(right, grid_methods=["fly"]), "names 'fly', which is no method of VisionTransformer"),
+        (replace(right, adaptations=[GridMethods(model, ["fly"])]), "names 'fly', no method of VisionTransformer"),
+        (replace(right, adaptations=[GridMethods(PLAIN.model(), [])]), "not part of this VisionTransformer"),
+        (replace(right, downstream="some tokens"), "choose from 'pooled', 'all tokens', 'any number'"),
     ):
         refused(model, UnsupportedModelError, match, backbone=wrong)
     refused(model, ValueError, "embed_dim=30", backbone=replace(right, embed_dim=30))

@@ -389,7 +389,7 @@ def test_copies_remember(case: Case) -> None:
     model, images = preserving(case), case.images()
     expected = case.run(model, images)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert copied.tokenprune.pruned == "preserve" and copied.tokenprune.backbone.put_back
+        assert copied.tokenprune.pruned == "preserve" and copied.tokenprune.restores
         actual = case.run(copied, images)
         assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert case.sparsified().tokenprune.pruned == "drop"

@@ -47,7 +47,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "plan for a deeper model": (manifest(plan__stages=[2, 40]), "stage 40 is out of range"),
     "unknown fate of tokens": (manifest(pruned="burn"), "pruned='burn'"),
     "unknown scorer": (manifest(scorer="oracle"), "'oracle' is not registered here"),
-    "another scorer": (manifest(scorer="static"), "not what scorer='static' builds"),
+    "another scorer": (manifest(scorer="static"), "not what scorer='static' and pruned='drop' build"),
     "no manifest": (lambda folder: (folder / "tokenprune.json").unlink(), r"has no tokenprune\.json"),
     "no weights": (lambda folder: (folder / "tokenprune.safetensors").unlink(), "is missing"),
     "truncated weights": (truncated, "is damaged or truncated"),

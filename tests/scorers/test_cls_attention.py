@@ -17,7 +17,7 @@ from tests.helpers.attention import NUM_HEADS, Recording, outputs_of
 from tests.helpers.refusals import refused
 from tests.helpers.zoo import BY_NAME, KEEP_RATIO, NUM_PATCHES, STAGES, Case, hook_counts, models
 from tokenprune.analysis.verification import named_outputs
-from tokenprune.pruning.attention_recorder import Watching, received_attention
+from tokenprune.pruning.attention_recorder import AttentionRecorder, received_attention
 from tokenprune.scorers import ClassAttention
 
 
@@ -200,8 +200,8 @@ def test_the_class_tokens_row_is_all_that_is_computed() -> None:
 def test_attention_is_looked_at_only_where_and_while_a_scorer_asks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = BY_NAME[name]
     started: list[int] = []
-    start = Watching.start
-    monkeypatch.setattr(Watching, "start", lambda self, *args: (started.append(1), start(self, *args)))
+    enter = AttentionRecorder.enter
+    monkeypatch.setattr(AttentionRecorder, "enter", lambda self: (started.append(1), enter(self)))
     images = case.images()
     plain, model = case.sparsified(), case.sparsified(scorer="cls_attention")
     plain(images)
@@ -224,7 +224,11 @@ def test_attention_is_looked_at_only_where_and_while_a_scorer_asks(name: str, mo
     ("options", "error", "match"),
     [
         ({"stages": (0, 3)}, tokenprune.PlanError, "there is none before block 0; move the stage, or take another"),
-        ({"stages": (1,), "name": "cait_s24_224"}, tokenprune.UnsupportedModelError, "mixes over the heads"),
+        (
+            {"stages": (1,), "name": "cait_s24_224"},
+            tokenprune.UnsupportedModelError,
+            "mixes the weights over",
+        ),
     ],
     ids=["no block before", "talking heads"],
 )
@@ -294,7 +298,7 @@ def test_a_scorer_that_is_put_there_later_is_found_out() -> None:
     case = BY_NAME["timm class token"]
     model = case.sparsified()
     model.tokenprune.stages[0].scorer = ClassAttention()
-    with pytest.raises(tokenprune.StateError, match=r"goes by the attention.*pass it as tokenprune\.sparsify"):
+    with pytest.raises(tokenprune.StateError, match=r"needs attention scores.*pass it as tokenprune\.sparsify"):
         model(case.images())
 
 

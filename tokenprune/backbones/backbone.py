@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import nn
 
 from tokenprune.backbones.adaptations import Adaptation
+from tokenprune.backbones.fields import check_fields
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.tokens import Layout
 
@@ -18,7 +19,7 @@ Downstream = Literal["pooled", "all tokens", "any number"]
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """What a Vision Transformer looks like, without a word on how it is pruned.
+    """What a Vision Transformer looks like, and nothing about how it is pruned.
 
     Every block takes tokens of shape (B, L, C) as its first argument, prefix tokens first, then
     the patch tokens in row-major order, then suffix tokens, and returns tokens of the same shape
@@ -80,7 +81,7 @@ class Backbone:
 
     def layout_at(self, layout: Layout, block: int) -> Layout:
         """A layout as block ``block`` gets it: with the prefix tokens that have joined by then."""
-        return layout._replace(num_prefix=self.num_prefix_at(block))
+        return layout.replace(num_prefix=self.num_prefix_at(block))
 
     def attention_layouts(self, layout: Layout, block: int) -> list[Layout]:
         """The sequence that a block gets, and those that it attends over instead."""
@@ -89,7 +90,7 @@ class Backbone:
 
     def tail_layouts(self, layout: Layout) -> list[Layout]:
         """The sequence behind the last block, and those that the model makes of it there."""
-        patches, without_suffix = layout._replace(num_prefix=0, num_suffix=0), layout._replace(num_suffix=0)
+        patches, without_suffix = layout.replace(num_prefix=0, num_suffix=0), layout.replace(num_suffix=0)
         made = [other for adaptation in self.adaptations for other in adaptation.tail_layouts(layout)]
         return [patches, layout, without_suffix, *made]
 
@@ -138,6 +139,7 @@ class Backbone:
             UnsupportedModelError: A module is not part of the model, or a number makes no sense.
         """
         name = type(model).__name__
+        check_fields(self, Downstream)
         if len(self.blocks) == 0:
             raise UnsupportedModelError(f"the Backbone of this {name} names no blocks, in front of which to prune.")
         self._check_modules(model)
@@ -150,13 +152,18 @@ class Backbone:
                 f"Backbone.attentions has {len(self.attentions)} entries for {len(self.blocks)} blocks; give one a "
                 "block, or None to have them found."
             )
-        if self.downstream not in get_args(Downstream):
+        for modules in self.attentions or ():
+            parts = [part for module in modules for part in module.modules()]
+            if len(set(parts)) != len(parts):
+                raise UnsupportedModelError(
+                    "Backbone.attentions names a module of a block twice, or one inside of another; name the outermost "
+                    "alone."
+                )
+        if self.tower is not None and not {*self.blocks} <= {*self.tower.modules()}:
             raise UnsupportedModelError(
-                f"Backbone(downstream={self.downstream!r}): choose from {', '.join(map(repr, get_args(Downstream)))}."
+                f"Backbone(tower={type(self.tower).__name__}(…)): expected the part of this {name} that runs all "
+                "its blocks, or None."
             )
-        for option, least in (("num_prefix_tokens", 0), ("num_suffix_tokens", 0), ("embed_dim", 1)):
-            if getattr(self, option) < least:
-                raise UnsupportedModelError(f"Backbone({option}={getattr(self, option)}): must be at least {least}.")
 
     def _check_modules(self, model: nn.Module) -> None:
         parts = set(model.modules())

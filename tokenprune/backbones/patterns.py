@@ -19,7 +19,7 @@ from torch import Tensor
 from tokenprune.tokens import Layout, sizes
 
 AxisPatterns = Mapping[str, Sequence[str] | None]
-"""For names of a block's parameters one pattern a number of dimensions; ``None`` where shapes are to say."""
+"""For names of a block's parameters, one pattern for each number of dimensions; ``None`` infers it from the shape."""
 
 _TABLES = {2: "n d -> b 1 n d", 3: "b n d -> b n d", 4: "b h n d -> b h n d"}
 
@@ -88,6 +88,16 @@ def axes(pattern: str) -> tuple[list[str], list[str]]:
     """The letters on the left and on the right of a pattern."""
     left, _, right = pattern.partition("->")
     return left.split(), right.split()
+
+
+def is_pattern(pattern: object) -> bool:
+    """Whether it is a pattern: letters on both sides, tokens among them, and nothing new on the right but images."""
+    if not isinstance(pattern, str) or pattern.count("->") != 1:
+        return False
+    left, right = axes(pattern)
+    letters = all(axis == "1" or (len(axis) == 1 and axis.islower()) for axis in left + right)
+    once = len({*left}) == len(left) and len({*right} - {"1"}) == len([axis for axis in right if axis != "1"])
+    return letters and once and bool({*left} & {"n", "m"}) and {*left} <= {*right} <= {*left, "b", "1"}
 
 
 def token_axis(letters: list[str]) -> int:

@@ -196,7 +196,7 @@ def _file(entry: EntryPoint) -> Path | None:
     """The file beside the module of an entry point, found without importing that module."""
     try:
         spec = find_spec(entry.module)
-    except Exception:  # a package around the module that cannot be imported; whoever needs the adapter is told why
+    except Exception:  # a package around the module that cannot be imported; whoever needs the adapter gets the reason
         return None
     if spec is None or not spec.parent or spec.origin is None:  # not there, or in no package
         return None

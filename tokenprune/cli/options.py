@@ -39,6 +39,14 @@ ScorerName = Annotated[
     str | None,
     typer.Option("--scorer", help="The scorer. Default: predictor, or what was saved.", show_default=False),
 ]
+Pruned = Annotated[
+    str | None,
+    typer.Option(
+        "--pruned",
+        help="What becomes of pruned tokens: drop, fuse, merge, preserve, … Default: drop, or what was saved.",
+        show_default=False,
+    ),
+]
 TrainingFreeScorer = Annotated[
     str | None,
     typer.Option(
@@ -68,6 +76,7 @@ def sparsified(
     keep_ratio: float | tuple[float, ...] | None,
     image_size: str | None,
     scorer: str | None = None,
+    pruned: str | None = None,
     pretrained: bool = False,
     default_scorer: str = "predictor",
 ) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -79,6 +88,7 @@ def sparsified(
         keep_ratio: From `ratio`; ``None`` means the default.
         image_size: As given on the command line.
         scorer: A registered name; ``None`` means the default.
+        pruned: The registered name of a reduction; ``None`` means the default.
         pretrained: Whether a library's model needs its trained weights.
         default_scorer: The scorer of a model that was not saved sparsified, where none is given.
 
@@ -92,14 +102,17 @@ def sparsified(
     size, chosen = _size(image_size), stage_indices(stages)
     if scorer is not None:
         check_scorer(scorer)
+    if pruned is not None:
+        check_reduction(pruned)
     model = load_model(name, pretrained=pretrained, image_size=size).eval()
     saved = getattr(model, "tokenprune", None)
     if isinstance(saved, Sparsifier):
-        _check_saved(saved, chosen, scorer)
+        _check_saved(saved, chosen, scorer, pruned)
         if keep_ratio is not None:
             saved.keep_ratio = keep_ratio
     else:
-        sparsify(model, chosen, 0.7 if keep_ratio is None else keep_ratio, scorer=scorer or default_scorer)
+        ratio = 0.7 if keep_ratio is None else keep_ratio
+        sparsify(model, chosen, ratio, scorer=scorer or default_scorer, pruned=pruned or "drop")
     channels, *own = sparsifier_of(model).backbone.input_size(model)
     height, width = size or own
     return model, (channels, height, width)
@@ -139,13 +152,29 @@ def check_scorer(name: str) -> None:
         raise typer.BadParameter(str(error)) from None
 
 
-def _check_saved(saved: Any, stages: tuple[int, ...] | None, scorer: str | None) -> None:
+def check_reduction(name: str) -> None:
+    """Refuse a name that no reduction has.
+
+    Raises:
+        typer.BadParameter: None has it.
+    """
+    from tokenprune.pruning.reductions import reduction_builder
+
+    try:
+        reduction_builder(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _check_saved(saved: Any, stages: tuple[int, ...] | None, scorer: str | None, pruned: str | None) -> None:
     if stages is not None and stages != saved.plan.stages:
         raise typer.BadParameter(
             f"--stages: the saved model's scorers are at {saved.plan.stages}, which cannot change."
         )
     if scorer is not None and scorer != saved.scorer:
         raise typer.BadParameter(f"--scorer {scorer}: the saved model has {saved.scorer or 'one of its own'}.")
+    if pruned is not None and pruned != saved.pruned:
+        raise typer.BadParameter(f"--pruned {pruned}: the saved model has {saved.pruned or 'one of its own'}.")
 
 
 def stage_indices(text: str | None) -> tuple[int, ...] | None:

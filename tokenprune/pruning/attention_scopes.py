@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokenprune.backbones.adaptations import Adaptation, Removed, Scope
 from tokenprune.backbones.backbone import Backbone
+from tokenprune.errors import InterceptionError
 from tokenprune.pruning.attention_recorder import AttentionRecorder
 from tokenprune.pruning.selection import Selection
 from tokenprune.tokens import Layout
@@ -46,7 +47,15 @@ class AttentionScopes:
         return [scope for scope in scopes if scope is not None]
 
     def enter(self, scopes: list[Scope]) -> None:
-        """Enter all, the first one outermost."""
+        """Enter all, the first one outermost.
+
+        Raises:
+            InterceptionError: Others have been entered and not left.
+        """
+        if self.entered:
+            raise InterceptionError(
+                "an attention module of the Backbone runs inside of another one; name the outermost alone, each once."
+            )
         for scope in scopes:
             scope.enter()
         self.entered = scopes

@@ -8,11 +8,10 @@ pruning, K tokens of the sequence as it is, C channels.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,33 +20,24 @@ from torch.utils.hooks import RemovableHandle
 from tokenprune.backbones.adaptations import Removed, Scope
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
-from tokenprune.errors import InterceptionError, StateError
 from tokenprune.pruning.attention_scopes import AttentionScopes
+from tokenprune.pruning.checks import (
+    check_attended,
+    check_grad,
+    check_no_replica,
+    check_recomputed,
+    layout_of,
+    refuse_order,
+    refuse_training_in_place,
+)
 from tokenprune.pruning.executions import AUTO, Execution, default_execution, execution_class
+from tokenprune.pruning.places import Place, places, stage_before
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.recomputation import State, recomputing, remember
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.stage import Stage
 from tokenprune.pruning.trace import Trace
-from tokenprune.tokens import Layout, find_tokens, output_tokens, replace_output_tokens, replace_tokens, sizes
-
-
-class _Place(NamedTuple):
-    """Where a block stands among the stages.
-
-    Attributes:
-        block: Its index.
-        stage: The last stage in front of it; -1 if there is none.
-        starts: Whether that stands right in front of it.
-        awaited_by: The stage right behind it whose scorer needs its attention scores, if there is one.
-        names: The names of the block's parameters, in order.
-    """
-
-    block: int
-    stage: int
-    starts: bool
-    awaited_by: int | None
-    names: tuple[str, ...]
+from tokenprune.tokens import Layout, find_tokens, output_tokens, replace_output_tokens, replace_tokens
 
 
 class PruningHooks(nn.Module):
@@ -86,7 +76,7 @@ class PruningHooks(nn.Module):
         yield tower.register_forward_pre_hook(self._before_tower, with_kwargs=True)
         yield tower.register_forward_hook(self._after_tower, always_call=True)
         yield blocks[0].register_forward_pre_hook(self._before_first_block, with_kwargs=True)
-        for place, block in zip(self._places(), blocks, strict=True):
+        for place, block in zip(places(self._plan, self.backbone, list(self.stages)), blocks, strict=True):
             if place.block >= first:
                 yield block.register_forward_pre_hook(partial(self._before_block, place), with_kwargs=True)
                 # In front of hooks that collect hidden states, so that these see what the next block sees.
@@ -101,22 +91,6 @@ class PruningHooks(nn.Module):
         for adaptation in self.backbone.adaptations:
             yield from adaptation.install_inside(blocks, self)
 
-    def _places(self) -> Iterator[_Place]:
-        for index, block in enumerate(self.backbone.blocks):
-            stage, names = self._stage_before(index), tuple(inspect.signature(block.forward).parameters)
-            starts = stage >= 0 and self._plan.stages[stage] == index
-            yield _Place(index, stage, starts, self._awaited_by(index), names)
-
-    def _stage_before(self, index: int) -> int:
-        """The last stage in front of block ``index`` or of one before it; -1 if there is none."""
-        return sum(start <= index for start in self._plan.stages) - 1
-
-    def _awaited_by(self, index: int) -> int | None:
-        """The stage right behind block ``index`` whose scorer needs its attention scores, if there is one."""
-        stage = self._stage_before(index + 1)
-        starts = stage >= 0 and self._plan.stages[stage] == index + 1
-        return stage if starts and cast(Stage, self.stages[stage]).scorer.needs_attention else None
-
     # State of one forward pass. Decisions are kept by stage: activation checkpointing runs a block
     # again, in the backward pass, and must then find what was in force when it ran first.
 
@@ -130,6 +104,7 @@ class PruningHooks(nn.Module):
         self._scopes = AttentionScopes(backbone)
         self._tail: Interception | None = None
         self._in_tower = False
+        self._open = False
         self._attended = False
         self._image_size: tuple[int, int] | None = None
         self._grad_enabled = False
@@ -172,7 +147,7 @@ class PruningHooks(nn.Module):
 
     def kept_indices(self, block: int) -> Tensor | None:
         """(B, n) int64, the positions in the grid of the patch tokens that a block gets; ``None`` if all."""
-        selection = self._selection(self._stage_before(block))
+        selection = self._selection(stage_before(self._plan, block))
         return None if selection is None or selection.all_kept else selection.indices
 
     def full_length(self) -> int | None:
@@ -191,10 +166,7 @@ class PruningHooks(nn.Module):
     # Hooks
 
     def _before_tower(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getattr(model, "_is_replica", False):
-            raise StateError(
-                "nn.DataParallel makes copies whose hooks belong to the original model; use DistributedDataParallel."
-            )
+        check_no_replica(model)
         self._close()
         self._in_tower = True
         self._grad_enabled = torch.is_grad_enabled()
@@ -214,7 +186,7 @@ class PruningHooks(nn.Module):
         if output is None or running is None or trace is None or not self._hands_on_kept():
             return None
         counts = self._plan.num_keep(trace.num_patches)
-        stages = [self._stage_before(index) for index in range(len(self.backbone.blocks))]
+        stages = [stage_before(self._plan, index) for index in range(len(self.backbone.blocks))]
         return running.output(output, trace, counts, stages)
 
     def _hands_on_kept(self) -> bool:
@@ -224,53 +196,37 @@ class PruningHooks(nn.Module):
     def _before_first_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if recomputing():
             return
-        self.trace, self._running, self._state = None, None, State()
+        self.trace, self._running, self._state, self._open = None, None, State(), False
         if not self.enabled:
             return
         backbone, tokens = self.backbone, find_tokens(block, args, kwargs)
-        if tokens.shape[2] != backbone.embed_dim:
-            raise StateError(
-                f"{type(block).__name__} got tokens of width {tokens.shape[2]}, and the Backbone says "
-                f"embed_dim={backbone.embed_dim}."
-            )
-        num_others = backbone.num_prefix_tokens + backbone.num_suffix_tokens
-        num_patches = sizes(tokens)[1] - num_others
-        if num_patches < 1:
-            raise StateError(
-                f"{type(block).__name__} got {tokens.shape[1]} tokens, and {num_others} are "
-                "prefix or suffix tokens; there is no patch token to prune."
-            )
+        layout = layout_of(block, tokens, backbone)
         name = default_execution(training=self.training) if self._execution == AUTO else self._execution
         if name not in self._executions:
             self._executions[name] = execution_class(name)(backbone)
         running = self._executions[name]
         if running.trains and self.training and self._hands_on_kept():
-            raise StateError(
-                "in training, images keep different numbers of tokens, and what follows the vision tower takes equally "
-                "many of each: train the tower by itself, or set model.tokenprune.execution = "
-                f"{default_execution(training=False)!r}, in which scorers do not learn."
-            )
+            refuse_training_in_place()
         running.begin()
         self._scopes.close()
-        layout = Layout(backbone.num_prefix_tokens, num_patches, num_suffix=backbone.num_suffix_tokens)
         self._running = running
         self.trace = Trace(
             execution=name,
             start=Selection(layout, all_kept=True),
             num_prefix_tokens=backbone.num_prefix_at(len(backbone.blocks)),
-            grid=backbone.grid_of(num_patches, self._image_size),
+            grid=backbone.grid_of(layout.num_patches, self._image_size),
             restored=self._restores,
         )
+        self._open = True
 
     def _before_block(
-        self, place: _Place, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, place: Place, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """In front of a block behind a stage, which may stand right in front of it."""
-        running, trace = self._running, self.trace
-        if running is None or trace is None:
+        again, running, trace = recomputing(), self._running, self.trace
+        if not (again or self._is_next(place, block)) or running is None or trace is None:
             return None
-        again = recomputing()
-        self._check_recomputed(running, block)
+        check_recomputed(running, trace.execution, block)
         if not place.starts and not self._restores:
             return self._side_inputs(place, running, args, kwargs)
         given = tokens = find_tokens(block, args, kwargs)  # (B, K, C)
@@ -281,8 +237,9 @@ class PruningHooks(nn.Module):
         if self._restores:
             tokens = self._resume(place, running, tokens, before, state)
         if place.starts:
-            self._check_grad(block)
-            before = before._replace(layout=self.backbone.layout_at(before.layout, place.block))
+            if running.trains:
+                check_grad(block, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
+            before = before.replace(layout=self.backbone.layout_at(before.layout, place.block))
             tokens, selection = cast(Stage, self.stages[place.stage]).prune(
                 tokens,
                 before,
@@ -293,21 +250,30 @@ class PruningHooks(nn.Module):
                 attention=state.selections[place.stage].attention if again else self._scopes.take_recorded(),
             )
             if not again:
-                self._state = self._state._replace(selections=(*self._state.selections, selection))
+                self._state = self._state.replace(selections=(*self._state.selections, selection))
                 trace.selections.append(selection)
         if tokens is not given:
             args, kwargs = replace_tokens(args, kwargs, tokens)
         return self._side_inputs(place, running, args, kwargs) or (args, kwargs)
 
-    def _resume(self, place: _Place, running: Execution, tokens: Tensor, before: Selection, state: State) -> Tensor:
+    def _is_next(self, place: Place, block: nn.Module) -> bool:
+        """Whether the pass has come to a block; one that somebody calls by itself runs as it is."""
+        decided = len(self._state.selections) if self._open else -1
+        if decided == place.stage + (0 if place.starts else 1):
+            return True
+        if self._in_tower and self.enabled:
+            refuse_order(block, place.block)
+        return False
+
+    def _resume(self, place: Place, running: Execution, tokens: Tensor, before: Selection, state: State) -> Tensor:
         """Of all tokens (B, L, C) those that a block runs on, summary tokens included; the others wait."""
         self._everything, self._entry = tokens, state
-        layout = self.backbone.layout_at(before.layout, place.block)._replace(num_summary=0)
+        layout = self.backbone.layout_at(before.layout, place.block).replace(num_summary=0)
         tokens = running.resume(tokens, before, self._full_layout(place.block))
         return tokens if state.summaries is None else layout.with_summaries(tokens, state.summaries)
 
     def _side_inputs(
-        self, place: _Place, running: Execution, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, place: Place, running: Execution, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A block's arguments, what it is given besides tokens for those it runs on; ``None`` if nothing changes."""
         selection = self._selection(place.stage) if len(args) + len(kwargs) > 1 else None
@@ -316,7 +282,7 @@ class PruningHooks(nn.Module):
         full = self._full_layout(place.block)
         return running.side_inputs(args, kwargs, place.names, selection, full)
 
-    def _before_attention(self, place: _Place, attention: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before_attention(self, place: Place, attention: nn.Module, args: tuple[Any, ...]) -> None:
         running, trace = self._running, self.trace
         if running is None or trace is None:
             return
@@ -327,14 +293,14 @@ class PruningHooks(nn.Module):
         if selection is not None:
             masking = running.attention(selection, layouts(selection.layout, place.block))
             if masking is not None:
-                self._check_grad(attention)
+                check_grad(attention, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
                 self._attended = True
                 scopes.append(masking)
         if place.awaited_by is not None and self._asks(place.awaited_by):
             seen = trace.start if selection is None else selection
             scopes.append(self._scopes.recorder(seen, layouts(seen.layout, place.block)))
         if self._scopes.adapting and selection is not None and selection.indices is not None and running.removes:
-            self._check_recomputed(running, attention)
+            check_recomputed(running, trace.execution, attention)
             full = self._full_layout(place.block)
             removed = Removed(full.positions(selection.indices), full.length, running.gathered())
             scopes += self._scopes.of_adaptations(attention, removed)
@@ -350,51 +316,46 @@ class PruningHooks(nn.Module):
         asked = self._plan.keep_probabilities[stage] < 1 and cast(Stage, self.stages[stage]).scorer.needs_attention
         return asked and not recomputing()
 
-    def _after_block(self, place: _Place, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _after_block(self, place: Place, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         running = self._running
-        if running is None or not (self._restores or running.trains):
+        if running is None or not (self._restores or running.trains or running.intercepts):
             return None
         selection = self._selection(place.stage)
         if selection is None:
             return None
         given = tokens = output_tokens(output)
         if self._restores:
+            if self._everything is None:  # a block that somebody called by itself
+                return None
             tokens = self._restore(place, running, tokens, selection)
-        if not selection.all_kept and not torch.compiler.is_compiling():
-            if running.intercepts:
-                self._check_attended(block)
-            if running.trains:
-                state = self.recomputed if recomputing() else self._state
-                found = State(state.selections[: place.stage + 1], self._entry.summaries if self._restores else None)
-                remember(self, tokens, found)
+        if running.intercepts and not selection.all_kept and not torch.compiler.is_compiling():
+            check_attended(block, self._attended)
+            self._attended = False
+        if running.trains and not torch.compiler.is_compiling():
+            state = self.recomputed if recomputing() else self._state
+            found = State(state.selections[: place.stage + 1], self._entry.summaries if self._restores else None)
+            remember(self, tokens, found)
         return None if tokens is given else replace_output_tokens(output, tokens)
 
-    def _restore(self, place: _Place, running: Execution, tokens: Tensor, selection: Selection) -> Tensor:
+    def _restore(self, place: Place, running: Execution, tokens: Tensor, selection: Selection) -> Tensor:
         """All tokens (B, L, C) behind a block: those it gave (B, K, C), and the others as they waited."""
         everything, self._everything = self._everything, None
         assert everything is not None
         layout = self.backbone.layout_at(selection.layout, place.block)
         if layout.num_summary:
             if not recomputing():
-                self._state = self._state._replace(summaries=layout.summaries(tokens))
+                self._state = self._state.replace(summaries=layout.summaries(tokens))
             tokens = layout.without_summaries(tokens)
         return running.restore(tokens, selection, everything, self._full_layout(place.block))
-
-    def _check_attended(self, block: nn.Module) -> None:
-        if not self._attended:
-            raise InterceptionError(
-                f"{type(block).__name__} never called the attention modules it was described with, so pruned tokens "
-                "could not be masked; name in Backbone.attentions the modules that it calls (not their forward)."
-            )
-        self._attended = False
 
     def _after_last_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if recomputing():
             return
         if self.backbone.final_norm is None:
             self._record_tokens(output_tokens(output))
+        self._open = self._open and self._in_tower
         running, trace = self._running, self.trace
-        if running is None or trace is None or self._restores:
+        if running is None or trace is None or self._restores or not trace.selections:
             return
         tail = running.tail(trace.selections[-1], self.backbone.tail_layouts(trace.layout))
         if tail is None:
@@ -424,19 +385,4 @@ class PruningHooks(nn.Module):
         tail, self._tail = self._tail, None
         if tail is not None:
             tail.leave()
-        self._everything, self._entry = None, State()
-
-    def _check_recomputed(self, running: Execution, module: nn.Module) -> None:
-        if not running.trains and recomputing():  # what is left is that of the latest pass, maybe another one
-            assert self.trace is not None
-            raise StateError(
-                f"activation checkpointing runs {type(module).__name__} again in {self.trace.execution} execution; "
-                f"train in {default_execution(training=True)} execution, or without checkpointing."
-            )
-
-    def _check_grad(self, module: nn.Module) -> None:
-        if self._in_tower and self._grad_enabled and not torch.is_grad_enabled():
-            raise StateError(
-                f"{type(module).__name__} runs without gradients inside a forward pass with them: re-entrant "
-                "activation checkpointing loses the gradients of the keep decisions. Use use_reentrant=False."
-            )
+        self._everything, self._entry, self._state, self._open = None, State(), State(), False

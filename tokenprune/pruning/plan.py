@@ -32,15 +32,16 @@ class Plan:
     keep_ratios: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        _check_stages(self.stages)
-        _check_keep_ratios(self.keep_ratios, len(self.stages))
+        stages, ratios = _as_tuple(self.stages, "stages"), _as_tuple(self.keep_ratios, "keep_ratios")
+        _check_stages(stages)
+        _check_keep_ratios(ratios, len(stages))
         # Whatever sequence or number types came in, plain tuples of int and float are kept.
-        object.__setattr__(self, "stages", tuple(int(stage) for stage in self.stages))
-        object.__setattr__(self, "keep_ratios", tuple(float(ratio) for ratio in self.keep_ratios))
+        object.__setattr__(self, "stages", tuple(int(stage) for stage in stages))
+        object.__setattr__(self, "keep_ratios", tuple(float(ratio) for ratio in ratios))
 
     @classmethod
     def build(cls, *, depth: int, stages: Sequence[int] | None, keep_ratio: float | Sequence[float]) -> Plan:
-        """Complete a user's wishes to a plan for a model of ``depth`` blocks.
+        """Resolve arguments into a plan for a model of ``depth`` blocks.
 
         Args:
             depth: Number of blocks of the model.
@@ -49,7 +50,7 @@ class Plan:
                 gives one cumulative fraction a stage.
 
         Raises:
-            PlanError: The wishes do not fit together or do not fit the depth.
+            PlanError: The arguments do not fit together or do not fit the depth.
         """
         chosen = default_stages(depth) if stages is None else _as_tuple(stages, "stages")
         _check_stages(chosen)
@@ -87,7 +88,7 @@ class Plan:
         """
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, TypeError, RecursionError) as error:  # endless digits and endless nesting among them
             raise PlanError(f"not a plan: the text is not JSON ({error}).") from error
         if not isinstance(fields, dict) or set(fields) != {"version", "stages", "keep_ratios"}:
             raise PlanError("not a plan: expected a JSON object with 'version', 'stages' and 'keep_ratios'.")
@@ -120,9 +121,8 @@ def cumulative_ratios(keep_ratio: float | Sequence[float], num_stages: int) -> t
         PlanError: A ratio lies outside (0, 1], the count is wrong, or the ratios rise.
     """
     if isinstance(keep_ratio, Real):
-        ratio = float(keep_ratio)
         _check_keep_ratios((keep_ratio,), 1)
-        return tuple(ratio**power for power in range(1, num_stages + 1))
+        return tuple(float(keep_ratio) ** power for power in range(1, num_stages + 1))
     ratios = _as_tuple(keep_ratio, "keep_ratio")
     _check_keep_ratios(ratios, num_stages)
     return ratios
@@ -161,9 +161,12 @@ def _check_keep_ratios(ratios: Sequence[Any], num_stages: int) -> None:
             "give one number, or one cumulative ratio a stage."
         )
     for ratio in ratios:
-        if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < float(ratio) <= 1:
+        is_number = isinstance(ratio, Real) and not isinstance(ratio, bool)
+        # What no float is near enough to, such as 1/10⁴⁰⁰, is no ratio either.
+        if not (is_number and 0 < ratio <= 1 and float(ratio) > 0):
             raise PlanError(f"keep ratio {ratio!r} is outside (0, 1]; it is the fraction of patch tokens to keep.")
-    if any(later > earlier for earlier, later in pairwise(ratios)):
+    # As floats: between NumPy's types, 0.05 of one precision may count as equal to a larger one of another.
+    if any(float(later) > float(earlier) for earlier, later in pairwise(ratios)):
         raise PlanError(
             f"keep ratios {tuple(ratios)} rise from stage to stage; they are fractions of the original tokens, "
             "and a pruned token never comes back."

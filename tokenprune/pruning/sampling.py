@@ -46,6 +46,6 @@ def top_k(scores: Tensor, keep: Tensor | None, k: int) -> Tensor:
     Returns:
         (B, k) int64.
     """
-    if keep is not None:
-        scores = scores.masked_fill(keep == 0, -math.inf)
+    if keep is not None:  # a token that is still there comes before those that are not, though its score be −∞
+        scores = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(keep == 0, -math.inf)
     return scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values

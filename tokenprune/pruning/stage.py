@@ -6,12 +6,14 @@ C channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import StateError
 from tokenprune.pruning.executions import Execution
-from tokenprune.pruning.reductions import Drop, Reduction, Split
+from tokenprune.pruning.reductions import Drop, Reduction, Split, check_reduced
 from tokenprune.pruning.selection import Selection, compose_hosts
 from tokenprune.pruning.trace import Trace
 from tokenprune.scorers import Candidates, Scorer
@@ -54,7 +56,7 @@ class Stage(nn.Module):
             attention: (B, m), what each of them received in the block before; ``None`` where it was not recorded.
         """
         if execution.keeps_all(num_keep, probability, before):
-            return tokens, execution.pass_all(before, tokens)._replace(attention=attention)
+            return tokens, execution.pass_all(before, tokens).replace(attention=attention)
         candidates = Candidates(
             patches=before.layout.patches(tokens),
             prefix=before.layout.prefix(tokens),
@@ -67,7 +69,7 @@ class Stage(nn.Module):
         scores = self.score(candidates)
         sampled = execution.trains and self.training and self.scorer.probabilistic
         selection = execution.decide(scores, before, num_keep, sampled=sampled)
-        selection = selection._replace(scores=scores, attention=attention)
+        selection = selection.replace(scores=scores, attention=attention)
         if not self.reduction.looks_at_pruned:
             return execution.remove(tokens, before, selection), selection
         return self._reduce(tokens, candidates.patches, before, selection, execution, trace)
@@ -83,7 +85,8 @@ class Stage(nn.Module):
     ) -> tuple[Tensor, Selection]:
         assert selection.scores is not None
         keep, pruned = selection.split(before, selection.scores.dtype)
-        reduced = self.reduction(Split(patches, keep, pruned, self.scorer.importance(selection.scores)))
+        split = Split(patches, keep, pruned, self.scorer.importance(selection.scores))
+        reduced = check_reduced(self.reduction(split), split, self.reduction)
         if reduced.patches is not patches:
             tokens = before.layout.with_patches(tokens, reduced.patches)
         tokens = execution.remove(tokens, before, selection)
@@ -91,7 +94,7 @@ class Stage(nn.Module):
             tokens = selection.layout.with_summaries(tokens, reduced.summary)
             selection = selection.with_summaries(sizes(reduced.summary)[1], pruned)
         if trace.restored and reduced.hosts is not None:
-            selection = selection._replace(hosts=compose_hosts(before, reduced.hosts, trace.num_patches))
+            selection = selection.replace(hosts=compose_hosts(before, reduced.hosts, trace.num_patches))
         return tokens, selection
 
     def score(self, candidates: Candidates) -> Tensor:
@@ -99,6 +102,7 @@ class Stage(nn.Module):
 
         Raises:
             StateError: The scorer needs attention scores, and none were recorded.
+            TypeError: The scorer gave no tensor, or one of numbers that have no order.
             ValueError: The scorer gave scores of another shape.
         """
         if self.scorer.needs_attention and candidates.attention is None:
@@ -106,7 +110,10 @@ class Stage(nn.Module):
                 f"{type(self.scorer).__name__} needs attention scores of the block before its stage, but was assigned "
                 "after sparsify(), so they are not recorded; pass it as tokenprune.sparsify(…, scorer=…)."
             )
-        scores: Tensor = self.scorer(candidates)
+        scores: Any = self.scorer(candidates)
+        if not isinstance(scores, Tensor) or scores.is_complex():
+            got = f"a tensor of {scores.dtype}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise TypeError(f"{type(self.scorer).__name__} returned {got}; expected scores, a tensor of real numbers.")
         expected = candidates.patches.shape[:2]
         if scores.shape != expected:
             raise ValueError(

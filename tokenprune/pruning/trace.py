@@ -24,6 +24,7 @@ class Trace:
         num_prefix_tokens: P, those that join on the way included.
         grid: Rows and columns of patches, ``None`` where the image's size was not seen.
         selections: What each stage has decided, one a stage that was reached.
+        restored: Whether pruned tokens were restored behind every block.
         tokens: The final normalised tokens, laid out as `layout` says, (B, L, C); recorded for losses in executions
             that train, while gradients are enabled.
     """
@@ -44,14 +45,14 @@ class Trace:
     @property
     def full_layout(self) -> Layout:
         """The sequence behind the last block as it would be had nothing been pruned."""
-        return self.start.layout._replace(num_prefix=self.num_prefix_tokens)
+        return self.start.layout.replace(num_prefix=self.num_prefix_tokens)
 
     @property
     def layout(self) -> Layout:
         """The sequence behind the last block as it is."""
         if self.restored or not self.selections:
             return self.full_layout
-        return self.selections[-1].layout._replace(num_prefix=self.num_prefix_tokens)
+        return self.selections[-1].layout.replace(num_prefix=self.num_prefix_tokens)
 
     @property
     def keep(self) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.cli.options import ImageSize, Json, KeepRatios, Model, ScorerName, Stages, ratios, sparsified
+from tokenprune.cli.options import ImageSize, Json, KeepRatios, Model, Pruned, ScorerName, Stages, ratios, sparsified
 from tokenprune.cli.output import show, show_json, step, working
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def bench(
     stages: Stages = None,
     image_size: ImageSize = None,
     scorer: ScorerName = None,
+    pruned: Pruned = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Measured beside batches of one.")] = 16,
     pairs: Annotated[int, typer.Option(min=2, help="Pairs of batches, dense and sparse, that count.")] = 15,
     warmup: Annotated[int, typer.Option(min=0, help="Pairs that run before and do not.")] = 3,
@@ -61,7 +62,12 @@ def bench(
     results: list[tuple[FlopReport, ThroughputReport]] = []
     with working(f"loading {model}") as progress:
         loaded, size = sparsified(
-            model, stages=stages, keep_ratio=chosen[0] if chosen else None, image_size=image_size, scorer=scorer
+            model,
+            stages=stages,
+            keep_ratio=chosen[0] if chosen else None,
+            image_size=image_size,
+            scorer=scorer,
+            pruned=pruned,
         )
         sparsifier = sparsifier_of(loaded)
         for one in chosen or [sparsifier.keep_ratio]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli.options import ImageSize, Json, Model, ScorerName, Stages, ratio, sparsified
+from tokenprune.cli.options import ImageSize, Json, Model, Pruned, ScorerName, Stages, ratio, sparsified
 from tokenprune.cli.output import show, show_json, step, working
 
 
@@ -29,6 +29,7 @@ def export(
     stages: Stages = None,
     image_size: ImageSize = None,
     scorer: ScorerName = None,
+    pruned: Pruned = None,
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--no-pretrained", help="Whether a library's model has its trained weights.")
     ] = True,
@@ -51,7 +52,13 @@ def export(
     chosen = None if keep_ratio is None else ratio(keep_ratio)
     with working(f"loading {model}") as progress:
         loaded, size = sparsified(
-            model, stages=stages, keep_ratio=chosen, image_size=image_size, scorer=scorer, pretrained=pretrained
+            model,
+            stages=stages,
+            keep_ratio=chosen,
+            image_size=image_size,
+            scorer=scorer,
+            pruned=pruned,
+            pretrained=pretrained,
         )
         step(progress, "exporting and checking")
         report = write(loaded, output, input_size=size)

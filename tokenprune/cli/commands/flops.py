@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokenprune.cli.options import ImageSize, Json, KeepRatios, Model, ScorerName, Stages, ratios, sparsified
+from tokenprune.cli.options import ImageSize, Json, KeepRatios, Model, Pruned, ScorerName, Stages, ratios, sparsified
 from tokenprune.cli.output import show, show_json, step, working
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class By(str, Enum):
-    """How finely figures are told."""
+    """How detailed the figures are."""
 
     total = "total"
     block = "block"
@@ -31,6 +31,7 @@ def flops(
     stages: Stages = None,
     image_size: ImageSize = None,
     scorer: ScorerName = None,
+    pruned: Pruned = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the curve over several ratios into this file, such as curve.png or .svg.")
     ] = None,
@@ -49,7 +50,12 @@ def flops(
         raise typer.BadParameter("--plot draws a curve over keep ratios; give --keep-ratio several times.")
     with working(f"loading {model}") as progress:
         loaded, size = sparsified(
-            model, stages=stages, keep_ratio=chosen[0] if chosen else None, image_size=image_size, scorer=scorer
+            model,
+            stages=stages,
+            keep_ratio=chosen[0] if chosen else None,
+            image_size=image_size,
+            scorer=scorer,
+            pruned=pruned,
         )
         sparsifier = sparsifier_of(loaded)
         reports = []

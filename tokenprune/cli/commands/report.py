@@ -14,6 +14,7 @@ from tokenprune.cli.options import (
     Json,
     OneKeepRatio,
     Pretrained,
+    Pruned,
     Stages,
     TrainingFreeScorer,
     ratio,
@@ -43,6 +44,7 @@ def report(
     stages: Stages = None,
     image_size: ImageSize = None,
     scorer: TrainingFreeScorer = None,
+    pruned: Pruned = None,
     bench: Annotated[bool, typer.Option("--bench", help="Measure throughput, too.")] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images in a measured batch.")] = 16,
     pairs: Annotated[int, typer.Option(min=2, help="Measured pairs of batches, dense and sparse.")] = 15,
@@ -82,6 +84,7 @@ def report(
                     keep_ratio=chosen,
                     image_size=image_size,
                     scorer=scorer,
+                    pruned=pruned,
                     pretrained=pretrained and not runs,
                     default_scorer="cls_attention",
                 )

@@ -13,6 +13,7 @@ from tokenprune.cli.options import (
     Model,
     OneKeepRatio,
     Pretrained,
+    Pruned,
     Stages,
     TrainingFreeScorer,
     ratio,
@@ -37,6 +38,7 @@ def show(
     stages: Stages = None,
     image_size: ImageSize = None,
     scorer: TrainingFreeScorer = None,
+    pruned: Pruned = None,
     scores: Annotated[bool, typer.Option(help="Draw the scores beside what is kept.")] = True,
     title: Annotated[str, typer.Option(help="Stands above the picture.")] = "",
     seconds: Annotated[float, typer.Option(min=0.02, help="How long an animation stays on each stage.")] = 1.0,
@@ -61,6 +63,7 @@ def show(
             keep_ratio=chosen,
             image_size=image_size,
             scorer=scorer,
+            pruned=pruned,
             pretrained=pretrained,
             default_scorer="cls_attention",
         )

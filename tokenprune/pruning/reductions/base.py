@@ -6,8 +6,9 @@ Shapes: B images, m patch tokens that reach a stage, S summary tokens, C channel
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.backbones.backbone import Backbone
@@ -91,13 +92,56 @@ class Reduction(nn.Module):
         if self.num_summary and backbone.summary_obstacles:
             raise UnsupportedModelError(
                 f"pruned={name!r} adds a token that stands for several places in the image and has none of its own, "
-                f"but of this model {'; '.join(backbone.summary_obstacles)}. Choose a reduction that adds no token, "
+                f"but in this model {'; '.join(backbone.summary_obstacles)}. Choose a reduction that adds no token, "
                 "such as 'merge', 'drop' or 'preserve'."
             )
 
     def forward(self, split: Split) -> Reduced:
-        """What goes on, of the patch tokens that reached the stage."""
+        """What goes on, of the patch tokens that reached the stage.
+
+        Those of an image of which nothing is pruned must come back as they are: where a stage prunes nothing at all,
+        an execution may not ask.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no forward(split)")
+
+
+def check_reduced(reduced: Any, split: Split, reduction: Reduction) -> Reduced:
+    """What a reduction has made of ``split``, in the dtype of the patch tokens.
+
+    Raises:
+        TypeError, ValueError: It is not what a reduction returns, or not of the shape or number it says.
+    """
+    name, (patches, summary, hosts) = type(reduction).__name__, _parts(reduced, reduction)
+    shape, number = split.patches.shape, 0 if summary is None else summary.shape[1] if summary.dim() == 3 else -1
+    if patches.shape != shape:
+        raise ValueError(
+            f"{name} returned patches of shape {tuple(patches.shape)}; expected {tuple(shape)}, all of them."
+        )
+    if number != reduction.num_summary or (summary is not None and summary.shape != (shape[0], number, shape[2])):
+        given = "no summary tokens" if summary is None else f"a summary of shape {tuple(summary.shape)}"
+        raise ValueError(
+            f"{name} returned {given}; by its num_summary={reduction.num_summary} it is "
+            f"{(shape[0], reduction.num_summary, shape[2]) if reduction.num_summary else None}."
+        )
+    if hosts is not None and (hosts.shape != shape[:2] or hosts.dtype != torch.int64):
+        raise ValueError(
+            f"{name} returned hosts of shape {tuple(hosts.shape)} and {hosts.dtype}; expected {tuple(shape[:2])} of "
+            "torch.int64, a position for each patch token."
+        )
+    dtype = split.patches.dtype
+    return Reduced(patches.to(dtype), None if summary is None else summary.to(dtype), hosts)
+
+
+def _parts(reduced: Any, reduction: Reduction) -> Reduced:
+    """What was returned, if it is tensors in a `Reduced`."""
+    tensors = isinstance(reduced, Reduced) and isinstance(reduced.patches, Tensor)
+    if not tensors or not all(isinstance(one, (Tensor, type(None))) for one in reduced):
+        held = f" with {', '.join(type(one).__name__ for one in reduced)}" if isinstance(reduced, Reduced) else ""
+        raise TypeError(
+            f"{type(reduction).__name__} returned a {type(reduced).__name__}{held}; expected a tokenprune.Reduced with "
+            "tensors."
+        )
+    return cast(Reduced, reduced)
 
 
 ReductionBuilder = Callable[[ReductionContext], Reduction]

@@ -8,6 +8,8 @@ from torch import Tensor
 from tokenprune.functional import compute_dtype
 from tokenprune.pruning.reductions.base import Reduced, Reduction, ReductionContext, Split, register_reduction
 
+_LARGEST = 1e30
+
 
 class Fuse(Reduction):
     """One summary token an image and stage: the mean of what the stage pruned, weighted with its importance.
@@ -40,7 +42,8 @@ def weighted_mean(patches: Tensor, pruned: Tensor, importance: Tensor) -> Tensor
     with torch.autocast(patches.device.type, enabled=False):
         dtype = compute_dtype(patches)
         pruned = pruned.to(dtype)
-        weights = importance.to(dtype) * pruned
+        # Beside an infinite one, such as that of a token to be kept in any case, none of the others would count.
+        weights = importance.to(dtype).clamp(max=_LARGEST) * pruned
         weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, pruned)
         total = weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
         return ((weights / total).unsqueeze(1) @ patches.to(dtype)).to(patches.dtype)

@@ -55,7 +55,7 @@ def most_similar_kept(patches: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     directions = F.normalize(patches, dim=-1)
     similarity = directions @ directions.transpose(1, 2)  # (B, m, m)
     itself = torch.eye(keep.shape[1], dtype=torch.bool, device=keep.device)
-    closed = (keep.detach() == 0).unsqueeze(1) | itself
+    closed = (keep.detach() == 0).unsqueeze(1).logical_or(itself)
     best = similarity.masked_fill(closed, -math.inf).max(dim=2)
     return best.indices, best.values
 

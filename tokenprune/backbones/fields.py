@@ -1,0 +1,91 @@
+"""Whether the fields of a `Backbone` hold what they are said to hold, before anything relies on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, get_args
+
+from torch import nn
+
+from tokenprune.backbones.adaptations import Adaptation
+from tokenprune.backbones.patterns import is_pattern
+from tokenprune.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from tokenprune.backbones.backbone import Backbone
+
+
+def check_fields(backbone: Backbone, downstream: Any) -> None:
+    """Refuse a description in which a field holds something of another kind.
+
+    Args:
+        backbone: The description.
+        downstream: The type that lists what its field of that name may be.
+
+    Raises:
+        UnsupportedModelError: The message names the field, what it holds, and what it may hold.
+    """
+    choices = get_args(downstream)
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "blocks": (_are_modules, "the blocks of the model, in a sequence such as its ModuleList"),
+        "num_prefix_tokens": (_is_count, "a whole number from 0"),
+        "embed_dim": (lambda value: _is_count(value) and value > 0, "a whole number from 1"),
+        "num_suffix_tokens": (_is_count, "a whole number from 0"),
+        "class_token": (lambda value: isinstance(value, bool), "True or False"),
+        "patch_size": (_is_pair, "height and width, such as (16, 16), or None"),
+        "grid_size": (_is_pair, "rows and columns, such as (14, 14), or None"),
+        "final_norm": (_is_module_or_none, "a module of the model, or None"),
+        "downstream": (lambda value: isinstance(value, str) and value in choices, " or ".join(map(repr, choices))),
+        "attentions": (_are_attentions, "for each block a sequence of modules, or None to have them found"),
+        "token_inputs": (
+            _are_inputs,
+            "for names of parameters sequences of patterns such as 'b n d -> b n d', or None",
+        ),
+        "adaptations": (_are_adaptations, "a sequence of tokenprune.Adaptation objects"),
+        "tower": (_is_module_or_none, "a module of the model, or None"),
+    }
+    for name, (holds, expected) in rules.items():
+        value = getattr(backbone, name)
+        if not holds(value):
+            raise UnsupportedModelError(f"Backbone({name}={_shortened(value)}): expected {expected}.")
+
+
+def _shortened(value: Any) -> str:
+    text = f"{type(value).__name__}(…)" if isinstance(value, nn.Module) else repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (Sequence, nn.ModuleList, nn.Sequential)) and not isinstance(value, (str, bytes))
+
+
+def _are_modules(value: Any) -> bool:
+    return _is_sequence(value) and all(isinstance(one, nn.Module) for one in value)
+
+
+def _is_module_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, nn.Module)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def _is_pair(value: Any) -> bool:
+    return value is None or (_is_sequence(value) and len(value) == 2 and all(_is_count(one) and one for one in value))
+
+
+def _are_attentions(value: Any) -> bool:
+    return value is None or (_is_sequence(value) and all(_are_modules(modules) for modules in value))
+
+
+def _are_inputs(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and (patterns is None or (_is_sequence(patterns) and all(map(is_pattern, patterns))))
+        for name, patterns in value.items()
+    )
+
+
+def _are_adaptations(value: Any) -> bool:
+    return _is_sequence(value) and all(isinstance(one, Adaptation) for one in value)

@@ -1,0 +1,113 @@
+"""What is checked of a forward pass while it runs, and said where it does not fit.
+
+Shapes: B images, P prefix tokens, N patch tokens, Q suffix tokens, L = P + N + Q, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from torch import Tensor, nn
+
+from tokenprune.backbones.backbone import Backbone
+from tokenprune.errors import InterceptionError, StateError
+from tokenprune.pruning.executions import Execution, default_execution
+from tokenprune.pruning.recomputation import recomputing
+from tokenprune.tokens import Layout, sizes
+
+
+def check_no_replica(model: nn.Module) -> None:
+    """Refuse a copy whose hooks belong to another model.
+
+    Raises:
+        StateError: `nn.DataParallel` has made it.
+    """
+    if getattr(model, "_is_replica", False):
+        raise StateError(
+            "nn.DataParallel makes copies whose hooks belong to the original model; use DistributedDataParallel."
+        )
+
+
+def layout_of(block: nn.Module, tokens: Tensor, backbone: Backbone) -> Layout:
+    """The layout of the sequence (B, L, C) that the first block gets.
+
+    Raises:
+        StateError: It is not one that the backbone describes.
+    """
+    if tokens.shape[2] != backbone.embed_dim:
+        raise StateError(
+            f"{type(block).__name__} got tokens of width {tokens.shape[2]}, and the Backbone says "
+            f"embed_dim={backbone.embed_dim}."
+        )
+    num_others = backbone.num_prefix_tokens + backbone.num_suffix_tokens
+    num_patches = sizes(tokens)[1] - num_others
+    if num_patches < 1:
+        raise StateError(
+            f"{type(block).__name__} got {tokens.shape[1]} tokens, and {num_others} are "
+            "prefix or suffix tokens; there is no patch token to prune."
+        )
+    return Layout(backbone.num_prefix_tokens, num_patches, num_suffix=backbone.num_suffix_tokens)
+
+
+def refuse_training_in_place() -> NoReturn:
+    """Refuse to train a vision tower inside of a model that takes equally many tokens of each image.
+
+    Raises:
+        StateError: It says what to do instead.
+    """
+    raise StateError(
+        "in training, images keep different numbers of tokens, and what follows the vision tower takes equally "
+        "many of each: train the tower by itself, or set model.tokenprune.execution = "
+        f"{default_execution(training=False)!r}, in which scorers do not learn."
+    )
+
+
+def refuse_order(block: nn.Module, index: int) -> NoReturn:
+    """Refuse a forward pass that runs the blocks in another order than the backbone names them.
+
+    Raises:
+        StateError: It names the block that was not expected.
+    """
+    raise StateError(
+        f"block {index} of the Backbone, a {type(block).__name__}, runs before blocks that are named before it; name "
+        "the blocks in the order in which the model runs them."
+    )
+
+
+def check_attended(block: nn.Module, attended: bool) -> None:
+    """Refuse a block of which no attention module was called, although tokens are to be masked in it.
+
+    Raises:
+        InterceptionError: None was.
+    """
+    if not attended:
+        raise InterceptionError(
+            f"{type(block).__name__} never called the attention modules it was described with, so pruned tokens "
+            "could not be masked; name in Backbone.attentions the modules that it calls (not their forward)."
+        )
+
+
+def check_recomputed(execution: Execution, name: str, module: nn.Module) -> None:
+    """Refuse that a module is run again in an execution whose decisions belong to the latest pass alone.
+
+    Raises:
+        StateError: Activation checkpointing does so.
+    """
+    if not execution.trains and recomputing():
+        raise StateError(
+            f"activation checkpointing runs {type(module).__name__} again in {name} execution; "
+            f"train in {default_execution(training=True)} execution, or without checkpointing."
+        )
+
+
+def check_grad(module: nn.Module, *, expected: bool, enabled: bool) -> None:
+    """Refuse re-entrant activation checkpointing, which runs a module without gradients.
+
+    Raises:
+        StateError: Gradients are expected and not enabled.
+    """
+    if expected and not enabled:
+        raise StateError(
+            f"{type(module).__name__} runs without gradients inside a forward pass with them: re-entrant "
+            "activation checkpointing loses the gradients of the keep decisions. Use use_reentrant=False."
+        )
