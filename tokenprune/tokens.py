@@ -121,7 +121,7 @@ def select(tokens: Tensor, positions: Tensor) -> Tensor:
     """The tokens (B, K, C) at each image's own positions (B, K), of tokens (B, L, C)."""
     # Whole rows of one long sequence are copied several times as fast as torch.gather picks numbers.
     rows = _rows(tokens, positions)
-    return tokens.flatten(0, 1).index_select(0, rows).view(*positions.shape, -1)
+    return tokens.flatten(0, 1).index_select(0, rows).view(*positions.shape, sizes(tokens)[2])
 
 
 def restore(tokens: Tensor, positions: Tensor, everything: Tensor) -> Tensor:

@@ -41,7 +41,6 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "torchvision": _torchvision,
 }
 KINDS = tuple(_BUILDERS)
-PREFIX = {"timm, registers, average": 3}
 
 
 @cache

@@ -50,6 +50,15 @@ def test_a_plan_takes_sequences(fields: Any) -> None:
         Plan(**fields)
 
 
+@pytest.mark.parametrize("pruned", ["drop", "fuse", "merge", "merge_preserve"])
+@torch.no_grad()
+def test_a_batch_without_images_gives_no_logits(pruned: str) -> None:
+    model = tokenprune.sparsify(VIT.model(), (2, 4), 0.5, pruned=pruned)
+    for execution in ("gather", "mask"):
+        model.tokenprune.execution = execution
+        assert model(VIT.images(0)).shape == (0, 7)
+
+
 class Odd(Scorer, Reduction):
     """Returns what it is told to."""
 
@@ -159,7 +168,7 @@ def test_attention_modules_inside_of_each_other_are_refused() -> None:
         ("patch_size", 8, r"Backbone\(patch_size=8\): expected height and width"),
         ("grid_size", (0, 4), r"grid_size=\(0, 4\)"),
         ("num_suffix_tokens", 1.5, "a whole number from 0"),
-        ("token_inputs", {"rope": "n d -> b n d"}, "expected for names of parameters sequences of patterns"),
+        ("token_inputs", {"rope": "n d -> b n d"}, "expected for names of parameters patterns such as"),
         ("adaptations", [3], "tokenprune.Adaptation objects"),
         ("tower", nn.Identity(), "not part of this"),
     ],

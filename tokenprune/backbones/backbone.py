@@ -153,8 +153,8 @@ class Backbone:
                 "block, or None to have them found."
             )
         for modules in self.attentions or ():
-            parts = [part for module in modules for part in module.modules()]
-            if len(set(parts)) != len(parts):
+            inside = [part for module in modules for part in module.modules()]
+            if any(inside.count(module) > 1 for module in modules):
                 raise UnsupportedModelError(
                     "Backbone.attentions names a module of a block twice, or one inside of another; name the outermost "
                     "alone."

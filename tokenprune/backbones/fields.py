@@ -27,28 +27,26 @@ def check_fields(backbone: Backbone, downstream: Any) -> None:
         UnsupportedModelError: The message names the field, what it holds, and what it may hold.
     """
     choices = get_args(downstream)
+    listed = ", ".join(map(repr, choices))
     rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "blocks": (_are_modules, "the blocks of the model, in a sequence such as its ModuleList"),
-        "num_prefix_tokens": (_is_count, "a whole number from 0"),
-        "embed_dim": (lambda value: _is_count(value) and value > 0, "a whole number from 1"),
-        "num_suffix_tokens": (_is_count, "a whole number from 0"),
-        "class_token": (lambda value: isinstance(value, bool), "True or False"),
-        "patch_size": (_is_pair, "height and width, such as (16, 16), or None"),
-        "grid_size": (_is_pair, "rows and columns, such as (14, 14), or None"),
-        "final_norm": (_is_module_or_none, "a module of the model, or None"),
-        "downstream": (lambda value: isinstance(value, str) and value in choices, " or ".join(map(repr, choices))),
-        "attentions": (_are_attentions, "for each block a sequence of modules, or None to have them found"),
-        "token_inputs": (
-            _are_inputs,
-            "for names of parameters sequences of patterns such as 'b n d -> b n d', or None",
-        ),
-        "adaptations": (_are_adaptations, "a sequence of tokenprune.Adaptation objects"),
-        "tower": (_is_module_or_none, "a module of the model, or None"),
+        "blocks": (_are_modules, "expected the blocks of the model, in a sequence such as its ModuleList"),
+        "num_prefix_tokens": (_is_count, "expected a whole number from 0"),
+        "embed_dim": (lambda value: _is_count(value) and value > 0, "expected a whole number from 1"),
+        "num_suffix_tokens": (_is_count, "expected a whole number from 0"),
+        "class_token": (lambda value: isinstance(value, bool), "expected True or False"),
+        "patch_size": (_is_pair, "expected height and width, such as (16, 16), or None"),
+        "grid_size": (_is_pair, "expected rows and columns, such as (14, 14), or None"),
+        "final_norm": (_is_module_or_none, "expected a module of the model, or None"),
+        "downstream": (lambda value: isinstance(value, str) and value in choices, f"choose from {listed}"),
+        "attentions": (_are_attentions, "expected for each block a sequence of modules, or None to have them found"),
+        "token_inputs": (_are_inputs, "expected for names of parameters patterns such as ('b n d -> b n d',), or None"),
+        "adaptations": (_are_adaptations, "expected a sequence of tokenprune.Adaptation objects"),
+        "tower": (_is_module_or_none, "expected a module of the model, or None"),
     }
     for name, (holds, expected) in rules.items():
         value = getattr(backbone, name)
         if not holds(value):
-            raise UnsupportedModelError(f"Backbone({name}={_shortened(value)}): expected {expected}.")
+            raise UnsupportedModelError(f"Backbone({name}={_shortened(value)}): {expected}.")
 
 
 def _shortened(value: Any) -> str:
