@@ -69,4 +69,4 @@ def _listed(names: Sequence[str], most: int = 12) -> str:
 
 
 class UnknownModelError(TokenpruneError, LookupError):
-    """A name is that of no model, neither a saved one nor one of a library's."""
+    """No model has this name, neither a saved one nor one of a library."""

@@ -1,4 +1,4 @@
-"""Optional dependencies: imported when they are needed, or missed by the name of the extra that brings them."""
+"""Optional dependencies, imported when they are needed; if one is missing, the error names the extra to install."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def attend(
     dropout_p: float = 0.0,
     attn_mask: Tensor | None = None,
 ) -> Tensor:
-    """`masked_attention` with ``own_key`` said outright: whether query i always sees key i."""
+    """`masked_attention` with ``own_key`` given: whether query i always sees key i."""
     _check_shapes(query, key, value, keep)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     device_type = query.device.type
@@ -158,7 +158,7 @@ def _written_out(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    """The formula as it stands, differentiated by autograd, for what no fused kernel does: dropout."""
+    """The formula written out, differentiated by autograd, for what no fused kernel does: dropout."""
     with torch.autocast(query.device.type, enabled=False):
         dtype = compute_dtype(query)
         scores = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale  # (B, H, L, K)
@@ -170,7 +170,7 @@ def _written_out(
 
 
 def masked_softmax(scores: Tensor, keep: Tensor, *, own_key: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """The weights of `masked_attention`, where scores are at hand: for attention that is written out.
+    """The weights of `masked_attention`, for attention that is written out, where the scores are known.
 
     Args:
         scores: (B, H, L, K) or (B·H, L, K), with any bias and mask added.
@@ -255,7 +255,7 @@ class _MaskedAttention(torch.autograd.Function):
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention and the log-sum-exp (B, H, L) of its scores, in one kernel where that tells it."""
+    """Attention and the log-sum-exp (B, H, L) of its scores, in one kernel where that returns both."""
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         return cast(
             tuple[Tensor, Tensor],

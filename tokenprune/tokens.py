@@ -1,4 +1,4 @@
-"""Sequences of tokens: where patches stand in them, and taking tokens out and putting them back.
+"""Sequences of tokens: where the patch tokens are in them, and removing and restoring tokens.
 
 Shapes: B images, P prefix tokens, N patch tokens, n of them left, S summary tokens, Q suffix tokens,
 L = P + N + S + Q, K = P + n + S + Q, C channels.
@@ -6,8 +6,8 @@ L = P + N + S + Q, K = P + n + S + Q, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,18 @@ def sizes(tensor: Tensor) -> Sequence[int]:
     """The shape in plain numbers, also while TorchScript traces a model, where sizes are tensors."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return [int(size) for size in tensor.shape] if tracing else tensor.shape
+
+
+_Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])
+
+
+def replaced(values: _Tuple, changes: Mapping[str, Any]) -> _Tuple:
+    """A named tuple with other entries.
+
+    As its ``_replace``, the result of which `torch.compile` of torch 2.11 cannot put into an attribute.
+    """
+    fields: tuple[str, ...] = values._fields  # type: ignore[attr-defined]
+    return type(values)(*[changes.get(name, value) for name, value in zip(fields, values, strict=True)])
 
 
 class Layout(NamedTuple):
@@ -35,6 +47,10 @@ class Layout(NamedTuple):
     num_patches: int
     num_summary: int = 0
     num_suffix: int = 0
+
+    def replace(self, **changes: int) -> Layout:
+        """A layout with other numbers."""
+        return replaced(self, changes)
 
     @property
     def length(self) -> int:

@@ -1,4 +1,4 @@
-"""Building the timm model that a state dict in the layout of DeiT or of LV-ViT is of, from the shapes in it."""
+"""Building the timm model that a state dict in the layout of DeiT or LV-ViT belongs to, from its shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What single families of timm need besides: adaptations that serve nobody else.
+"""Adaptations of single families of timm.
 
 Shapes: B images, N patch tokens, L tokens of a sequence, H heads, C channels.
 """
@@ -20,7 +20,7 @@ class TailClassToken(Adaptation):
     """A class token comes in behind the blocks, and attends over all tokens there (CaiT, VOLO)."""
 
     def tail_layouts(self, layout: Layout) -> tuple[Layout, ...]:
-        return (layout._replace(num_prefix=layout.num_prefix + 1),)
+        return (layout.replace(num_prefix=layout.num_prefix + 1),)
 
 
 class TalkingHeads(Adaptation):

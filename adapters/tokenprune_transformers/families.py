@@ -1,4 +1,4 @@
-"""What single families of transformers need besides: adaptations that serve nobody else.
+"""Adaptations of single families of transformers.
 
 Shapes: B images, n patch tokens that are left, L tokens before any pruning, K tokens of the sequence as it is.
 """
@@ -19,7 +19,7 @@ from tokenprune.tokens import Layout
 
 
 class PositionInput(Adaptation):
-    """Blocks number their tokens from 0, unless a parameter tells them the positions (V-JEPA 2, arXiv 2506.09985).
+    """Blocks number their tokens from 0, unless a parameter gives the positions (V-JEPA 2, arXiv 2506.09985).
 
     Args:
         name: That parameter; it takes (B, n).
@@ -47,13 +47,13 @@ class PositionInput(Adaptation):
 
 
 class FullLength(Adaptation):
-    """Modules that make a bias for as many tokens as they are told of (BEiT, arXiv 2106.08254).
+    """Modules that make a bias for a number of tokens that they are given (BEiT, arXiv 2106.08254).
 
     They are always given the unpruned length; the bias is then gathered for the tokens that are left.
 
     Args:
         makers: The modules.
-        keyword: By which they are told.
+        keyword: The keyword argument that gives it.
     """
 
     summary_obstacle = "attention adds a bias for each pair of tokens"
@@ -82,7 +82,7 @@ class FrameMessage(Adaptation):
     """A message of the whole video stands behind each frame's tokens while a block attends (X-CLIP, 2208.02816)."""
 
     def attention_layouts(self, layout: Layout) -> tuple[Layout, ...]:
-        return (layout._replace(num_suffix=layout.num_suffix + 1),)
+        return (layout.replace(num_suffix=layout.num_suffix + 1),)
 
 
 class SharedTables(Adaptation):

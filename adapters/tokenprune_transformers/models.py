@@ -43,7 +43,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         )
     },
 }
-# What the families need besides, by the same: made of the vision tower.
+# The adaptations that the families need, by the same key: made of the vision tower.
 _ADAPTATIONS: dict[str, Callable[[nn.Module], Adaptation]] = {
     "vjepa2": lambda tower: PositionInput("position_mask"),
     "mlcd_vision_model": lambda tower: SharedTables(),
@@ -90,7 +90,7 @@ def describe(model: nn.Module) -> Backbone:
     composite = _has_other_parts(model)
     if composite:
         tower = _vision_tower(model, config)
-        # Rows of packed images are told apart by their original lengths.
+        # Packed images are distinguished by their original lengths.
         if not names & {*_POOLING, *_TAKING_ANY_NUMBER} or config.model_type == "pixtral":
             raise UnsupportedModelError(
                 f"what {name} does with its vision tokens may need every one of them; sparsify its "
@@ -113,7 +113,7 @@ def describe(model: nn.Module) -> Backbone:
         if not packing:
             raise
         raise UnsupportedModelError(
-            f"{name} packs all images of a batch into one sequence, and tells them apart by {packing[0]}; pruned "
+            f"{name} packs all images of a batch into one sequence, and separates them by {packing[0]}; pruned "
             "sequences would need other ones."
         ) from error
     needed = _ADAPTATIONS.get(config.model_type)

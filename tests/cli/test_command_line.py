@@ -13,13 +13,11 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from typer.testing import CliRunner, Result
 
 import tokenprune
-from tests.helpers.official import Layout
+from tests.helpers.command_line import fields, run
 from tests.helpers.runs import write_run
 from tests.helpers.zoo import BY_NAME
-from tokenprune.cli import app
 from tokenprune.saving import resolve
 
 SMALL = ("test_vit", "--stages", "2,4")
@@ -44,16 +42,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 KINDS = ["a timm name", "a transformers folder", "a sparsified transformers folder", "a saved folder"]
 STAGES = {"a timm name": ["--stages", "2,4"], "a transformers folder": ["--stages", "2,4"]}
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "120"})
-
-
-def fields(*arguments: str) -> Any:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -330,39 +318,6 @@ def test_as_a_process_json_is_all_there_is_on_stdout(sources: dict[str, str]) ->
     assert json.loads(done.stdout)["model"] == sources["a saved folder"]
     done = subprocess.run([*command[:3], "flops"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr == "Error: Missing argument 'MODEL'.\n"
-
-
-def test_an_official_checkpoint_is_converted(tmp_path: Path) -> None:
-    layout = Layout(width=64, depth=4, heads=1, image_size=64, classes=10)
-    official = tmp_path / "official.pth"
-    torch.save({"model": layout.state()}, official)
-    told = fields("convert", str(official), "-o", str(tmp_path / "saved"), "-k", "0.5")
-    assert (told["stages"], told["keep_ratios"]) == ([1, 2, 3], [0.5, 0.25, 0.125])
-    images = torch.randn(2, 3, 64, 64)
-    expected = tokenprune.load_dynamicvit(official, keep_ratio=0.5)(images)
-    assert torch.equal(tokenprune.from_pretrained(tmp_path / "saved").eval()(images), expected)
-    assert "from_pretrained" in run("convert", str(official), "-o", str(tmp_path / "saved")).stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said", "code"),
-    [
-        (["no.pth", "-o", "out"], "does not exist", 2),
-        (["official.pth"], "--output", 2),
-        (["official.pth", "-o", "official.pth"], "is a file; name a folder", 2),
-        (["official.pth", "-o", "out", "-k", "2"], "expected numbers above 0", 2),
-        (["broken.pth", "-o", "out"], "broken.pth", 1),
-    ],
-)
-def test_what_cannot_be_converted(
-    arguments: list[str], said: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": Layout(width=64, depth=4, heads=1, image_size=64, classes=10).state()}, "official.pth")
-    Path("broken.pth").write_bytes(Path("official.pth").read_bytes()[:500])
-    result = run("convert", *arguments)
-    assert result.exit_code == code and said in result.stderr and "Traceback" not in result.stderr
-    assert not Path("out").exists()
 
 
 @pytest.fixture(scope="module")

@@ -46,13 +46,13 @@ HEAD = """# Supported models
 
 {counts}
 
-Each was built by its library at a small size, with random weights, and passed on every output: with nothing pruned
-it is the dense model (to 1e-5), masking equals gathering (to 2e-5, relative), undoing is exact, and a training step
-gives every predictor a finite gradient. *Compile* and *export* say that `torch.compile(fullgraph=True)` or
-`torch.export` took the pruned model, and are tried on one model of each kind of timm's, on torchvision's first and on
-the plainer classes of transformers. Other sizes of these models work as well,
-and so do other input sizes and non-square grids wherever the model itself takes them. `tokenprune.supported()` gives
-this list in code.
+Each was built by its library at a small size, with random weights, and
+[proved](write-an-adapter.md#prove-your-models) on every output: with nothing pruned it is the dense model (to 1e-5),
+masking equals gathering (to 2e-5, relative), undoing is exact, and a training step gives every predictor a finite
+gradient. *Compile* and *export* say that `torch.compile(fullgraph=True)` or `torch.export` took the pruned model, and
+are tried on one model of each kind of timm's, on torchvision's first and on the plainer classes of transformers. Other
+sizes of these models work as well, and so do other input sizes and non-square grids wherever the model itself takes
+them. `tokenprune.supported()` gives this list in code.
 
 What is not here may work too: `sparsify` finds blocks by their structure, says so where it cannot, and
 [`verify`](write-an-adapter.md) proves the rest on your own model and inputs.

@@ -43,11 +43,11 @@ class Bias(Execution):
     def pass_all(self, before: Selection, tokens: Tensor) -> Selection:
         if before.keep is not None:
             return before
-        return before._replace(keep=tokens.new_ones(len(tokens), before.layout.num_patches))
+        return before.replace(keep=tokens.new_ones(len(tokens), before.layout.num_patches))
 
     def decide(self, scores: Tensor, before: Selection, num_keep: int, *, sampled: bool) -> Selection:
         keep = torch.zeros_like(scores).scatter(1, top_k(scores, before.keep, num_keep), 1.0)
-        return before._replace(keep=keep, all_kept=False)
+        return before.replace(keep=keep, all_kept=False)
 
     def remove(self, tokens: Tensor, before: Selection, selection: Selection) -> Tensor:
         return tokens

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +308,7 @@ def test_fused_tokens_go_beside_the_grid_where_all_are_restored() -> None:
     beside, plain = case.sparsified(pruned="fuse_preserve"), case.sparsified(pruned="fuse")
     images = case.images()
     lengths: list[int] = []
-    for block in beside.vit.layers:
+    for block in beside.tokenprune.backbone.blocks:
         block.register_forward_hook(lambda block, args, output: lengths.append(output_tokens(output).shape[1]))
     with torch.no_grad():
         torch.testing.assert_close(
@@ -386,7 +385,7 @@ def test_merge_needs_no_place(name: str, pruned: str) -> None:
 def test_a_mask_that_hides_tokens_is_refused_when_it_comes() -> None:
     case = BY_NAME["transformers ViT classifier"]
     model = case.sparsified(pruned="fuse")
-    layer = model.vit.layers[3]
+    layer = model.tokenprune.backbone.blocks[3]
     mask = torch.ones(3, 1, NUM_PATCHES + 1, NUM_PATCHES + 1, dtype=torch.bool)
 
     def give(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -399,62 +398,9 @@ def test_a_mask_that_hides_tokens_is_refused_when_it_comes() -> None:
             model.tokenprune.execution = execution
             torch.testing.assert_close(case.run(model, case.images())["logits"], expected, rtol=0, atol=1e-5)
             mask[:, :, :, 4] = False
-            with pytest.raises(tokenprune.StateError, match="'attention_mask', which hides some tokens"):
+            with pytest.raises(tokenprune.StateError, match="_mask', which hides some tokens"):
                 case.run(model, case.images())
             mask[:] = True
-
-
-# One's own, in a file of its own
-
-
-class Mean(tokenprune.Reduction):
-    """Adds to every kept token the mean of those that were pruned, weighted with a learned factor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, split: Split) -> tokenprune.Reduced:
-        weights = split.pruned / split.pruned.sum(dim=1, keepdim=True).clamp(min=1)
-        mean = (weights.to(split.patches.dtype).unsqueeze(-1) * split.patches).sum(dim=1, keepdim=True)
-        return tokenprune.Reduced(split.patches + self.factor * mean)
-
-
-@pytest.fixture
-def mean_registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from tokenprune.pruning.reductions import base
-
-    monkeypatch.setattr(base, "_BUILDERS", dict(base._BUILDERS))
-    tokenprune.register_reduction("mean")(lambda context: Mean())
-    yield
-
-
-@some_models
-@pytest.mark.usefixtures("mean_registered")
-def test_a_reduction_of_ones_own(case: Case, tmp_path: Path) -> None:
-    model, images = case.sparsified(pruned="mean"), case.images()
-    report = tokenprune.verify(model, images, tolerance=TOLERANCE)
-    assert report.passed, str(report)
-    with torch.no_grad():
-        expected = case.run(model, images)
-        tokenprune.save_pretrained(model, tmp_path, model_card=False)
-        loaded = tokenprune.from_pretrained(tmp_path, model=case.model())
-        assert all(torch.equal(output, expected[name]) for name, output in case.run(loaded, images).items())
-    assert {name for name, _ in model.tokenprune.named_parameters() if "reduction" in name} == {
-        "stages.0.reduction.factor", "stages.1.reduction.factor"
-    }  # fmt: skip
-
-
-def test_a_reduction_without_a_name_is_passed_again(tmp_path: Path) -> None:
-    case = BY_NAME["torchvision"]
-    model = case.sparsified(pruned=lambda context: Mean())
-    with pytest.warns(UserWarning, match="will need pruned=builder"):
-        tokenprune.save_pretrained(model, tmp_path, model_card=False)
-    with pytest.raises(tokenprune.CheckpointError, match="pass pruned=, the callable"):
-        tokenprune.from_pretrained(tmp_path)
-    with torch.no_grad():
-        loaded = tokenprune.from_pretrained(tmp_path, pruned=lambda context: Mean())
-        assert torch.equal(loaded(case.images()), model(case.images()))
 
 
 def test_executions_are_classes_of_one_base() -> None:

@@ -17,9 +17,9 @@ from tokenprune.backbones.probing import eval_mode, random_inputs
 from tokenprune.pruning.executions import default_execution
 
 MIN_PAIRS = 8
-"""Fewer pairs do not tell how much they scatter."""
+"""With fewer pairs, their spread cannot be estimated."""
 MAX_NOISE = 0.1
-"""More than this, quartile to quartile over the median, and a difference of some percent is lost in it."""
+"""Interquartile range over the median: above it, a difference of some percent is lost in the noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class ThroughputReport:
         The rule: at least 8 pairs, of whose speed-ups the middle half spans at most 10 % of the median.
         """
         if len(self.speedups) < MIN_PAIRS:
-            return f"{len(self.speedups)} pairs are too few to tell the noise; measure {MIN_PAIRS} or more."
+            return f"{len(self.speedups)} pairs are too few to estimate the noise; measure {MIN_PAIRS} or more."
         if self.noise > MAX_NOISE:
             return (
                 f"too noisy: the middle half of the speed-ups spans {self.noise:.0%} of their median, more than "
@@ -143,7 +143,7 @@ def throughput(
         input_size: Channels, height and width of the images.
         batch_size: Images in a batch.
         pairs: Pairs of batches that are counted.
-        warmup: Pairs that run before and are not.
+        warmup: Pairs that run before and are not counted.
         progress: Called after each pair with the number of pairs done and of all.
 
     Raises:
@@ -153,7 +153,7 @@ def throughput(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1 image is needed.")
     if pairs < 2:
-        raise ValueError(f"pairs={pairs}: at least 2 are needed to tell the spread.")
+        raise ValueError(f"pairs={pairs}: at least 2 are needed for a spread.")
     if warmup < 0:
         raise ValueError(f"warmup={warmup}: a number of pairs from 0.")
     sparsifier = sparsifier_of(model)

@@ -84,6 +84,7 @@ def _pooling(model: nn.Module, arguments: Mapping[str, Any], backbone: Backbone,
     pools = _Pools({layout.length for layout in backbone.tail_layouts(trace.full_layout)})
     tower = model if backbone.tower is None else backbone.tower
     with ExitStack() as hooks:
+        hooks.callback(pools.leave)
         hooks.callback(backbone.blocks[-1].register_forward_hook(lambda *_: pools.enter()).remove)
         hooks.callback(tower.register_forward_hook(lambda *_: pools.leave()).remove)
         model(**arguments)
@@ -104,6 +105,16 @@ class _Pools(Interception):
         super().__init__()
         self.lengths = lengths
         self.seen: set[str] = set()
+        self.entered = False
+
+    def enter(self) -> None:
+        super().enter()
+        self.entered = True
+
+    def leave(self) -> None:
+        if self.entered:
+            super().leave()
+        self.entered = False
 
     def attention(self, call: AttentionCall) -> Tensor:
         if call.key.shape[-2] in self.lengths:

@@ -1,7 +1,7 @@
 """Counting multiply-adds, dense and sparse side by side, by stage and by block.
 
-One multiply-add counts 1, as in fvcore and in the papers of this field. What is counted and what
-is left out stands in the docs page "Counting FLOPs".
+One multiply-add counts 1, as in fvcore and in the papers of this field. The docs page "Counting FLOPs" says what is
+counted and what is left out.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class FlopReport:
         input_size: Channels, height and width of the image.
         keep_ratios: Cumulative keep ratios, one a stage.
         dense: Multiply-adds without pruning.
-        sparse: Multiply-adds with pruning, scorers included.
+        sparse: Multiply-adds with pruning, stages included.
         dense_blocks: The share of each block, unpruned.
         sparse_blocks: The share of each block, pruned.
-        stages: The share of each stage's scorer, in the pruned model.
+        stages: The share of each stage, its scorer and its reduction, in the pruned model.
         stage_blocks: Index of the block in front of which each stage stands.
     """
 

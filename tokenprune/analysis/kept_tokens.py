@@ -1,4 +1,4 @@
-"""Looking at what a sparsified model keeps of given images, and at the scores by which it decides.
+"""What a sparsified model keeps of given images, and the scores by which it decides.
 
 Shapes: B images, N patch tokens in a grid of R rows and C columns, n of them scored, S stages, K channels,
 H and W height and width in pixels.
@@ -28,8 +28,8 @@ class KeptTokens:
     Attributes:
         pixels: (B, K, H, W), from 0 to 1: the images as the model sees them, before they are normalised.
         names: The images' file names; empty for those that come from no file.
-        keep: A stage, (B, R, C) bool: the patches that are kept.
-        scores: A stage, (B, R, C): the scorer's scores, higher = keep; NaN where nothing was scored, because
+        keep: For each stage, (B, R, C) bool: the patches that are kept.
+        scores: For each stage, (B, R, C): the scorer's scores, higher = keep; NaN where nothing was scored, because
             an earlier stage had pruned the patch or the stage keeps all that it gets.
         stages: Indices of the blocks in front of which the stages stand.
         keep_ratios: The cumulative fractions that the stages were asked to keep.
@@ -83,7 +83,7 @@ def kept_tokens(
         images: One or several pictures: files, Pillow images, arrays (h, w, 3) of bytes or of numbers from 0 to 1,
             all of which are resized, cut and normalised as the model's library does; or tensors (K, H, W) or
             (B, K, H, W), which are taken to be inputs of the model, normalised already.
-        preprocessing: What becomes of pictures; ``None`` asks the adapter of the model's library.
+        preprocessing: How pictures become inputs; ``None`` asks the adapter of the model's library.
         forward_kwargs: What the model is called with besides the images.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Pictures of what a sparsified model keeps: figures of matplotlib, and animations.
+"""Pictures of what a sparsified model keeps: matplotlib figures, and animations.
 
 Shapes: B images, R rows and C columns of patches, H and W height and width in pixels.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-VEIL = (0.55, 0.58, 0.64)  # laid over pruned patches: in the middle, to be told from bright and dark ones
+VEIL = (0.55, 0.58, 0.64)  # laid over pruned patches: in the middle, to stand out from bright and dark ones
 VEIL_OPACITY = 0.8
 COLOURS = "viridis"  # of scores, from the lowest to the highest
 UNSCORED = (0.5, 0.5, 0.5, 0.25)
@@ -47,8 +47,8 @@ def show(
         model: A sparsified model; its mode, weights and settings are left as they are.
         images: One or several, as `kept_tokens` takes them.
         scores: Whether scores are drawn.
-        title: Stands above all.
-        preprocessing: What becomes of pictures; ``None`` asks the adapter of the model's library.
+        title: Of the figure.
+        preprocessing: How pictures become inputs; ``None`` asks the adapter of the model's library.
         forward_kwargs: What the model is called with besides the images.
 
     Returns:
@@ -81,8 +81,8 @@ def animate(
         output: The file to write.
         seconds: How long each step stands, at least 0.02.
         scores: Whether the scores are drawn below, as by `show`.
-        title: Stands above all.
-        preprocessing: What becomes of pictures; ``None`` asks the adapter of the model's library.
+        title: Of the figure.
+        preprocessing: How pictures become inputs; ``None`` asks the adapter of the model's library.
         forward_kwargs: What the model is called with besides the images.
 
     Raises:
@@ -96,7 +96,7 @@ def animate(
 
 
 def drawn(kept: KeptTokens, *, scores: bool = True, title: str = "") -> Figure:
-    """The figure of `show`, of what has been looked at."""
+    """The figure of `show`, of kept tokens."""
     with extra("plots"):
         from matplotlib.figure import Figure
     labels = stage_labels(kept)
@@ -129,7 +129,7 @@ def drawn(kept: KeptTokens, *, scores: bool = True, title: str = "") -> Figure:
 def write_animation(
     kept: KeptTokens, output: str | Path, *, seconds: float = 1.0, scores: bool = True, title: str = ""
 ) -> None:
-    """The GIF of `animate`, of what has been looked at."""
+    """The GIF of `animate`, of kept tokens."""
     with extra("plots"):
         from matplotlib.animation import PillowWriter
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Pictures of what was counted, as figures of matplotlib."""
+"""Pictures of what was counted, as matplotlib figures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def flops_curve(reports: Sequence[FlopReport], *, title: str = "") -> Figure:
     """Multiply-adds over the fraction of patch tokens that is left after the last stage, with the dense model's.
 
     Args:
-        reports: Of one model at several keep ratios.
-        title: Over the picture.
+        reports: Reports of one model at several keep ratios.
+        title: Of the figure.
 
     Returns:
         A figure that belongs to no window: ``figure.savefig("curve.png")``, or the value of a notebook's cell.

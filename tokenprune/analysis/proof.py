@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def prove(example: Example, *, library: str, compiled: bool | None = None) -> Su
     - *undo*: after `unsparsify` outputs are those of before, bit by bit, and neither a hook nor a key is left;
     - *compile*, *export*: see `Example.compiled`.
 
-    Random numbers are the same every time, and the caller's are not touched.
+    All random numbers are the same every time, and the caller's are left alone.
 
     Args:
         example: The model, and what it is given.
@@ -59,8 +60,7 @@ def prove(example: Example, *, library: str, compiled: bool | None = None) -> Su
         ProofError: Something does not hold.
         TokenpruneError: The model cannot be sparsified, or not be masked; the message says why.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with _repeatable():
         model, arguments, outputs = run_dense(example, library=library)
         if library_of(model) != library:
             raise ProofError(
@@ -69,26 +69,40 @@ def prove(example: Example, *, library: str, compiled: bool | None = None) -> Su
             )
         keys, hooks = list(model.state_dict()), _hooks(model)
         sparsify(model, example.stages, example.keep_ratio)
-        passes = _prove_invariants(model, arguments, example.name)
+        trained = _prove_invariants(model, arguments, example.name)
         description = describe_behaviour(model, arguments)
         unsparsify(model)
         _prove_undone(model, arguments, outputs, example.name)
         if list(model.state_dict()) != keys or _hooks(model) != hooks:
             raise ProofError(f"{example.name}: unsparsify() left hooks, or keys of the state dict, behind.")
+        passes = ["identity", "mask = gather", "undo", *(["training step"] if trained else [])]
         if example.compiled if compiled is None else compiled:
-            passes += tuple(how for how in _COMPILERS if _prove_compiled(example, how))
+            passes += [how for how in _COMPILERS if _prove_compiled(example, how)]
     return SupportedModel(
         library=library,
         family=example.family,
         name=example.name,
         model_class=type(model).__name__,
-        passes=passes,
+        passes=tuple(passes),
         **description._asdict(),
     )
 
 
-def _prove_invariants(model: nn.Module, arguments: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """What holds while a model is sparsified, undoing it expected."""
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """While it lasts, random numbers and the order of sums are the same every time."""
+    num_threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.set_num_threads(1)  # with which small models run fastest, too
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
+
+
+def _prove_invariants(model: nn.Module, arguments: Mapping[str, Any], name: str) -> bool:
+    """What must hold while a model is sparsified. Returns whether a training step is a part of that."""
     sparsifier = sparsifier_of(model)
     report = verify(model, arguments, tolerance=EXECUTIONS_AGREE)
     failures = [*report.failures]
@@ -109,7 +123,7 @@ def _prove_invariants(model: nn.Module, arguments: Mapping[str, Any], name: str)
         failures.append(f"stages keep {kept} tokens, and the plan says {[*planned]}")
     if failures:
         raise ProofError("\n".join([f"{name}:", *dict.fromkeys(failures)]))
-    return ("identity", "mask = gather", "undo", *(["training step"] if trained else []))
+    return trained
 
 
 def _prove_undone(model: nn.Module, arguments: Mapping[str, Any], before: Mapping[str, Tensor], name: str) -> None:

@@ -1,4 +1,4 @@
-"""Proving the invariants on a user's own model and inputs."""
+"""Checking the invariants on a user's own model and inputs."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class VerificationReport:
         identity: Between the model with nothing pruned and the unpruned model.
         mask_equals_gather: Between the executions, for the same decisions: the largest to that of inference.
         effect: Between the pruned and the unpruned model; 0 means pruning changes nothing.
-        gradients: For each stage the largest gradient of its scorer's parameters after a training
-            step; NaN if one is not finite or missing, and no entry for scorers without parameters,
-            stages that keep all and models that can only be trained in parts.
+        gradients: For each stage the largest gradient of its parameters, those of its scorer and its reduction, after
+            a training step; NaN if one is not finite or missing, and no entry for stages without parameters, stages
+            that keep all and models that can only be trained in parts.
         compared: Number of output tensors that were compared.
         not_compared: Names of those that could not be, since neither all tokens nor those left explain
             their shape.
@@ -87,7 +87,7 @@ class VerificationReport:
 
 
 def verify(model: nn.Module, inputs: Any, *, tolerance: float = 1e-4) -> VerificationReport:
-    """Check on a sparsified model that what must hold does hold.
+    """Check the invariants on a sparsified model.
 
     In eval mode a pass is made unpruned, one with nothing pruned and one in each execution, and in training mode one
     more, in which every masked block must be seen to attend. Weights, gradients, modes and settings are afterwards
@@ -144,7 +144,7 @@ def verify(model: nn.Module, inputs: Any, *, tolerance: float = 1e-4) -> Verific
 
 
 class _Hashed(Scorer):
-    """Scores that differ by position and image and are the same in either execution."""
+    """Scores that differ by position and image and are the same in every execution."""
 
     def forward(self, candidates: Candidates) -> Tensor:
         patches = candidates.patches
@@ -169,7 +169,7 @@ def _hashed_scores(sparsifier: Sparsifier) -> Iterator[None]:
 
 @contextmanager
 def _unchanged(model: nn.Module, sparsifier: Sparsifier) -> Iterator[None]:
-    """Put back what a training step and a change of settings would leave."""
+    """Restore what a training step and other settings change."""
     plan, execution = sparsifier.plan, sparsifier.execution
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
@@ -259,9 +259,9 @@ def _of_tokens_left(
         for num_prefix, stage in product(_prefixes(reference), reversed(range(len(reference.selections)))):
             selection = reference.selections[stage]
             assert selection.indices is not None
-            after = selection.layout if trace is not None else selection.layout._replace(num_summary=0)
+            after = selection.layout if trace is not None else selection.layout.replace(num_summary=0)
             layout = reference.full_layout if trace is None else trace.selections[stage].layout
-            layout, after = layout._replace(num_prefix=num_prefix), after._replace(num_prefix=num_prefix)
+            layout, after = layout.replace(num_prefix=num_prefix), after.replace(num_prefix=num_prefix)
             if tokens.shape[1] == layout.length and wanted.shape[1] == after.length:
                 return select(tokens, layout.positions(selection.indices))
         return tokens
@@ -274,7 +274,7 @@ def _without_summaries(tokens: Tensor, trace: Trace) -> Tensor:
     if tokens.dim() != 3 or trace.restored:
         return tokens
     for num_prefix, selection in product(_prefixes(trace), reversed(trace.selections)):
-        layout = selection.layout._replace(num_prefix=num_prefix)
+        layout = selection.layout.replace(num_prefix=num_prefix)
         if layout.num_summary and layout.length == tokens.shape[1]:
             return layout.without_summaries(tokens)
     return tokens

@@ -1,7 +1,7 @@
-"""Adaptations: what one family of models needs besides what every model does.
+"""Adaptations: what a family of models needs beyond a plain description.
 
 An adaptation is a small object in a `Backbone`. It says how its family differs and installs its own hooks, so that
-nobody else has to know of it. Those here serve several families; the others stand in their adapters.
+nothing else has to know about it. Those here serve several families; the others are in the adapters.
 
 Shapes: B images, n patch tokens that are left, L tokens before any pruning, K tokens of the sequence as it is.
 """
@@ -50,7 +50,7 @@ class RunningModel(Protocol):
         ...
 
     def drops(self) -> bool:
-        """Whether tokens are missing behind a block, for good."""
+        """Whether tokens are missing behind a block, since nothing restores them."""
         ...
 
 
@@ -71,7 +71,7 @@ class Scope(Protocol):
 
 
 class Adaptation:
-    """What one family of models needs; a subclass overrides what differs.
+    """What a family of models needs; a subclass overrides what differs.
 
     Attributes:
         summary_obstacle: Why a token that stands for several others has no place in such a model; ``None`` if nothing
@@ -98,7 +98,7 @@ class Adaptation:
         """Change what must be changed on the model while it is sparsified."""
 
     def undo(self) -> None:
-        """Take back what `apply` has changed."""
+        """Undo what `apply` has changed."""
 
     def install_outside(self, blocks: Sequence[nn.Module], running: RunningModel) -> Iterator[RemovableHandle]:
         """Install hooks that see a block's arguments before, and its output after, tokens are pruned or restored."""

@@ -1,4 +1,4 @@
-"""What an adapter is, and finding the one that knows a model.
+"""What an adapter is, and how the one for a model is found.
 
 An adapter describes the models of one library. It is found through the entry-point group ``tokenprune.adapters``.
 """
@@ -29,7 +29,7 @@ class Adapter(ABC):
     An entry point of the group ``tokenprune.adapters`` makes an adapter known: its name is the root package of the
     models' classes, its value the adapter, an instance or a class, as in
     ``my_vits = "tokenprune_my_vits:MyViTAdapter"``. Importing the adapter must not import that library: whoever has
-    a model of it has imported it already. A file ``supported.json`` in the adapter's package lists the models that
+    one of its models has imported it already. A file ``supported.json`` in the adapter's package lists the models that
     were proved, see `SupportedModel`.
     """
 
@@ -100,7 +100,7 @@ class Adapter(ABC):
         )
 
     def from_state_dict(self, state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module:
-        """The model that a state dict is of, with any weights: the caller loads them; for `load_dynamicvit`.
+        """The model that a state dict belongs to, with any weights: the caller loads them; for `load_dynamicvit`.
 
         Args:
             state: The dense model's weights under the names that its authors gave them.
@@ -135,7 +135,7 @@ _PASS_PREPROCESSING = "pass preprocessing=tokenprune.Preprocessing(size=…, mea
 
 
 class _BuildsNone(CheckpointError):
-    """From an adapter that builds no model from any weights, and so has nothing to say about these."""
+    """From an adapter that builds no models from weights, so that its refusal says nothing about these."""
 
 
 class _FunctionAdapter(Adapter):
@@ -226,7 +226,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 
 
 def model_of(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module:
-    """A dense model that a state dict is of, built by the first adapter that knows it; its weights are not loaded.
+    """The dense model that a state dict belongs to, built by the first adapter that knows it, without its weights.
 
     Raises:
         CheckpointError: None does; the message has the reason of each that builds models.

@@ -19,7 +19,7 @@ Downstream = Literal["pooled", "all tokens", "any number"]
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """What a Vision Transformer looks like, without a word on how it is pruned.
+    """What a Vision Transformer looks like, and nothing about how it is pruned.
 
     Every block takes tokens of shape (B, L, C) as its first argument, prefix tokens first, then
     the patch tokens in row-major order, then suffix tokens, and returns tokens of the same shape
@@ -81,7 +81,7 @@ class Backbone:
 
     def layout_at(self, layout: Layout, block: int) -> Layout:
         """A layout as block ``block`` gets it: with the prefix tokens that have joined by then."""
-        return layout._replace(num_prefix=self.num_prefix_at(block))
+        return layout.replace(num_prefix=self.num_prefix_at(block))
 
     def attention_layouts(self, layout: Layout, block: int) -> list[Layout]:
         """The sequence that a block gets, and those that it attends over instead."""
@@ -90,7 +90,7 @@ class Backbone:
 
     def tail_layouts(self, layout: Layout) -> list[Layout]:
         """The sequence behind the last block, and those that the model makes of it there."""
-        patches, without_suffix = layout._replace(num_prefix=0, num_suffix=0), layout._replace(num_suffix=0)
+        patches, without_suffix = layout.replace(num_prefix=0, num_suffix=0), layout.replace(num_suffix=0)
         made = [other for adaptation in self.adaptations for other in adaptation.tail_layouts(layout)]
         return [patches, layout, without_suffix, *made]
 

@@ -1,4 +1,4 @@
-"""Interception: what is called in somebody else's code while it runs, seen and answered in another way.
+"""Interception: seeing the calls that somebody else's code makes while it runs, and answering them differently.
 
 A `TorchFunctionMode` that is active while a module runs sees every torch function the module
 calls, and answers the few that mix tokens in its own way. Nothing outside that call is touched.
@@ -20,7 +20,7 @@ def _without_override_check(function: Callable[..., Any]) -> types.FunctionType:
     """The function itself, in a namespace where it does not ask whether it is overridden.
 
     `F.multi_head_attention_forward` hands itself to the active mode before it does anything. To run
-    it *with* the mode, so that the attention inside is seen, the question must be answered by no.
+    it *with* the mode, so that the attention inside is seen, the answer to that question must be no.
     """
     namespace = {**function.__globals__, "has_torch_function": _no_torch_function}
     del namespace["__name__"]  # the compiler takes a named namespace for the module of that name

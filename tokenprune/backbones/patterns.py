@@ -19,7 +19,7 @@ from torch import Tensor
 from tokenprune.tokens import Layout, sizes
 
 AxisPatterns = Mapping[str, Sequence[str] | None]
-"""For names of a block's parameters one pattern a number of dimensions; ``None`` where shapes are to say."""
+"""For names of a block's parameters, one pattern for each number of dimensions; ``None`` infers it from the shape."""
 
 _TABLES = {2: "n d -> b 1 n d", 3: "b n d -> b n d", 4: "b h n d -> b h n d"}
 

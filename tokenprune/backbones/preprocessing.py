@@ -1,4 +1,4 @@
-"""What becomes of a picture before a model gets it: size, crop, mean and deviation.
+"""How a picture is prepared for a model: size, crop, mean and standard deviation.
 
 Shapes: K channels, H and W height and width in pixels.
 """
@@ -40,7 +40,7 @@ class Preprocessing:
         fit: ``"cover"``: the smallest picture of its own proportions that covers the box; ``"contain"``: the
             largest that the box contains, with a margin of the mean; ``"squash"``: the box, whatever the
             proportions.
-        interpolation: Pillow's name of it.
+        interpolation: Of the resizing, by Pillow's name.
 
     Raises:
         PictureError: A value makes no sense; the message says which.

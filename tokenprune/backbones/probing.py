@@ -20,7 +20,7 @@ def random_inputs(model: nn.Module, **shapes: Sequence[int]) -> dict[str, Tensor
     parameter = next(model.parameters())
     if parameter.device.type == "meta":
         raise UnsupportedModelError(
-            f"this {type(model).__name__} is on the meta device and cannot be looked at; give it weights first."
+            f"this {type(model).__name__} is on the meta device and cannot be run; give it weights first."
         )
     generator = torch.Generator().manual_seed(0)
     return {
@@ -31,7 +31,7 @@ def random_inputs(model: nn.Module, **shapes: Sequence[int]) -> dict[str, Tensor
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, and afterwards each back in its own."""
+    """Put every module in eval mode, and afterwards restore the mode of each."""
     with kept_modes(model):
         model.eval()
         yield
@@ -39,7 +39,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Afterwards put every module back in the mode it is in now."""
+    """Afterwards restore the mode that each module is in now."""
     training = {module: module.training for module in model.modules()}
     try:
         yield

@@ -1,7 +1,7 @@
 """Finding out what a model looks like by running it once: its blocks, its prefix tokens, its final norm.
 
 Structure counts, names do not: a list of modules that is called once and in order, each module on
-tokens (B, L, C) that it gives back in the same shape, with attention over all of them, is a list of
+tokens (B, L, C) that it returns in the same shape, with attention over all of them, is a list of
 blocks. Tokens that do not depend on the image are prefix or suffix tokens.
 
 Shapes: B images, P prefix tokens, N patch tokens, Q suffix tokens, L = P + N + Q, C channels.
@@ -94,7 +94,7 @@ def observe(
         first_list: Take the first of several lists of blocks, such as an encoder in front of a decoder.
         packed: Accept all images in one row.
         frames: Accept several rows an image.
-        num_late_prefix_tokens: Tokens that join in front on the way.
+        num_late_prefix_tokens: Prefix tokens that join on the way.
         num_inner_tokens: Keys that blocks add to those of their tokens.
 
     Raises:
@@ -243,7 +243,7 @@ class _Observer(Interception):
 
 
 def _record(candidate: _List, index: int, observer: _Observer) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Hooks that note what module ``index`` of a list gets, gives and attends over."""
+    """Hooks that record what module ``index`` of a list gets, returns and attends over."""
     names = tuple(inspect.signature(candidate.modules[index].forward).parameters)
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -335,7 +335,7 @@ def _fixed_tokens(tokens: Tensor, num_images: int) -> tuple[int, int]:
 
 @contextmanager
 def _looking(model: nn.Module, settings: Sequence[Setting]) -> Iterator[None]:
-    """The model in eval mode and with settings made, for a while, without a trace in the state of random numbers."""
+    """For a while, the model in eval mode and with settings applied; the random state is left as it was."""
     devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
     try:
         for setting in settings:

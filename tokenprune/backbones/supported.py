@@ -28,7 +28,8 @@ class SupportedModel:
         model_class: The class of the model.
         pooling: What becomes of the tokens after the last block.
         position_encoding: How positions enter.
-        side_inputs: Names of the blocks' inputs that are cut down with the tokens.
+        side_inputs: Names of the blocks' inputs that are gathered with the tokens, since they have an entry for each,
+            and ``"bias"`` where attention itself makes one for each pair.
         passes: What was proved: ``"identity"``, ``"mask = gather"``, ``"undo"``, ``"training step"``, and for
             one model of each kind ``"compile"`` and ``"export"``.
     """
@@ -195,7 +196,7 @@ def _file(entry: EntryPoint) -> Path | None:
     """The file beside the module of an entry point, found without importing that module."""
     try:
         spec = find_spec(entry.module)
-    except Exception:  # a package around the module that cannot be imported; whoever needs the adapter is told why
+    except Exception:  # a package around the module that cannot be imported; whoever needs the adapter gets the reason
         return None
     if spec is None or not spec.parent or spec.origin is None:  # not there, or in no package
         return None

@@ -239,7 +239,7 @@ class PruningHooks(nn.Module):
         if place.starts:
             if running.trains:
                 check_grad(block, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
-            before = before._replace(layout=self.backbone.layout_at(before.layout, place.block))
+            before = before.replace(layout=self.backbone.layout_at(before.layout, place.block))
             tokens, selection = cast(Stage, self.stages[place.stage]).prune(
                 tokens,
                 before,
@@ -250,7 +250,7 @@ class PruningHooks(nn.Module):
                 attention=state.selections[place.stage].attention if again else self._scopes.take_recorded(),
             )
             if not again:
-                self._state = self._state._replace(selections=(*self._state.selections, selection))
+                self._state = self._state.replace(selections=(*self._state.selections, selection))
                 trace.selections.append(selection)
         if tokens is not given:
             args, kwargs = replace_tokens(args, kwargs, tokens)
@@ -268,7 +268,7 @@ class PruningHooks(nn.Module):
     def _resume(self, place: Place, running: Execution, tokens: Tensor, before: Selection, state: State) -> Tensor:
         """Of all tokens (B, L, C) those that a block runs on, summary tokens included; the others wait."""
         self._everything, self._entry = tokens, state
-        layout = self.backbone.layout_at(before.layout, place.block)._replace(num_summary=0)
+        layout = self.backbone.layout_at(before.layout, place.block).replace(num_summary=0)
         tokens = running.resume(tokens, before, self._full_layout(place.block))
         return tokens if state.summaries is None else layout.with_summaries(tokens, state.summaries)
 
@@ -344,7 +344,7 @@ class PruningHooks(nn.Module):
         layout = self.backbone.layout_at(selection.layout, place.block)
         if layout.num_summary:
             if not recomputing():
-                self._state = self._state._replace(summaries=layout.summaries(tokens))
+                self._state = self._state.replace(summaries=layout.summaries(tokens))
             tokens = layout.without_summaries(tokens)
         return running.restore(tokens, selection, everything, self._full_layout(place.block))
 

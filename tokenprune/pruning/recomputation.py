@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from tokenprune.pruning.selection import Selection
+from tokenprune.tokens import replaced
 
 
 class State(NamedTuple):
@@ -28,6 +29,10 @@ class State(NamedTuple):
 
     selections: tuple[Selection, ...] = ()
     summaries: Tensor | None = None
+
+    def replace(self, **changes: Any) -> State:
+        """A state with other entries."""
+        return replaced(self, changes)
 
 
 class Recomputing(Protocol):

@@ -6,12 +6,12 @@ tokens.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenprune.tokens import Layout
+from tokenprune.tokens import Layout, replaced
 
 
 class Selection(NamedTuple):
@@ -40,6 +40,10 @@ class Selection(NamedTuple):
     hosts: Tensor | None = None
     scores: Tensor | None = None
     attention: Tensor | None = None
+
+    def replace(self, **changes: Any) -> Selection:
+        """A selection with other entries."""
+        return replaced(self, changes)
 
     def visible(self, layout: Layout) -> Tensor | None:
         """Which tokens of a sequence (B, L) others may see; ``None`` if all."""
@@ -74,12 +78,12 @@ class Selection(NamedTuple):
 
     def with_summaries(self, number: int, pruned: Tensor) -> Selection:
         """The selection of a sequence with so many further summary tokens, made of the ``pruned`` (B, m)."""
-        layout = self.layout._replace(num_summary=self.layout.num_summary + number)
+        layout = self.layout.replace(num_summary=self.layout.num_summary + number)
         if self.keep is None:  # tokens are removed by their number, so that there always are some to be summed up
-            return self._replace(layout=layout)
+            return self.replace(layout=layout)
         holds = (pruned.detach().amax(dim=1, keepdim=True) > 0).to(pruned.dtype).expand(-1, number)  # (B, number)
         summaries = holds if self.summaries is None else torch.cat([self.summaries, holds], dim=1)
-        return self._replace(layout=layout, summaries=summaries)
+        return self.replace(layout=layout, summaries=summaries)
 
     def grid_scores(self, before: Selection, num_patches: int) -> Tensor | None:
         """The scores as (B, N) single precision, NaN for patches that did not reach the stage; ``None`` unasked."""

@@ -56,7 +56,7 @@ class Stage(nn.Module):
             attention: (B, m), what each of them received in the block before; ``None`` where it was not recorded.
         """
         if execution.keeps_all(num_keep, probability, before):
-            return tokens, execution.pass_all(before, tokens)._replace(attention=attention)
+            return tokens, execution.pass_all(before, tokens).replace(attention=attention)
         candidates = Candidates(
             patches=before.layout.patches(tokens),
             prefix=before.layout.prefix(tokens),
@@ -69,7 +69,7 @@ class Stage(nn.Module):
         scores = self.score(candidates)
         sampled = execution.trains and self.training and self.scorer.probabilistic
         selection = execution.decide(scores, before, num_keep, sampled=sampled)
-        selection = selection._replace(scores=scores, attention=attention)
+        selection = selection.replace(scores=scores, attention=attention)
         if not self.reduction.looks_at_pruned:
             return execution.remove(tokens, before, selection), selection
         return self._reduce(tokens, candidates.patches, before, selection, execution, trace)
@@ -94,7 +94,7 @@ class Stage(nn.Module):
             tokens = selection.layout.with_summaries(tokens, reduced.summary)
             selection = selection.with_summaries(sizes(reduced.summary)[1], pruned)
         if trace.restored and reduced.hosts is not None:
-            selection = selection._replace(hosts=compose_hosts(before, reduced.hosts, trace.num_patches))
+            selection = selection.replace(hosts=compose_hosts(before, reduced.hosts, trace.num_patches))
         return tokens, selection
 
     def score(self, candidates: Candidates) -> Tensor:

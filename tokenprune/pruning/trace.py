@@ -45,14 +45,14 @@ class Trace:
     @property
     def full_layout(self) -> Layout:
         """The sequence behind the last block as it would be had nothing been pruned."""
-        return self.start.layout._replace(num_prefix=self.num_prefix_tokens)
+        return self.start.layout.replace(num_prefix=self.num_prefix_tokens)
 
     @property
     def layout(self) -> Layout:
         """The sequence behind the last block as it is."""
         if self.restored or not self.selections:
             return self.full_layout
-        return self.selections[-1].layout._replace(num_prefix=self.num_prefix_tokens)
+        return self.selections[-1].layout.replace(num_prefix=self.num_prefix_tokens)
 
     @property
     def keep(self) -> tuple[Tensor, ...]:

@@ -14,13 +14,13 @@ from tokenprune.saving.manifest import Manifest
 
 FILE = "README.md"
 SOURCE = "<this folder or repository>"
-"""Stands in a card for where the model is, which a folder does not know of itself."""
+"""Placeholder in a card for where the model is, which a folder does not know."""
 _MARK = "<!-- written by tokenprune.save_pretrained; take this line out to keep your own text -->"
 _logger = logging.getLogger(__name__)
 
 
 def may_write(folder: Path) -> bool:
-    """Whether a folder has no card, or one that was written here."""
+    """Whether a folder has no card, or one that tokenprune wrote."""
     file = folder / FILE
     return not file.exists() or _MARK in file.read_text(encoding="utf-8", errors="replace")
 
@@ -49,7 +49,7 @@ def card(model: nn.Module, manifest: Manifest) -> str:
         "the original ones.\n",
         "## Use\n",
         f"```python\nimport tokenprune\n\nmodel = tokenprune.from_pretrained({_call(manifest)})\n```\n",
-        "`model` has the class it had, and `model.tokenprune` besides, which `tokenprune.unsparsify` takes out.\n",
+        "`model` is of the class of the dense model; `tokenprune.unsparsify(model)` takes out what was added to it.\n",
         "## Multiply-adds of one image\n",
         _table(model),
     ]
@@ -68,7 +68,7 @@ def _table(model: nn.Module) -> str:
     size = sparsifier_of(model).backbone.input_size(model)
     try:
         report = flops(model, size)
-    except Exception as error:  # a card is worth less than what was trained; the table waits, the weights are saved
+    except Exception as error:  # weights are saved even where the table cannot be made
         _logger.warning("the model card goes without a table of multiply-adds: %s", error)
         return f"Not counted: the model does not run on one image of {' × '.join(map(str, size))} alone.\n"
     return _markdown(report)

@@ -1,4 +1,4 @@
-"""Exporting: a model as one file, its pruning in it as static counts, for runtimes that know no hooks."""
+"""Exporting: a model as one file, in which it prunes to fixed numbers of tokens, for runtimes that know no hooks."""
 
 from __future__ import annotations
 
@@ -251,8 +251,8 @@ def _as_it_runs(model: nn.Module) -> Iterator[None]:
 def _clear_cut(model: nn.Module, images: Tensor) -> Tensor:
     """As many of the images as are needed, those first whose decisions hang least on rounding.
 
-    Two tokens whose scores are equal but for rounding are told apart differently by every runtime, and the outputs
-    then differ by far more than rounding though nothing is wrong.
+    Two tokens whose scores are equal but for rounding are ranked differently by every runtime, and the outputs
+    then differ by far more than rounding, though nothing is wrong.
     """
     margins = []
     for some in images.split(max(BATCH_SIZES)):
@@ -291,7 +291,7 @@ def _check_repeatable(model: nn.Module, images: Tensor, before: Mapping[str, Ten
     if not all(torch.equal(again[name], before[name]) for name in before):
         raise ExportError(
             f"this {type(model).__name__} gives other outputs each time it runs on the same images, as with "
-            "scorer='random', so no file of it could be checked; give it a scorer that does not draw."
+            "scorer='random', so no file of it could be checked; give it a deterministic scorer."
         )
 
 

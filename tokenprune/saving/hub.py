@@ -1,4 +1,4 @@
-"""The Hub: fetching a repository, and putting a saved model into one."""
+"""The Hub: downloading a repository, and uploading a saved model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Getting a sparsified model back from a folder or a Hub repository.
+"""Loading a sparsified model from a folder or a Hub repository.
 
-Whatever may be wrong is found out before the first number is changed.
+Whatever may be wrong is found before anything is changed.
 """
 
 from __future__ import annotations

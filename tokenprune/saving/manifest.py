@@ -1,4 +1,4 @@
-"""The file ``tokenprune.json``: what a saved folder says of the model whose weights lie beside it."""
+"""The file ``tokenprune.json``: what a saved folder records of the model whose weights are in it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Manifest:
         identity: What that library's adapter builds it from.
         why_no_identity: What kept it from being rebuilt.
         buffer_dtypes: dtypes of buffers that are not among the weights, where they are not what a new model has.
-        blocks_sha256: Of the base model's blocks, beside which scorers were saved.
+        blocks_sha256: Checksum of the base model's blocks, where scorers were saved alone.
         versions: Of the packages that wrote it.
     """
 

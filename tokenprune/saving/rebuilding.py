@@ -19,7 +19,7 @@ from tokenprune.backbones.adapters import adapter, library_of
 from tokenprune.errors import CheckpointError, TokenpruneError, UnsupportedModelError
 from tokenprune.pruning.compilation import has_own_forward
 
-# What is switched on a model for a while and does not make it another one.
+# Attributes that are switched for a while, and do not make it another model.
 _SWITCHES = frozenset({"training", "grad_checkpointing", "gradient_checkpointing", "name_or_path"})
 
 
@@ -43,7 +43,7 @@ def identify(model: nn.Module, switches: Sequence[str] = ()) -> Identity:
 
     Args:
         model: The model, sparsified or not.
-        switches: Names of attributes besides that are free to differ.
+        switches: Names of further attributes that may differ.
 
     Raises:
         UnsupportedModelError: It cannot be, or what is built is not the same; the message says why.
@@ -78,7 +78,7 @@ def identify(model: nn.Module, switches: Sequence[str] = ()) -> Identity:
 
 
 def build(library: str, fields: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """Build a model from what `identify` found, without a trace in the state of random numbers.
+    """Build a model from what `identify` found, and leave the random state as it was.
 
     Raises:
         UnsupportedModelError: There is no adapter for the library, it is not installed, or it refuses.
@@ -114,7 +114,7 @@ def cast_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> None:
 
 
 def differences(made: nn.Module, model: nn.Module, ignored: set[str]) -> Iterator[str]:
-    """In what two models differ besides numbers: modules, settings, parameters, ties."""
+    """In what two models differ other than in their weights: modules, settings, shapes, ties."""
     ours, theirs = _modules(made), _modules(model)
     yield from (f"{name or 'the model'} has been added" for name in theirs if name not in ours)
     yield from (f"{name} has been removed" for name in ours if name not in theirs)

@@ -1,4 +1,4 @@
-"""What a command line calls MODEL: one string for a saved model or one of a library's."""
+"""The MODEL of the command line: one string for a saved model or for one of a library."""
 
 from __future__ import annotations
 

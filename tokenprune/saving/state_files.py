@@ -1,4 +1,4 @@
-"""Getting the weights out of a checkpoint of anybody's, without ever running code from it."""
+"""Reading the weights of any checkpoint, without ever running code from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, 
     """The state dict in a checkpoint, out of what it is nested in and without the prefixes of wrappers.
 
     Args:
-        source: A file of PyTorch's or of safetensors', or what was loaded from one.
+        source: A PyTorch or safetensors file, or what was loaded from one.
 
     Raises:
         CheckpointError: It cannot be read, would run code, or holds no state dict.
@@ -38,7 +38,7 @@ def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, 
         raise CheckpointError(f"{path} is a folder; pass the checkpoint file in it.")
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}.")
-    with path.open("rb"):  # an error of the operating system is one, and no damaged file
+    with path.open("rb"):  # an error of the operating system is raised as such, not as a damaged file
         pass
     return _state(_safetensors(path) if path.suffix == ".safetensors" else _pickled(path), name)
 

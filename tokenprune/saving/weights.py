@@ -1,4 +1,4 @@
-"""Tensors in and out of safetensors files, tied ones once."""
+"""Writing tensors to safetensors files, tied ones once, and reading them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TIES = "tokenprune.ties"
 
 
 def write(file: Path, tensors: Mapping[str, Any]) -> None:
-    """Write tensors to a file; of those that are the same memory under several names, one.
+    """Write tensors to a file; one that has several names is written once.
 
     Raises:
         CheckpointError: Something is no tensor, has no data or a dtype that the format lacks.
@@ -40,7 +40,7 @@ def write(file: Path, tensors: Mapping[str, Any]) -> None:
             ties[name] = seen[memory]
             continue
         seen[memory] = name
-        # Views into one storage are cloned apart, which the format asks for.
+        # Views into one storage are cloned, as the format requires.
         written[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     try:
         save_file(written, file, metadata={"format": "pt", _TIES: json.dumps(ties)})

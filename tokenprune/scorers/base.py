@@ -18,7 +18,7 @@ class Candidates(NamedTuple):
 
     Attributes:
         patches: (B, n, C). In `gather` execution the tokens that are left, in `mask` execution all.
-        prefix: (B, P, C), the class, distillation and register tokens, to look at only.
+        prefix: (B, P, C), the class, distillation and register tokens, for reference only.
         keep: (B, n), 1 = not pruned yet, 0 = pruned by an earlier stage; ``None`` means all are left.
         indices: (B, n) int64, each token's position in the image's row-major order; ``None`` means
             all N in order.

@@ -15,8 +15,8 @@ class ClassAttention(Scorer):
     Expediting Vision Transformers via Token Reorganizations (EViT, arXiv 2202.07800). There is
     nothing to train, so it prunes a trained model at once; the model can be fine-tuned around it.
 
-    Deviation: EViT prunes inside of a block, between its attention and its MLP, and fuses what it
-    prunes into one token; here tokens are pruned between blocks, as by every other scorer.
+    Deviation: EViT prunes inside a block, between its attention and its MLP; here tokens are pruned between blocks, as
+    with every other scorer. That EViT fuses what it prunes into one token is a reduction, ``pruned="fuse"``.
     """
 
     needs_attention = True
@@ -28,5 +28,5 @@ class ClassAttention(Scorer):
 
 @register_scorer("cls_attention")
 def build(context: ScorerContext) -> ClassAttention:
-    """A `ClassAttention` scorer; it needs to know nothing."""
+    """A `ClassAttention` scorer, the same for every stage."""
     return ClassAttention()

@@ -23,5 +23,5 @@ class Random(Scorer):
 
 @register_scorer("random")
 def build(context: ScorerContext) -> Random:
-    """A `Random` scorer; it needs to know nothing."""
+    """A `Random` scorer, the same for every stage."""
     return Random()

@@ -165,7 +165,7 @@ class DynamicViTLoss(nn.Module):
 
 
 def _trained_trace(sparsifier: Sparsifier) -> Trace:
-    """The record of the last forward pass, if it was one to learn from."""
+    """The record of the last forward pass, if a loss can be computed of it."""
     trace = sparsifier.trace
     if trace is None or not execution_class(trace.execution).trains:
         ran = "no pruned forward pass" if trace is None else f"one in {trace.execution} execution"
@@ -213,7 +213,7 @@ def _final_tokens(sparsifier: Sparsifier) -> Tensor:
     if sparsifier.trace.tokens is None:
         raise StateError(
             "the last forward pass left no final tokens to distill: it ran under no_grad. Pass distill_weight=0, and "
-            "no heads, to a loss that only looks on."
+            "no heads, to a loss that is only evaluated."
         )
     return sparsifier.trace.tokens
 

@@ -1,4 +1,4 @@
-"""Charts as SVG that lies inside of a page and takes its colours from the page's style sheet."""
+"""Charts as SVG inside a page, which take their colours from the page's style sheet."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def bar_chart(rows: Sequence[tuple[str, float, float]], *, title: str, unit: str
     Args:
         rows: Name, value before, value after; values from 0.
         title: What the picture shows, in a sentence.
-        unit: Stands behind the numbers at the axis.
+        unit: Of the numbers, at the axis.
     """
     pitch, left = 26, 12 + 7 * max(len(name) for name, _, _ in rows)
     height = TOP + pitch * len(rows) + BOTTOM
@@ -114,7 +114,7 @@ def ticks(lowest: float, highest: float, most: int = 6) -> list[float]:
 
 
 def thinned(curve: Curve) -> Curve:
-    """At most so many points of a curve as can be told apart, the last one among them."""
+    """A curve of at most `MOST_POINTS` points, the last one among them."""
     stride = math.ceil(len(curve) / MOST_POINTS)
     return curve if stride <= 1 else [*curve[:-1:stride], curve[-1]]
 

@@ -1,4 +1,4 @@
-"""The report: what is known of a model and of runs, put together on one page."""
+"""The report: what is known about a model and about runs, on one page."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def report(
 ) -> str:
     """Write a page about a sparsified model, about training runs, or about a model and the run it came from.
 
-    The page is one HTML file that loads nothing from anywhere. It has what was done, a table of accuracy, GMACs and
+    The page is one HTML file that loads nothing from elsewhere. It has what was done, a table of accuracy, GMACs and
     throughput, curves, the pictures that `show` draws with a slider through the stages, the multiply-adds block by
     block, versions, and commands; each as far as it is known from what is given.
 
@@ -51,11 +51,11 @@ def report(
             taken to be that run's.
         images: Pictures to show kept tokens on, as `kept_tokens` takes them; they need the model.
         throughput: What `tokenprune.throughput(model)` measured.
-        keep_ratios: Values ρ at which the model's multiply-adds are counted for a curve; none for no curve.
+        keep_ratios: Values ρ at which the model's multiply-adds are counted for a curve; empty for no curve.
         title: Of the page.
-        commands: Commands that made the model, besides those that the runs wrote down.
+        commands: Commands that made the model, in addition to those that the runs recorded.
         input_size: Channels, height and width of the images to count for; ``None`` means the model's own.
-        preprocessing: What becomes of pictures; ``None`` asks the adapter of the model's library.
+        preprocessing: How pictures become inputs; ``None`` asks the adapter of the model's library.
         forward_kwargs: What the model is called with besides the images.
 
     Returns:
@@ -105,7 +105,7 @@ def report(
 def _counted(
     model: nn.Module, size: tuple[int, ...], keep_ratios: Sequence[float], forward_kwargs: Mapping[str, Any] | None
 ) -> tuple[FlopReport, list[tuple[float, float]]]:
-    """The model's multiply-adds, and its 10⁹ of them over ρ."""
+    """The model's multiply-adds, and the GMACs of the pruned model over ρ."""
     sparsifier = sparsifier_of(model)
     before = sparsifier.keep_ratio
     curve: list[tuple[float, float]] = []

@@ -1,4 +1,4 @@
-"""Reading what a recipe wrote down about a run: ``results.json`` and ``log.jsonl`` in its folder."""
+"""Reading what a recipe recorded of a run: ``results.json`` and ``log.jsonl`` in its folder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Run:
 
     Attributes:
         name: The name of its folder.
-        settings: What decided it.
+        settings: What it was run with.
         scores: ``top1`` and others as fractions; those of the dense path under ``dense_top1`` and so on.
         gmacs: ``dense``, and of a sparsified model ``sparse``: 10⁹ multiply-adds an image.
         versions: Of the libraries it was made with.
-        command: What made it; empty where that was not written down.
+        command: What made it; empty where that was not recorded.
         training: Lines of the log, each with its ``step``.
         evaluation: The same, of evaluations.
     """

@@ -1,4 +1,4 @@
-"""The parts of a report: what is known of runs and a model, as rows, charts and pictures for the page."""
+"""The parts of a report: what is known about runs and a model, as rows, charts and pictures for the page."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def facts(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def code(model: nn.Module) -> str:
-    """The lines of Python that prune a model of the same kind alike."""
+    """Python code that sparsifies a model of the same kind in the same way."""
     sparsifier = sparsifier_of(model)
     plan, comma = sparsifier.plan, "," if len(sparsifier.stages) == 1 else ""
     ratios = ", ".join(f"{ratio:.6g}" for ratio in plan.keep_ratios)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class By(str, Enum):
-    """How finely figures are told."""
+    """How detailed the figures are."""
 
     total = "total"
     block = "block"

@@ -38,16 +38,16 @@ class Gather(Execution):
 
     def pass_all(self, before: Selection, tokens: Tensor) -> Selection:
         if before.indices is not None:
-            return before._replace(chosen=None, scores=None, attention=None)
+            return before.replace(chosen=None, scores=None, attention=None)
         everything = torch.arange(before.layout.num_patches, device=tokens.device).expand(tokens.shape[0], -1)
-        return before._replace(indices=everything)
+        return before.replace(indices=everything)
 
     def decide(self, scores: Tensor, before: Selection, num_keep: int, *, sampled: bool) -> Selection:
         chosen = top_k(scores.detach(), None, num_keep)  # (B, n)
         self._inputs.forget()
         indices = chosen if before.indices is None else before.indices.gather(1, chosen)
-        layout = before.layout._replace(num_patches=num_keep)
-        return before._replace(layout=layout, indices=indices, chosen=chosen, all_kept=False)
+        layout = before.layout.replace(num_patches=num_keep)
+        return before.replace(layout=layout, indices=indices, chosen=chosen, all_kept=False)
 
     def remove(self, tokens: Tensor, before: Selection, selection: Selection) -> Tensor:
         assert selection.chosen is not None

@@ -48,8 +48,8 @@ class Mask(Execution):
 
     def pass_all(self, before: Selection, tokens: Tensor) -> Selection:
         if before.keep is not None:
-            return before._replace(scores=None, attention=None)
-        return before._replace(keep=tokens.new_ones(tokens.shape[0], before.layout.num_patches))
+            return before.replace(scores=None, attention=None)
+        return before.replace(keep=tokens.new_ones(tokens.shape[0], before.layout.num_patches))
 
     def decide(self, scores: Tensor, before: Selection, num_keep: int, *, sampled: bool) -> Selection:
         if sampled:
@@ -58,7 +58,7 @@ class Mask(Execution):
             chosen = top_k(scores.detach(), before.keep, num_keep)
             keep = torch.zeros_like(scores).scatter(1, chosen, 1.0)
         self._inputs.forget()
-        return before._replace(keep=keep, all_kept=False)
+        return before.replace(keep=keep, all_kept=False)
 
     def remove(self, tokens: Tensor, before: Selection, selection: Selection) -> Tensor:
         return tokens

@@ -49,6 +49,6 @@ def _kept(tokens: Tensor, trace: Trace, selection: Selection, num_keep: int) -> 
     assert selection.keep is not None
     if tokens.dim() != 3 or tokens.shape[0] != selection.keep.shape[0]:
         return tokens
-    with_prefix = selection.layout._replace(num_prefix=trace.num_prefix_tokens)
-    layout = of_length((selection.layout, with_prefix, selection.layout._replace(num_prefix=0)), tokens.shape[1])
+    with_prefix = selection.layout.replace(num_prefix=trace.num_prefix_tokens)
+    layout = of_length((selection.layout, with_prefix, selection.layout.replace(num_prefix=0)), tokens.shape[1])
     return tokens if layout is None else select(tokens, layout.positions(selection.indices_of_grid(num_keep)))

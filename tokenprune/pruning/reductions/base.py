@@ -92,7 +92,7 @@ class Reduction(nn.Module):
         if self.num_summary and backbone.summary_obstacles:
             raise UnsupportedModelError(
                 f"pruned={name!r} adds a token that stands for several places in the image and has none of its own, "
-                f"but of this model {'; '.join(backbone.summary_obstacles)}. Choose a reduction that adds no token, "
+                f"but in this model {'; '.join(backbone.summary_obstacles)}. Choose a reduction that adds no token, "
                 "such as 'merge', 'drop' or 'preserve'."
             )
 
