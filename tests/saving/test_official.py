@@ -107,6 +107,12 @@ def test_what_is_not_in_the_weights_is_the_users() -> None:
     state = Layout(width=48, depth=6, heads=3, image_size=32, patch_size=8, classes=2, num_stages=2).state()
     with pytest.raises(CheckpointError, match=r"0 attention heads do not divide the width 48; pass num_heads="):
         load_dynamicvit(state)
+    for odd in ("3", 3.0, True):
+        with pytest.raises(CheckpointError, match="expected a whole number from 1"):
+            load_dynamicvit(state, num_heads=odd, stages=(2, 4))  # type: ignore[arg-type]
+    whole = {**state, "norm.bias": state["norm.bias"].long()}
+    with pytest.raises(CheckpointError, match=r"norm\.bias holds numbers of torch\.int64"):
+        load_dynamicvit(whole, num_heads=3, stages=(2, 4))
     for num_heads in (0, 5):
         with pytest.raises(CheckpointError, match=f"{num_heads} attention heads do not divide the width 48"):
             load_dynamicvit(state, num_heads=num_heads, stages=(2, 4))

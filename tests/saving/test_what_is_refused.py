@@ -35,11 +35,28 @@ def truncated(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def ties(text: str) -> Callable[[Path], Any]:
+    def damage(folder: Path) -> None:
+        file = folder / "tokenprune.safetensors"
+        save_file(load_file(file), file, {"tokenprune.ties": text})
+
+    return damage
+
+
+def a_folder(folder: Path) -> None:
+    (folder / "tokenprune.json").unlink()
+    (folder / "tokenprune.json").mkdir()
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "later version": (manifest(version=2, written_by={"tokenprune": "9.1"}), r"has version 2.*up to 1.*\(9\.1\)"),
     "no version": (manifest(version="1"), "its version is '1'"),
     "not JSON": (lambda folder: (folder / "tokenprune.json").write_text("{"), "it is not JSON"),
     "not text": (lambda folder: (folder / "tokenprune.json").write_bytes(b"\xff\xfe\x00"), "is not text"),
+    "endless nesting": (lambda folder: (folder / "tokenprune.json").write_text("[" * 100_000), "it is not JSON"),
+    "endless digits": (lambda folder: (folder / "tokenprune.json").write_text("1" * 5000), "it is not JSON"),
+    "a folder in its place": (a_folder, "cannot be read: Is a directory"),
+    "yes for a version": (manifest(version=True), "its version is True"),
     "other JSON": (lambda folder: (folder / "tokenprune.json").write_text("[1]"), "is not what tokenprune"),
     "an entry of another kind": (manifest(model__depth="six"), "depth='six'"),
     "later plan": (manifest(plan__version=7), "plan version 7 cannot be read"),
@@ -56,6 +73,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor too many": (tensors(lambda stored: stored.update(more=torch.ones(1))), "1 unexpected: more"),
     "a missing scorer": (
         tensors(lambda stored: stored.pop("tokenprune.stages.1.scorer.in_conv.1.bias")), r"1 missing: tokenprune\.",
+    ),
+    "ties of another kind": (ties("[[1, 2]]"), r"is damaged.*what it says of tied weights is '\[\[1, 2\]\]'"),
+    "names of another kind": (ties('{"a": ["b"]}'), "what it says of tied weights"),
+    "whole numbers": (
+        tensors(lambda stored: stored.update({"norm.bias": stored["norm.bias"].long()})),
+        r"1 of another kind: norm\.bias torch\.int64 instead of torch\.float32",
     ),
     "another shape": (tensors(lambda stored: stored.update({"norm.bias": torch.ones(2)})), r"m\.bias \(2,\) instead"),
 }  # fmt: skip
@@ -81,6 +104,24 @@ def test_damaged_folders_are_refused_before_anything_changes(
     after = model.state_dict()
     assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
     assert hook_counts(model) == hooks
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [("timm class token", {"model__identity__architecture": ["a"]}), ("torchvision", {"model__identity__stem": 3})],
+)
+def test_what_a_library_cannot_build_is_said(case: str, change: dict[str, Any], tmp_path: Path) -> None:
+    folder = save(BY_NAME[case].sparsified(), tmp_path)
+    manifest(**change)(folder)
+    with pytest.raises(tokenprune.CheckpointError, match="builds no model from what was saved"):
+        tokenprune.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("record", [None, 3, torch.tensor(10**14), torch.zeros(4), torch.zeros(2, 2).byte()])
+def test_a_record_of_another_kind_is_damaged(record: Any) -> None:
+    model = VIT.sparsified()
+    with pytest.raises(RuntimeError, match=r"tokenprune\._extra_state: .* it is no row of bytes\. Take it out"):
+        model.load_state_dict({**model.state_dict(), "tokenprune._extra_state": record})
 
 
 OTHERS = {
