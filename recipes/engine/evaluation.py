@@ -68,7 +68,7 @@ def kept_ratios(model: nn.Module) -> list[float]:
     trace = None if sparsifier is None else sparsifier.trace
     if not isinstance(trace, tokenprune.Trace):
         return []
-    return [float(keep.mean()) for keep in trace.keep]
+    return [float(keep.sum(dim=1).mean()) / trace.num_patches for keep in trace.keep]
 
 
 def is_sparsified(model: nn.Module) -> bool:

@@ -262,4 +262,4 @@ def test_a_frozen_scorer_is_found_out() -> None:
     model = research()
     model.tokenprune.stages[0].scorer.forward = lambda candidates: candidates.patches.detach().sum(dim=-1)
     report = tokenprune.verify(model, torch.randn(2, 3, 48, 48))
-    assert report.failures == ("the scorer of stage 0 gets no finite gradient",)
+    assert report.failures == ("a parameter of stage 0 gets no finite gradient",)

@@ -97,7 +97,7 @@ def changed_report(**changes: Any) -> Callable[..., tokenprune.VerificationRepor
         ({"mask_equals_gather": 3e-5}, "executions differ by 3.0e-05"),
         ({"effect": 1e-4}, "no more than 1.0e-04"),
         ({"effect": float("nan")}, "no more than nan"),
-        ({"gradients": (0.1, float("nan"))}, "the scorer of stage 1 gets no finite gradient"),
+        ({"gradients": (0.1, float("nan"))}, "a parameter of stage 1 gets no finite gradient"),
         ({"gradients": (0.1,)}, "1 of 2 scorers were trained"),
         ({"not_compared": ("output.maps",)}, "output.maps: the shape differs"),
     ],

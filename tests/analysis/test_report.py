@@ -41,6 +41,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return made
 
 
+def test_the_page_says_what_becomes_of_pruned_tokens() -> None:
+    model = tokenprune.sparsify(tokenprune.unsparsify(small_vit()), (3,), 0.5, pruned="merge")
+    made = tokenprune.report(model, images=[PHOTOS[0]])
+    assert "stages=(3,), keep_ratio=(0.5,), scorer=&#39;predictor&#39;, pruned=&#39;merge&#39;" in made
+    assert "Pruned tokens" in made and "Merge" in made
+
+
 def test_the_page_says_what_is_known(page: str) -> None:
     model = small_vit()
     counted = tokenprune.flops(model, (3, 160, 160))

@@ -133,7 +133,10 @@ def test_saved_and_loaded(name: str, pruned: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["timm class token", "transformers ViT classifier", "torchvision"])
-@every_new_reduction
+@pytest.mark.parametrize(
+    "pruned",
+    ["fuse", "merge", *(pytest.param(f"{name}_preserve", marks=pytest.mark.slow) for name in ("fuse", "merge"))],
+)
 @torch.no_grad()
 def test_compiled_and_exported(name: str, pruned: str) -> None:
     case = BY_NAME[name]

@@ -11,7 +11,7 @@ from typing import Any
 _WEIGHTLESS = frozenset(
     f"aten::{name}"
     for name in """
-    __or__ _shape_as_tensor _to_copy _upsample_bicubic2d_aa _upsample_bilinear2d_aa abs adaptive_avg_pool1d add add_
+    _shape_as_tensor _to_copy _upsample_bicubic2d_aa _upsample_bilinear2d_aa abs adaptive_avg_pool1d add add_
     alias amax arange argmax as_strided avg_pool2d bernoulli bitwise_and broadcast_tensors cat ceil chunk clamp
     clamp_min clone col2im constant_pad_nd contiguous copy copy_ cos cumsum detach div div_ dropout embedding
     empty eq erf exp expand expand_as eye feature_dropout fill_ flatten flip floor floor_divide full full_like

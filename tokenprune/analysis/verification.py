@@ -73,7 +73,7 @@ class VerificationReport:
             found.append("pruning has no effect on the outputs")
         for stage, gradient in enumerate(self.gradients):
             if not (math.isfinite(gradient) and gradient > 0):
-                found.append(f"the scorer of stage {stage} gets no finite gradient")
+                found.append(f"a parameter of stage {stage} gets no finite gradient")
         return tuple(found)
 
     def __str__(self) -> str:

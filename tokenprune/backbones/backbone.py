@@ -139,7 +139,7 @@ class Backbone:
             UnsupportedModelError: A module is not part of the model, or a number makes no sense.
         """
         name = type(model).__name__
-        check_fields(self, Downstream)
+        check_fields(vars(self), Downstream)
         if len(self.blocks) == 0:
             raise UnsupportedModelError(f"the Backbone of this {name} names no blocks, in front of which to prune.")
         self._check_modules(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from torch import nn
 
@@ -12,15 +12,12 @@ from tokenprune.backbones.adaptations import Adaptation
 from tokenprune.backbones.patterns import is_pattern
 from tokenprune.errors import UnsupportedModelError
 
-if TYPE_CHECKING:
-    from tokenprune.backbones.backbone import Backbone
 
-
-def check_fields(backbone: Backbone, downstream: Any) -> None:
+def check_fields(values: Mapping[str, Any], downstream: Any) -> None:
     """Refuse a description in which a field holds something of another kind.
 
     Args:
-        backbone: The description.
+        values: The fields by name.
         downstream: The type that lists what its field of that name may be.
 
     Raises:
@@ -44,9 +41,8 @@ def check_fields(backbone: Backbone, downstream: Any) -> None:
         "tower": (_is_module_or_none, "expected a module of the model, or None"),
     }
     for name, (holds, expected) in rules.items():
-        value = getattr(backbone, name)
-        if not holds(value):
-            raise UnsupportedModelError(f"Backbone({name}={_shortened(value)}): {expected}.")
+        if not holds(values[name]):
+            raise UnsupportedModelError(f"Backbone({name}={_shortened(values[name])}): {expected}.")
 
 
 def _shortened(value: Any) -> str:

@@ -266,7 +266,7 @@ class PruningHooks(nn.Module):
         return False
 
     def _resume(self, place: Place, running: Execution, tokens: Tensor, before: Selection, state: State) -> Tensor:
-        """Of all tokens (B, L, C) those that a block runs on, summary tokens included; the others wait."""
+        """Of all tokens (B, L, C) those that a block runs on, summary tokens included; all are remembered."""
         self._everything, self._entry = tokens, state
         layout = self.backbone.layout_at(before.layout, place.block).replace(num_summary=0)
         tokens = running.resume(tokens, before, self._full_layout(place.block))
@@ -312,7 +312,7 @@ class PruningHooks(nn.Module):
             self._scopes.leave(attention, failed=output is None)  # None: an exception is passing through
 
     def _asks(self, stage: int) -> bool:
-        """Whether a stage's scorer will be asked in this pass; what it was told is kept for recomputations."""
+        """Whether a stage's scorer will be asked in this pass; the attention scores are kept for recomputations."""
         asked = self._plan.keep_probabilities[stage] < 1 and cast(Stage, self.stages[stage]).scorer.needs_attention
         return asked and not recomputing()
 
@@ -338,7 +338,7 @@ class PruningHooks(nn.Module):
         return None if tokens is given else replace_output_tokens(output, tokens)
 
     def _restore(self, place: Place, running: Execution, tokens: Tensor, selection: Selection) -> Tensor:
-        """All tokens (B, L, C) behind a block: those it gave (B, K, C), and the others as they waited."""
+        """All tokens (B, L, C) behind a block: those it gave (B, K, C), and the others as they were before it."""
         everything, self._everything = self._everything, None
         assert everything is not None
         layout = self.backbone.layout_at(selection.layout, place.block)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from tokenprune.analysis.report.charts import bar_chart, line_chart
 from tokenprune.analysis.report.runs import Run
 from tokenprune.api import sparsifier_of, unwrap
 from tokenprune.extras import extra
+from tokenprune.pruning.stage import Stage
 
 SMALL = 128  # pixels; pictures below are enlarged with sharp edges, and stored without loss
 
@@ -120,7 +122,9 @@ def facts(model: nn.Module) -> list[tuple[str, str]]:
     """What was done to a model, as terms and values; its last forward pass was counted."""
     sparsifier, inner = sparsifier_of(model), unwrap(model)
     plan, trace = sparsifier.plan, sparsifier.trace
-    scorers = dict.fromkeys(type(stage.scorer).__name__ for stage in sparsifier.stages)
+    stages = [cast(Stage, stage) for stage in sparsifier.stages]
+    scorers = dict.fromkeys(type(stage.scorer).__name__ for stage in stages)
+    reductions = dict.fromkeys(type(stage.reduction).__name__ for stage in stages)
     added = sum(parameter.numel() for parameter in sparsifier.parameters())
     own = sum(parameter.numel() for parameter in inner.parameters()) - added
     found = [
@@ -135,7 +139,8 @@ def facts(model: nn.Module) -> list[tuple[str, str]]:
     return [
         *found,
         ("Scorer", ", ".join(scorers)),
-        ("Parameters", f"{own / 1e6:.2f} M, and {added / 1e6:.2f} M of the scorers"),
+        ("Pruned tokens", ", ".join(reductions)),
+        ("Parameters", f"{own / 1e6:.2f} M, and {added / 1e6:.2f} M of the stages"),
     ]
 
 
@@ -144,10 +149,10 @@ def code(model: nn.Module) -> str:
     sparsifier = sparsifier_of(model)
     plan, comma = sparsifier.plan, "," if len(sparsifier.stages) == 1 else ""
     ratios = ", ".join(f"{ratio:.6g}" for ratio in plan.keep_ratios)
-    scorer = f", scorer={sparsifier.scorer!r}" if isinstance(sparsifier.scorer, str) else ""
-    return (
-        f"import tokenprune\n\ntokenprune.sparsify(model, stages={plan.stages}, keep_ratio=({ratios}{comma}){scorer})"
-    )
+    options = [f"stages={plan.stages}", f"keep_ratio=({ratios}{comma})"]
+    options += [] if sparsifier.scorer is None else [f"scorer={sparsifier.scorer!r}"]
+    options += [] if sparsifier.pruned in (None, "drop") else [f"pruned={sparsifier.pruned!r}"]
+    return f"import tokenprune\n\ntokenprune.sparsify(model, {', '.join(options)})"
 
 
 def accuracy_charts(table: list[Row], runs: list[Run]) -> list[Chart]:
