@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 import tokenprune
 from tests.generated.models import fresh, images_of, logits, run
 from tests.generated.outcomes import assert_holds, assert_unchanged, assert_undone, attempt, snapshot
-from tests.generated.strategies import FALSE_FIELDS, GOOD_SCORERS, TRUE_FIELDS, WRONG_FIELDS, good_stages, share
+from tests.generated.strategies.backbones import FALSE_FIELDS, TRUE_FIELDS, WRONG_FIELDS
+from tests.generated.strategies.common import share
+from tests.generated.strategies.plans import good_stages
+from tests.generated.strategies.scorers import GOOD_SCORERS
 from tokenprune import Backbone
 
 KINDS = st.sampled_from(["timm", "timm, registers, average", "timm, any size"])

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 import tokenprune
 from tests.generated.models import fresh, images_of, run
 from tests.generated.outcomes import assert_clear, assert_unchanged, attempt, snapshot
-from tests.generated.strategies import NO_JSON, ODD, TIES, Files, damaged_bytes, damaged_json, damaged_state, share
+from tests.generated.strategies.checkpoints import TIES, Files, damaged_bytes, damaged_state
+from tests.generated.strategies.common import ODD, share
+from tests.generated.strategies.json_trees import NO_JSON, damaged_json
 from tests.helpers.official import Layout
 
 MANIFEST, WEIGHTS = "tokenprune.json", "tokenprune.safetensors"

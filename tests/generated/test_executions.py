@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 import tokenprune
 from tests.generated.models import KINDS, depth_of, fresh, images_of, logits, run
 from tests.generated.outcomes import assert_holds, attempt, snapshot
-from tests.generated.strategies import GOOD_SCORERS, SCORES, STEPS, Given, good_ratios, good_stages, share
+from tests.generated.strategies.common import Given, share
+from tests.generated.strategies.executions import SCORES, STEPS
+from tests.generated.strategies.plans import good_ratios, good_stages
+from tests.generated.strategies.scorers import GOOD_SCORERS
 from tokenprune.pruning.sampling import sample, top_k
 
 

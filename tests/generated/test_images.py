@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 import tokenprune
 from tests.generated.models import KINDS, fresh, images_of, run
 from tests.generated.outcomes import assert_clear, assert_undone, snapshot
-from tests.generated.strategies import GOOD_SCORERS, IMAGES, good_ratios, share
+from tests.generated.strategies.common import share
+from tests.generated.strategies.images import IMAGES
+from tests.generated.strategies.plans import good_ratios
+from tests.generated.strategies.scorers import GOOD_SCORERS
 from tests.helpers.tolerances import MASK_EQUALS_GATHER
 
 PRUNED = st.sampled_from(["drop", "fuse", "merge", "preserve", "fuse_preserve", "merge_preserve"])

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokenprune
-from tests.generated import strategies
 from tests.generated.models import KINDS, depth_of, fresh, images_of, run
 from tests.generated.outcomes import assert_holds, assert_unchanged, attempt, snapshot
-from tests.generated.strategies import Given, bad_ratios, bad_stages, good_ratios, good_stages, is_plan, mixed, share
+from tests.generated.strategies.common import ODD, Given, mixed, share
+from tests.generated.strategies.json_trees import NO_JSON, damaged_json
+from tests.generated.strategies.plans import bad_ratios, bad_stages, good_ratios, good_stages, is_plan
 from tokenprune import Plan, PlanError
 
 
@@ -41,7 +42,7 @@ def test_a_plan_is_what_was_asked_for_or_is_refused(data: st.DataObject, depth: 
 
 
 @share(30)
-@given(st.one_of(strategies.ODD, good_stages(9), bad_stages(9)), st.one_of(good_ratios(3), bad_ratios(3)))
+@given(st.one_of(ODD, good_stages(9), bad_stages(9)), st.one_of(good_ratios(3), bad_ratios(3)))
 def test_a_plan_made_by_itself_takes_sequences_of_numbers_alone(stages: Any, ratios: Any) -> None:
     plan, error = attempt(lambda: Plan(stages=stages, keep_ratios=ratios))
     if error is None:
@@ -54,8 +55,8 @@ def test_a_plan_made_by_itself_takes_sequences_of_numbers_alone(stages: Any, rat
 @given(st.data())
 def test_json_of_a_plan_is_read_or_refused(data: st.DataObject) -> None:
     fields = json.loads(Plan(stages=(1, 3), keep_ratios=(0.5, 0.25)).to_json())
-    changed = data.draw(st.one_of(strategies.damaged_json(fields), st.none()))
-    text = data.draw(strategies.NO_JSON) if changed is None else json.dumps(changed)
+    changed = data.draw(st.one_of(damaged_json(fields), st.none()))
+    text = data.draw(NO_JSON) if changed is None else json.dumps(changed)
     read, error = attempt(lambda: Plan.from_json(data.draw(st.sampled_from([text, text.encode(errors="replace")]))))
     if error is None:
         assert is_plan(changed["stages"], changed["keep_ratios"]) and changed["version"] == 1

@@ -11,15 +11,10 @@ from hypothesis import strategies as st
 import tokenprune
 from tests.generated.models import KINDS, depth_of, fresh, images_of, logits, run
 from tests.generated.outcomes import assert_holds, assert_unchanged, assert_undone, attempt, snapshot
-from tests.generated.strategies import (
-    BAD_REDUCTIONS,
-    FAILING_REDUCTIONS,
-    GOOD_REDUCTIONS,
-    GOOD_SCORERS,
-    good_ratios,
-    good_stages,
-    share,
-)
+from tests.generated.strategies.common import share
+from tests.generated.strategies.plans import good_ratios, good_stages
+from tests.generated.strategies.reductions import BAD_REDUCTIONS, FAILING_REDUCTIONS, GOOD_REDUCTIONS
+from tests.generated.strategies.scorers import GOOD_SCORERS
 
 
 @share(50)

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 import tokenprune
 from tests.generated.models import KINDS, depth_of, fresh, images_of, logits, run
 from tests.generated.outcomes import assert_clear, assert_holds, assert_unchanged, assert_undone, attempt, snapshot
-from tests.generated.strategies import BAD_SCORERS, FAILING_SCORERS, GOOD_SCORERS, good_ratios, good_stages, share
+from tests.generated.strategies.common import share
+from tests.generated.strategies.plans import good_ratios, good_stages
+from tests.generated.strategies.scorers import BAD_SCORERS, FAILING_SCORERS, GOOD_SCORERS
 
 REDUCTIONS = st.sampled_from(["drop", "fuse", "merge", "preserve", "fuse_preserve", "merge_preserve"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -115,6 +116,8 @@ def sparsified(
         sparsify(model, chosen, ratio, scorer=scorer or default_scorer, pruned=pruned or "drop")
     channels, *own = sparsifier_of(model).backbone.input_size(model)
     height, width = size or own
+    if image_size is not None:
+        _check_size(model, (channels, height, width), image_size)
     return model, (channels, height, width)
 
 
@@ -175,6 +178,35 @@ def _check_saved(saved: Any, stages: tuple[int, ...] | None, scorer: str | None,
         raise typer.BadParameter(f"--scorer {scorer}: the saved model has {saved.scorer or 'one of its own'}.")
     if pruned is not None and pruned != saved.pruned:
         raise typer.BadParameter(f"--pruned {pruned}: the saved model has {saved.pruned or 'one of its own'}.")
+
+
+def _check_size(model: nn.Module, size: tuple[int, int, int], text: str) -> None:
+    """Run the dense model once, which alone knows whether it takes images of another size than its own."""
+    import torch
+
+    from tokenprune.api import dense
+    from tokenprune.backbones.probing import random_inputs
+
+    try:
+        with torch.no_grad(), dense(model):
+            model(random_inputs(model, image=(1, *size))["image"])
+    except Exception as error:  # whatever a model says of images that it does not take
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise typer.BadParameter(f"--image-size {text}: the model takes no such images: {reason}") from error
+
+
+def check_picture(option: str, file: Path) -> None:
+    """Refuse a file that no picture can be written to, before anything is done.
+
+    Raises:
+        typer.BadParameter: It is a folder, stands in none, or does not say of which kind it is.
+    """
+    if file.is_dir():
+        raise typer.BadParameter(f"{option} {file} is a folder; name a file, such as {file}/picture.png.")
+    if not file.parent.is_dir():
+        raise typer.BadParameter(f"{option} {file}: there is no folder {file.parent}.")
+    if not file.suffix:
+        raise typer.BadParameter(f"{option} {file}: the name must say which kind of file, as in {file}.png or .svg.")
 
 
 def stage_indices(text: str | None) -> tuple[int, ...] | None:

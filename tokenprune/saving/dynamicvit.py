@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.api import sparsify
+from tokenprune.api import sparsifier_of, sparsify
 from tokenprune.backbones.adapters import model_of
-from tokenprune.errors import CheckpointError
+from tokenprune.errors import CheckpointError, PlanError
 from tokenprune.saving.state_files import read_state
 from tokenprune.saving.weights import alike
 from tokenprune.scorers import Predictor
@@ -58,8 +58,7 @@ def load_dynamicvit(
         PlanError: Stages or ratios make no plan for this model.
         FileNotFoundError: There is no such file.
     """
-    if num_heads is not None and (not isinstance(num_heads, Integral) or isinstance(num_heads, bool)):
-        raise CheckpointError(f"num_heads={num_heads!r}: expected a whole number from 1, or None.")
+    _check_number(num_heads)
     state = read_state(source)
     if any(_OURS.match(name) for name in state):
         raise CheckpointError(
@@ -84,9 +83,18 @@ def load_dynamicvit(
             f"this checkpoint has {num_stages} predictor(s), and does not say in front of which blocks; pass "
             f"stages=(…) with {num_stages} block indices."
         )
-    sparsify(model, stages, keep_ratio)
+    chosen = sparsifier_of(sparsify(model, stages, keep_ratio)).plan.stages
+    if len(chosen) != num_stages:
+        raise PlanError(
+            f"stages={chosen}: this checkpoint has {num_stages} predictor(s), one a stage; name as many blocks."
+        )
     _load(model, state)
     return model.eval()
+
+
+def _check_number(num_heads: Any) -> None:
+    if num_heads is not None and (isinstance(num_heads, bool) or not isinstance(num_heads, Integral)):
+        raise CheckpointError(f"num_heads={num_heads!r}: expected a whole number from 1, or None.")
 
 
 def _num_stages(state: Iterable[str]) -> int:

@@ -73,9 +73,13 @@ def local_folder(
         CheckpointError: There is neither, or it cannot be fetched.
     """
     folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    try:
+        if folder.is_dir():
+            return folder
+        exists = folder.exists()
+    except OSError as error:  # a name that is too long, as a rule
+        raise CheckpointError(f"there is no folder {shortened(str(source))!r}: {error.strerror}.") from error
+    if exists:
         raise CheckpointError(f"{folder} is a file; give the folder that holds it.")
     if isinstance(source, Path) or not is_repo_id(source):
         raise CheckpointError(
@@ -98,6 +102,11 @@ def is_repo_id(name: str) -> bool:
     """Whether a name has the form of a Hub repository's id."""
     owner, slash, rest = name.partition("/")
     return bool(slash and owner.strip(".~") and rest) and "/" not in rest and "\\" not in name
+
+
+def shortened(name: str) -> str:
+    """The beginning of a name."""
+    return name if len(name) <= 80 else f"{name[:80]}…"
 
 
 def first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from tokenprune.errors import CheckpointError, UnknownModelError
-from tokenprune.saving.hub import first_line, is_repo_id
+from tokenprune.saving.hub import first_line, is_repo_id, shortened
 from tokenprune.saving.load import from_pretrained
 from tokenprune.saving.manifest import MANIFEST
 from tokenprune.saving.named import load_from_library
@@ -31,7 +31,11 @@ def load_model(name: str, *, pretrained: bool = False, image_size: tuple[int, in
         UnsupportedModelError: The library refuses.
     """
     folder, tried = Path(name), []
-    if folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:  # a name that is too long, as a rule
+        raise UnknownModelError(f"no model {shortened(name)!r}: {error.strerror}.") from error
+    if is_folder:
         if (folder / MANIFEST).exists() or _has_scorers(folder):
             return from_pretrained(folder)
         tried.append(f"the folder has no {MANIFEST}")

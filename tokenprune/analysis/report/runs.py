@@ -70,12 +70,14 @@ def read_run(folder: str | Path) -> Run:
             f"{folder} holds no run that is complete: {file.name} cannot be read ({error.strerror}). A recipe writes "
             "it when it has finished."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PictureError(f"{file} is damaged: {error}.") from error
     parts = {name: results.get(name) if isinstance(results, dict) else None for name in ("scores", "gmacs")}
     for name, part in parts.items():
         if not isinstance(part, dict) or not all(_is_number(value) for value in part.values()):
             raise PictureError(f"{file} was written by no recipe of tokenprune: it has no {name!r} with numbers.")
+    if any(gmacs <= 0 for gmacs in (parts["gmacs"] or {}).values()):
+        raise PictureError(f"{file} was written by no recipe of tokenprune: of its 'gmacs' some are not above 0.")
     log = _log(Path(folder) / LOG)
     return Run(
         name=Path(folder).resolve().name,
@@ -95,7 +97,7 @@ def _log(file: Path) -> list[tuple[str, dict[str, float]]]:
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
             fields = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(fields, dict) and _is_number(fields.get("step")):
             numbers = {name: float(value) for name, value in fields.items() if _is_number(value)}

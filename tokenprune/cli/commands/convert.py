@@ -43,7 +43,10 @@ def convert(
         raise typer.BadParameter(f"--output {output} is a file; name a folder.")
     with working(f"converting {checkpoint.name}"):
         model = load_dynamicvit(checkpoint, keep_ratio=chosen, num_heads=num_heads, stages=blocks)
-        save_pretrained(model, output)
+        try:
+            save_pretrained(model, output)
+        except OSError as error:
+            raise typer.BadParameter(f"--output {output}: {error.strerror}.") from error
     plan = sparsifier_of(model).plan
     if as_json:
         show_json(

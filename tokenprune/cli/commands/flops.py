@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokenprune.cli.options import ImageSize, Json, KeepRatios, Model, Pruned, ScorerName, Stages, ratios, sparsified
+from tokenprune.cli.options import (
+    ImageSize,
+    Json,
+    KeepRatios,
+    Model,
+    Pruned,
+    ScorerName,
+    Stages,
+    check_picture,
+    ratios,
+    sparsified,
+)
 from tokenprune.cli.output import show, show_json, step, working
 
 if TYPE_CHECKING:
@@ -46,8 +57,10 @@ def flops(
     from tokenprune.api import sparsifier_of
 
     chosen = ratios(keep_ratio)
-    if plot is not None and len(chosen) < 2:
-        raise typer.BadParameter("--plot draws a curve over keep ratios; give --keep-ratio several times.")
+    if plot is not None:
+        check_picture("--plot", plot)
+        if len(chosen) < 2:
+            raise typer.BadParameter("--plot draws a curve over keep ratios; give --keep-ratio several times.")
     with working(f"loading {model}") as progress:
         loaded, size = sparsified(
             model,

@@ -16,6 +16,7 @@ from tokenprune.cli.options import (
     Pruned,
     Stages,
     TrainingFreeScorer,
+    check_picture,
     ratio,
     sparsified,
 )
@@ -54,8 +55,7 @@ def show(
     from tokenprune.api import sparsifier_of
 
     chosen = None if keep_ratio is None else ratio(keep_ratio)
-    if not output.parent.is_dir():
-        raise typer.BadParameter(f"--output {output}: there is no folder {output.parent}.")
+    check_picture("--output", output)
     with working(f"loading {model}") as progress:
         loaded, _ = sparsified(
             model,
