@@ -39,8 +39,9 @@ def convert(
     from tokenprune.saving.dynamicvit import load_dynamicvit
 
     chosen, blocks = ratio(keep_ratio), stage_indices(stages)
-    if output.is_file():
-        raise typer.BadParameter(f"--output {output} is a file; name a folder.")
+    file = next((path for path in (output, *output.parents) if path.is_file()), None)
+    if file is not None:
+        raise typer.BadParameter(f"--output {output}: {file} is a file; name a folder.")
     with working(f"converting {checkpoint.name}"):
         model = load_dynamicvit(checkpoint, keep_ratio=chosen, num_heads=num_heads, stages=blocks)
         try:
