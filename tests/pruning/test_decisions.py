@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers.zoo import BY_NAME
 from tokenprune.pruning.sampling import sample, top_k
+from tokenprune.scorers import Random
 
 
 def test_samples_are_exactly_zero_or_one_and_follow_the_odds() -> None:
@@ -70,3 +72,14 @@ def test_top_k_skips_what_is_gone_and_is_ascending() -> None:
     assert top_k(scores, None, 3).tolist() == [[0, 2, 4], [2, 3, 4]]
     keep = torch.tensor([[0.0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     assert top_k(scores, keep, 2).tolist() == [[2, 4], [2, 3]]
+
+
+def test_no_token_comes_back_behind_a_stage_that_sampled() -> None:
+    """A stage that ranks may be asked for more tokens than are left, in training."""
+    case = BY_NAME["timm class token"]
+    model = case.sparsified().train()
+    model.tokenprune.stages[0].scorer.out_conv[-1].bias.data[0] = -60.0  # one is kept
+    model.tokenprune.stages[1].scorer = Random()
+    model(case.images())
+    first, second = model.tokenprune.trace.keep
+    assert (first.sum(dim=1) == 1).all() and (second <= first).all()

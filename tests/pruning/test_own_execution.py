@@ -37,8 +37,8 @@ class Bias(Execution):
 
     intercepts = True
 
-    def keeps_all(self, num_keep: int, probability: float, before: Selection) -> bool:
-        return probability == 1.0
+    def keeps_all(self, num_keep: int, num_reached: int, *, probability: float, sampled: bool) -> bool:
+        return num_keep >= num_reached
 
     def pass_all(self, before: Selection, tokens: Tensor) -> Selection:
         if before.keep is not None:

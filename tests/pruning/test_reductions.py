@@ -78,7 +78,7 @@ def test_nothing_pruned_is_the_dense_model_with_every_stage_at_work(
 ) -> None:
     """At ratio 1 stages are skipped as a rule; here they score, decide, gather and mask all the same."""
     for name in executions():
-        monkeypatch.setattr(execution_class(name), "keeps_all", lambda *args: False)
+        monkeypatch.setattr(execution_class(name), "keeps_all", lambda *args, **options: False)
     model, images = case.model(), case.images()
     before = case.run(model, images)
     tokenprune.sparsify(model, STAGES, 1.0, pruned=pruned)
@@ -349,11 +349,31 @@ def test_in_training_a_summary_of_nothing_is_not_seen() -> None:
     assert (fused[1] - dropped[1]).abs().max() > 1e-3
 
 
+def test_a_summary_of_nothing_has_no_gradient_to_speak_of() -> None:
+    """Where a loss looks at all tokens, that of the summary included."""
+    case = BY_NAME["transformers ViT"]
+    model = case.sparsified(pruned="fuse").train()
+    for stage in model.tokenprune.stages:
+        stage.scorer.out_conv[-1].bias.data[0] = 60.0  # all are kept
+    model(case.images()).last_hidden_state.square().mean().backward()
+    assert (model.tokenprune.trace.selections[-1].summaries == 0).all()
+    assert max(float(parameter.grad.abs().max()) for parameter in model.tokenprune.parameters()) < 1
+
+
+@torch.no_grad()
+def test_executions_agree_on_a_stage_that_rounds_to_what_reaches_it() -> None:
+    case = BY_NAME["transformers ViT"]
+    model = case.sparsified(pruned="fuse")
+    model.tokenprune.keep_ratio = (0.6, 0.59)  # 21 of 36 both times
+    lengths = set()
+    for execution in executions():
+        model.tokenprune.execution = execution
+        model(case.images())
+        lengths.add(model.tokenprune.trace.layout.num_summary)
+    assert lengths == {1} and tokenprune.verify(model, case.images()).passed
+
+
 # Where they are refused
-
-
-def restoring(pruned: str) -> str:
-    return pruned
 
 
 @pytest.mark.parametrize("pruned", ["fuse", "fuse_preserve"])

@@ -95,8 +95,9 @@ def check_recomputed(execution: Execution, name: str, module: nn.Module) -> None
     """
     if not execution.trains and recomputing():
         raise StateError(
-            f"activation checkpointing runs {type(module).__name__} again in {name} execution; "
-            f"train in {default_execution(training=True)} execution, or without checkpointing."
+            f"activation checkpointing runs {type(module).__name__} again in {name} execution, that of the latest "
+            f"pass; train in {default_execution(training=True)} execution and make no other pass before the backward "
+            "pass, or train without checkpointing."
         )
 
 

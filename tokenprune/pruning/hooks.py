@@ -240,12 +240,14 @@ class PruningHooks(nn.Module):
             if running.trains:
                 check_grad(block, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
             before = before.replace(layout=self.backbone.layout_at(before.layout, place.block))
+            counts = self._plan.num_keep(trace.num_patches)
             tokens, selection = cast(Stage, self.stages[place.stage]).prune(
                 tokens,
                 before,
                 running,
                 trace,
-                num_keep=self._plan.num_keep(trace.num_patches)[place.stage],
+                num_keep=counts[place.stage],
+                num_reached=counts[place.stage - 1] if place.stage else trace.num_patches,
                 probability=self._plan.keep_probabilities[place.stage],
                 attention=state.selections[place.stage].attention if again else self._scopes.take_recorded(),
             )
@@ -355,6 +357,8 @@ class PruningHooks(nn.Module):
             self._record_tokens(output_tokens(output))
         self._open = self._open and self._in_tower
         running, trace = self._running, self.trace
+        if not self._in_tower:  # a block that somebody calls by itself afterwards runs as it is
+            self._state = State()
         if running is None or trace is None or self._restores or not trace.selections:
             return
         tail = running.tail(trace.selections[-1], self.backbone.tail_layouts(trace.layout))

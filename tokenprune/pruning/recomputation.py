@@ -1,7 +1,8 @@
 """What was decided when a block ran first, for activation checkpointing, which runs it once more.
 
-In the backward pass blocks run again, the last one first, when later stages have decided already and other passes may
-have been made. A block must then find what was in force in front of it.
+In the backward pass blocks run again, the last one first, when later stages have decided already. A block must then
+find what was in force in front of it, also if another pass of the same execution, plan and image size has been made
+since. A pass of another kind between a forward pass and its backward pass cannot be recomputed, and ends in an error.
 
 Shapes: B images, S summary tokens, C channels.
 """

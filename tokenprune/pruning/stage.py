@@ -41,6 +41,7 @@ class Stage(nn.Module):
         trace: Trace,
         *,
         num_keep: int,
+        num_reached: int,
         probability: float,
         attention: Tensor | None,
     ) -> tuple[Tensor, Selection]:
@@ -52,10 +53,12 @@ class Stage(nn.Module):
             execution: How the decision is carried out.
             trace: The record of the pass, for what is known of the images.
             num_keep: n, how many patch tokens to keep of each image, where decisions are not sampled.
+            num_reached: m, how many the stage before has kept; N in front of the first one.
             probability: The fraction that is to be kept of those that reach the stage.
             attention: (B, m), what each of them received in the block before; ``None`` where it was not recorded.
         """
-        if execution.keeps_all(num_keep, probability, before):
+        sampled = execution.trains and self.training and self.scorer.probabilistic
+        if execution.keeps_all(num_keep, num_reached, probability=probability, sampled=sampled):
             return tokens, execution.pass_all(before, tokens).replace(attention=attention)
         candidates = Candidates(
             patches=before.layout.patches(tokens),
@@ -67,7 +70,6 @@ class Stage(nn.Module):
             attention=attention,
         )
         scores = self.score(candidates)
-        sampled = execution.trains and self.training and self.scorer.probabilistic
         selection = execution.decide(scores, before, num_keep, sampled=sampled)
         selection = selection.replace(scores=scores, attention=attention)
         if not self.reduction.looks_at_pruned:

@@ -47,13 +47,16 @@ class Execution(ABC):
     # Deciding
 
     @abstractmethod
-    def keeps_all(self, num_keep: int, probability: float, before: Selection) -> bool:
+    def keeps_all(self, num_keep: int, num_reached: int, *, probability: float, sampled: bool) -> bool:
         """Whether a stage prunes nothing of what reaches it, so that its scorer need not be asked.
+
+        Where decisions are not sampled, all executions must say the same.
 
         Args:
             num_keep: n, how many patch tokens of each image it is to keep.
+            num_reached: m, how many the stage before it has kept; N in front of the first one.
             probability: The fraction that it is to keep of what reaches it.
-            before: What reaches it.
+            sampled: Whether its decisions are to be sampled.
         """
 
     @abstractmethod

@@ -33,8 +33,8 @@ class Gather(Execution):
     def begin(self) -> None:
         self._inputs.forget()
 
-    def keeps_all(self, num_keep: int, probability: float, before: Selection) -> bool:
-        return num_keep >= before.layout.num_patches
+    def keeps_all(self, num_keep: int, num_reached: int, *, probability: float, sampled: bool) -> bool:
+        return num_keep >= num_reached
 
     def pass_all(self, before: Selection, tokens: Tensor) -> Selection:
         if before.indices is not None:

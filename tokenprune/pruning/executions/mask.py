@@ -17,6 +17,7 @@ from tokenprune.pruning.executions.base import Execution, register_execution
 from tokenprune.pruning.executions.masked_attention import BlockAttention
 from tokenprune.pruning.executions.masked_output import without_pruned
 from tokenprune.pruning.executions.masked_tail import MaskedTail
+from tokenprune.pruning.recomputation import recomputing
 from tokenprune.pruning.sampling import sample, top_k
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.side_inputs import SideInputs
@@ -43,8 +44,8 @@ class Mask(Execution):
     def begin(self) -> None:
         self._inputs.forget()
 
-    def keeps_all(self, num_keep: int, probability: float, before: Selection) -> bool:
-        return probability == 1.0
+    def keeps_all(self, num_keep: int, num_reached: int, *, probability: float, sampled: bool) -> bool:
+        return probability == 1.0 if sampled else num_keep >= num_reached
 
     def pass_all(self, before: Selection, tokens: Tensor) -> Selection:
         if before.keep is not None:
@@ -57,6 +58,8 @@ class Mask(Execution):
         else:
             chosen = top_k(scores.detach(), before.keep, num_keep)
             keep = torch.zeros_like(scores).scatter(1, chosen, 1.0)
+            if before.keep is not None:  # of which fewer than are to be kept may be left behind a stage that sampled
+                keep = keep * (before.keep > 0)
         self._inputs.forget()
         return before.replace(keep=keep, all_kept=False)
 
@@ -80,6 +83,8 @@ class Mask(Execution):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not selection.layout.num_summary:
             return None
+        if recomputing():  # from the last block to the first, with fewer summary tokens from stage to stage
+            self._inputs.forget()
         return self._inputs.gather(args, kwargs, names, selection, full)
 
     def attention(self, selection: Selection, layouts: Sequence[Layout]) -> Interception | None:

@@ -45,7 +45,9 @@ def weighted_mean(patches: Tensor, pruned: Tensor, importance: Tensor) -> Tensor
         # Beside an infinite one, such as that of a token to be kept in any case, none of the others would count.
         weights = importance.to(dtype).clamp(max=_LARGEST) * pruned
         weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, pruned)
-        total = weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+        total = weights.sum(dim=1, keepdim=True)
+        # Not a smallest number: the gradient of a summary of nothing would be as large as that is small.
+        total = torch.where(total > 0, total, torch.ones_like(total))
         return ((weights / total).unsqueeze(1) @ patches.to(dtype)).to(patches.dtype)
 
 
