@@ -30,7 +30,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         (["flops", "x" * 300], f"no model '{'x' * 80}…': File name too long"),
         (["flops", "{saved}", "-k", "0.9", "-k", "0.5", "--plot", "{folder}/curve"], "must say which kind of file"),
         (["show", "{saved}", "{photo}", "-o", "{folder}"], "is a folder; name a file"),
-        (["convert", "{official}", "-o", "{photo}/saved"], "Not a directory"),
+        (["convert", "{official}", "-o", "{photo}/saved"], "photo.png/saved: "),
         (["convert", "{official}", "-o", "{folder}/saved", "--stages", "1,2"], "has 3 predictor(s), one a stage"),
     ],
 )
