@@ -113,10 +113,18 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(tokenprune.StateError, match="not sparsified"):
         tokenprune.report(timm.create_model("test_vit"))
     for damage, message in (("{", "damaged"), ("[]", "no 'scores'"), ('{"scores": {"top1": "x"}}', "no 'scores'"),
-                            ('{"scores": {}}', "no 'gmacs'")):  # fmt: skip
+                            ('{"scores": {}}', "no 'gmacs'"), ("1" * 5000, "damaged"), ("[" * 100_000, "damaged"),
+                            ('{"scores": {}, "gmacs": {"sparse": 0}}', "not above 0")):  # fmt: skip
         (run / "results.json").write_text(damage)
         with pytest.raises(tokenprune.PictureError, match=message):
             read_run(run)
+
+
+def test_a_run_that_says_little_of_itself_has_a_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "results.json").write_text('{"scores": {}, "gmacs": {"dense": 1.5}, "settings": {"learning_rate": 0.1}}')
+    page = tokenprune.report(runs=run)
+    assert "learning_rate" in page and "1.5" in page
 
 
 def test_a_torn_log_keeps_its_whole_lines(tmp_path: Path) -> None:
