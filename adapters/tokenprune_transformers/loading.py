@@ -18,6 +18,8 @@ def load(name: str, *, pretrained: bool = False, image_size: tuple[int, int] | N
     """The model of a folder or Hub id, of the class that its config names."""
     if not Path(name).is_dir() and "/" not in name:
         raise LookupError("neither a folder nor a Hub id (owner/name)")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():  # older releases make up a config
+        raise LookupError("the folder has no config.json")
     from transformers import AutoConfig
 
     try:
