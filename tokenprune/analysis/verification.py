@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.api import dense, sparsifier_of
 from tokenprune.backbones.probing import eval_mode, kept_modes
-from tokenprune.pruning.executions import default_execution, executions
+from tokenprune.pruning.executions import default_execution, executions_for
 from tokenprune.pruning.sparsifier import Sparsifier
 from tokenprune.pruning.trace import Trace
 from tokenprune.scorers import Candidates, Scorer
@@ -116,7 +116,7 @@ def verify(model: nn.Module, inputs: Any, *, tolerance: float = 1e-4) -> Verific
                 reference, gathered = _in_execution(default_execution(training=False), model, sparsifier, inputs)
                 others = [
                     _in_execution(name, model, sparsifier, inputs)
-                    for name in executions()
+                    for name in executions_for(sparsifier.backbone)
                     if name != reference.execution
                 ]
         # What follows such a tower cannot be trained through it.

@@ -123,6 +123,12 @@ class Backbone:
         found += [one.summary_obstacle for one in self.adaptations if one.summary_obstacle is not None]
         return tuple(dict.fromkeys(found))
 
+    @property
+    def packing_obstacles(self) -> tuple[str, ...]:
+        """Why blocks cannot be given the tokens of several images as one sequence; empty if they can."""
+        found = [one.packing_obstacle for one in self.adaptations if one.packing_obstacle is not None]
+        return tuple(dict.fromkeys(found))
+
     def input_size(self, model: nn.Module) -> tuple[int, int, int]:
         """Channels, height and width of the images ``model`` was built for; 3, 224, 224 where nothing says."""
         tower = model if self.tower is None else self.tower

@@ -21,6 +21,7 @@ from tokenprune.backbones.adaptations import Removed, Scope
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
 from tokenprune.pruning.attention_scopes import AttentionScopes
+from tokenprune.pruning.budget import Threshold
 from tokenprune.pruning.checks import (
     check_attended,
     check_grad,
@@ -148,7 +149,9 @@ class PruningHooks(nn.Module):
     def kept_indices(self, block: int) -> Tensor | None:
         """(B, n) int64, the positions in the grid of the patch tokens that a block gets; ``None`` if all."""
         selection = self._selection(stage_before(self._plan, block))
-        return None if selection is None or selection.all_kept else selection.indices
+        if selection is None or selection.all_kept or selection.indices is None or selection.packing is None:
+            return None if selection is None or selection.all_kept else selection.indices
+        return selection.packing.pack(selection.indices)
 
     def full_length(self) -> int | None:
         """L, where tokens are removed in this pass; ``None`` where all stay."""
@@ -183,11 +186,13 @@ class PruningHooks(nn.Module):
         self._in_tower, self._image_size = False, None
         running, trace = self._running, self.trace
         self._close()
-        if output is None or running is None or trace is None or not self._hands_on_kept():
+        if output is None or running is None or trace is None or self._restores or not trace.selections:
             return None
-        counts = self._plan.num_keep(trace.num_patches)
         stages = [stage_before(self._plan, index) for index in range(len(self.backbone.blocks))]
-        return running.output(output, trace, counts, stages)
+        output = running.hidden(output, trace, stages)
+        if self._hands_on_kept():
+            output = running.output(output, trace, self._plan.num_keep(trace.num_patches), stages)
+        return output
 
     def _hands_on_kept(self) -> bool:
         """Whether the vision tower hands on the kept tokens alone."""
@@ -236,12 +241,15 @@ class PruningHooks(nn.Module):
             before = state.selections[place.stage - 1 if place.starts else place.stage]
         if self._restores:
             tokens = self._resume(place, running, tokens, before, state)
+        elif place.starts:
+            tokens = before.unpack(tokens)
+        now = before
         if place.starts:
             if running.trains:
                 check_grad(block, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
             before = before.replace(layout=self.backbone.layout_at(before.layout, place.block))
             counts = self._plan.num_keep(trace.num_patches)
-            tokens, selection = cast(Stage, self.stages[place.stage]).prune(
+            tokens, now = cast(Stage, self.stages[place.stage]).prune(
                 tokens,
                 before,
                 running,
@@ -250,13 +258,20 @@ class PruningHooks(nn.Module):
                 num_reached=counts[place.stage - 1] if place.stage else trace.num_patches,
                 probability=self._plan.keep_probabilities[place.stage],
                 attention=state.selections[place.stage].attention if again else self._scopes.take_recorded(),
+                threshold=self._threshold(place.stage),
             )
+            now = running.lay_out(now)
             if not again:
-                self._state = self._state.replace(selections=(*self._state.selections, selection))
-                trace.selections.append(selection)
+                self._state = self._state.replace(selections=(*self._state.selections, now))
+                trace.selections.append(now)
+        tokens = now.pack(tokens)
         if tokens is not given:
             args, kwargs = replace_tokens(args, kwargs, tokens)
         return self._side_inputs(place, running, args, kwargs) or (args, kwargs)
+
+    def _threshold(self, stage: int) -> Threshold | None:
+        """By which a stage keeps different numbers of tokens; ``None`` where it keeps the same of all images."""
+        return None
 
     def _is_next(self, place: Place, block: nn.Module) -> bool:
         """Whether the pass has come to a block; one that somebody calls by itself runs as it is."""
@@ -326,6 +341,8 @@ class PruningHooks(nn.Module):
         if selection is None:
             return None
         given = tokens = output_tokens(output)
+        if self._restores or block is self.backbone.blocks[-1]:
+            tokens = selection.unpack(tokens)
         if self._restores:
             if self._everything is None:  # a block that somebody called by itself
                 return None

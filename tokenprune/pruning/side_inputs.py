@@ -89,8 +89,14 @@ class SideInputs:
         indices = selection.indices
         decided = selection.keep if indices is None else indices
         assert decided is not None
-        pattern = pattern_of(value, name, self.patterns, full, sizes(decided)[0])
+        num_images = sizes(decided)[0]
+        pattern = pattern_of(value, name, self.patterns, full, num_images)
         if pattern is None:
+            if selection.packing is not None and value.dim() > 1 and 1 < num_images == sizes(value)[0]:
+                raise StateError(
+                    f"the blocks are given {name!r}, of shape {tuple(value.shape)}, with an entry for each image, and "
+                    "all images in one sequence; run this model in another execution."
+                )
             return value
         if selection.layout.num_summary:
             _check_open(value, name, pattern)
@@ -102,7 +108,26 @@ class SideInputs:
         if indices is None:
             return value
         for_all = sizes(value)[token_axis(axes(pattern)[0])] == full.length
-        return gather_tokens(value, pattern, full.positions(indices) if for_all else indices)
+        gathered = gather_tokens(value, pattern, full.positions(indices) if for_all else indices)
+        return gathered if selection.packing is None else _packed(gathered, name, pattern, selection)
+
+
+def _packed(gathered: Tensor, name: str, pattern: str, selection: Selection) -> Tensor:
+    """An entry for each token of a packed sequence, of those for each token of an image's row.
+
+    Raises:
+        StateError: Some tokens have none.
+    """
+    packing, (_, right) = selection.packing, axes(pattern)
+    assert packing is not None
+    if "b" not in right:  # one image, and one row of tokens
+        return gathered
+    if sizes(gathered)[token_axis(right)] != packing.shape[1]:
+        raise StateError(
+            f"the blocks are given {name!r}, with an entry for each patch token and none for the others, and all "
+            "images in one sequence; run this model in another execution."
+        )
+    return packing.pack(gathered, token_axis(right))
 
 
 def _check_open(value: Tensor, name: str, pattern: str) -> None:

@@ -10,19 +10,23 @@ from tokenprune.pruning.executions.base import (
     default_execution,
     execution_class,
     executions,
+    executions_for,
     register_execution,
 )
 from tokenprune.pruning.executions.gather import Gather
 from tokenprune.pruning.executions.mask import Mask
+from tokenprune.pruning.executions.varlen import Varlen
 
 __all__ = [
     "AUTO",
     "Execution",
     "Gather",
     "Mask",
+    "Varlen",
     "check_execution",
     "default_execution",
     "execution_class",
     "executions",
+    "executions_for",
     "register_execution",
 ]
