@@ -50,6 +50,10 @@ class Backbone:
             what the model gives and what each image gets: patterns such as ``"n d -> b 1 n d"``, one for each
             number of dimensions (see `tokenprune.backbones.patterns`), or ``None`` to have them inferred from
             their shapes. Those that are not named are inferred as well.
+        neutral_inputs: For such parameters as have an entry for each patch token and none for the others, as rotary
+            tables do, the numbers of an entry that changes nothing, one for each equal share of its width; those of
+            a tuple of tables one after the other, such as (1, 0) for a cosine and a sine table. Without them the
+            model cannot run in `varlen` execution.
         adaptations: What the model's family needs besides, one object each.
         tower: The part of the model whose forward pass runs the blocks and pools their tokens, where
             the model is more than that; ``None`` means the model itself.
@@ -66,6 +70,7 @@ class Backbone:
     downstream: Downstream = "pooled"
     attentions: Sequence[Sequence[nn.Module]] | None = None
     token_inputs: Mapping[str, Sequence[str] | None] = field(default_factory=dict)
+    neutral_inputs: Mapping[str, Sequence[float]] = field(default_factory=dict)
     adaptations: Sequence[Adaptation] = field(default=())
     tower: nn.Module | None = None
 

@@ -10,7 +10,6 @@ from tokenprune.pruning.executions.base import (
     default_execution,
     execution_class,
     executions,
-    executions_for,
     register_execution,
 )
 from tokenprune.pruning.executions.gather import Gather
@@ -27,6 +26,5 @@ __all__ = [
     "default_execution",
     "execution_class",
     "executions",
-    "executions_for",
     "register_execution",
 ]

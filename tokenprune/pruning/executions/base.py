@@ -217,8 +217,3 @@ def check_execution(name: str, backbone: Backbone) -> None:
     obstacles = () if name == AUTO else _EXECUTIONS[name].obstacles(backbone)
     if obstacles:
         raise UnsupportedModelError(f"this model cannot run in {name!r} execution: {'; '.join(obstacles)}.")
-
-
-def executions_for(backbone: Backbone) -> tuple[str, ...]:
-    """The names of all executions in which a model can run, in the order in which they were registered."""
-    return tuple(name for name, execution in _EXECUTIONS.items() if not execution.obstacles(backbone))

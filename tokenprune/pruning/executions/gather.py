@@ -28,7 +28,7 @@ class Gather(Execution):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
-        self._inputs = SideInputs(backbone.token_inputs)
+        self._inputs = SideInputs(backbone.token_inputs, backbone.neutral_inputs)
 
     def begin(self) -> None:
         self._inputs.forget()

@@ -40,7 +40,7 @@ class Mask(Execution):
         super().__init__(backbone)
         self._attention = BlockAttention()
         self._tail = MaskedTail()
-        self._inputs = SideInputs(backbone.token_inputs)
+        self._inputs = SideInputs(backbone.token_inputs, backbone.neutral_inputs)
 
     def begin(self) -> None:
         self._inputs.forget()

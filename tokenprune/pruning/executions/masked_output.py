@@ -49,7 +49,9 @@ def of_blocks(output: Any, change: Callable[[Tensor, int], Tensor], stages: Sequ
         if isinstance(value, (tuple, list)):
             if len(value) == len(stages) + 1:  # hidden states; a model may leave out those that nobody asked for
                 after = zip(value[1:], stages, strict=True)
-                return type(value)([value[0], *(item if item is None else change(item, stage) for item, stage in after)])
+                return type(value)(
+                    [value[0], *(item if item is None else change(item, stage) for item, stage in after)]
+                )
             return type(value)(walk(item) for item in value)
         return value
 

@@ -121,7 +121,7 @@ def _mask_of(mask: Tensor | None, packing: Packing, part: Part) -> Tensor | None
 def takes(call: AttentionCall, packing: Packing) -> bool:
     """Whether the kernel takes a call: numbers of tokens that differ, in half precision, without a mask."""
     query, kernel = call.query, fused_kernel()
-    if kernel is None or packing.rows is None or not query.is_cuda or torch.version.hip is not None:
+    if kernel is None or packing.rows is None or not _on_such_a_gpu(query):
         return False
     width = sizes(query)[-1]
     plain = call.attn_mask is None and call.dropout_p == 0 and not call.is_causal and query.dim() == 4
@@ -134,7 +134,6 @@ def takes(call: AttentionCall, packing: Packing) -> bool:
         and scales
         and (precision == {torch.float16} or precision == {torch.bfloat16})
         and sizes(query)[-2] == sizes(call.key)[-2] == packing.length
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
 
@@ -163,6 +162,11 @@ def fused_kernel() -> Callable[..., Any] | None:
         return None
     kernel: Callable[..., Any] = varlen_attn
     return kernel
+
+
+def _on_such_a_gpu(query: Tensor) -> bool:
+    """Whether a call runs where there is the kernel: NVIDIA's GPUs from compute capability 8.0 on."""
+    return query.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _parameters(kernel: Callable[..., Any]) -> frozenset[str]:
