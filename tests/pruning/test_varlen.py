@@ -14,7 +14,7 @@ import tokenprune
 from tests.census.transformers import supported
 from tests.helpers.outputs import assert_close
 from tests.helpers.tolerances import VARLEN
-from tests.helpers.zoo import BY_NAME, ONE_OF_EACH_KIND, Case, every_model, models, some_models
+from tests.helpers.zoo import ALL, BY_NAME, ONE_OF_EACH_KIND, Case, models, some_models
 from tokenprune import Backbone, Candidates, InterceptionError, Scorer, ScorerContext, StateError, UnsupportedModelError
 from tokenprune.backbones.interception import AttentionCall, Interception
 from tokenprune.pruning.budget import Threshold
@@ -25,7 +25,6 @@ from tokenprune.pruning.packing import Packing
 every_reduction = pytest.mark.parametrize(
     "pruned", ["drop", "fuse", "merge", "preserve", "fuse_preserve", "merge_preserve"]
 )
-every_dtype = pytest.mark.parametrize("dtype", VARLEN, ids=str)
 
 
 class Bright(Scorer):
@@ -78,8 +77,19 @@ def alone(
     return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
 
 
-@every_model
-@every_dtype
+# Double precision tells a wrong token from rounding; single precision is for one model of each kind, and for slow runs.
+every_model_and_dtype = pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, id=f"{case}-{dtype}", marks=() if often else pytest.mark.slow)
+        for case in ALL
+        for dtype in VARLEN
+        for often in [dtype == torch.float64 or case.name in ONE_OF_EACH_KIND]
+    ],
+)
+
+
+@every_model_and_dtype
 @torch.no_grad()
 def test_equal_numbers_are_those_of_gather(case: Case, dtype: torch.dtype) -> None:
     model, images = case.sparsified(dtype), case.images(4, dtype)
@@ -91,8 +101,7 @@ def test_equal_numbers_are_those_of_gather(case: Case, dtype: torch.dtype) -> No
     assert all(selection.packing is not None for selection in ours.selections)
 
 
-@every_model
-@every_dtype
+@every_model_and_dtype
 @torch.no_grad()
 def test_each_image_is_as_it_is_alone(case: Case, dtype: torch.dtype, thresholds: Callable[..., None]) -> None:
     model, images = case.sparsified(dtype, scorer=bright), case.images(4, dtype)
@@ -107,7 +116,7 @@ def test_each_image_is_as_it_is_alone(case: Case, dtype: torch.dtype, thresholds
 
 @some_models
 @every_reduction
-@pytest.mark.parametrize("scorer", ["predictor", "cls_attention", bright])
+@pytest.mark.parametrize("scorer", [pytest.param("predictor", marks=pytest.mark.slow), "cls_attention", bright])
 @torch.no_grad()
 def test_every_reduction(case: Case, pruned: str, scorer: Any, thresholds: Callable[..., None]) -> None:
     model, images = case.sparsified(torch.float64, pruned=pruned, scorer=scorer), case.images(4, torch.float64)
@@ -156,7 +165,9 @@ def test_blocks_run_on_one_sequence_and_attention_on_no_more_than_an_image(
     case: Case, thresholds: Callable[..., None]
 ) -> None:
     class Seen(Interception):
-        shapes: list[tuple[int, int, int]] = []
+        def __init__(self) -> None:
+            super().__init__()
+            self.shapes: list[tuple[int, int, int]] = []
 
         def attention(self, call: AttentionCall) -> Tensor:
             self.shapes.append((len(call.query), call.query.shape[2], call.key.shape[2]))
@@ -310,7 +321,7 @@ def test_models_that_cannot_are_refused_when_it_is_set() -> None:
     model = timm.create_model("cait_xxs24_224", img_size=32, depth=4, embed_dim=32, num_heads=2)
     tokenprune.sparsify(model, (1, 2))
     with pytest.raises(
-        UnsupportedModelError, match="cannot run in 'varlen' execution: .*attention mixes finished weights"
+        UnsupportedModelError, match=r"cannot run in 'varlen' execution: .*attention mixes finished weights"
     ):
         model.tokenprune.execution = "varlen"
     assert model.tokenprune.execution == "auto"
@@ -318,7 +329,7 @@ def test_models_that_cannot_are_refused_when_it_is_set() -> None:
 
 
 class _WrittenOut(nn.Module):
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         weights = (x @ x.transpose(1, 2)).softmax(dim=-1)
         return x + weights @ x
 
@@ -332,11 +343,12 @@ class _Grouped(nn.Module):
 class _Own(nn.Module):
     def __init__(self, block: type[nn.Module]) -> None:
         super().__init__()
+        self.conditioned = block is _Grouped
         self.blocks = nn.ModuleList(block() for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block(x, x.new_ones(len(x), 1, x.shape[2]))
+            x = block(x, x.new_ones(len(x), 1, x.shape[2])) if self.conditioned else block(x)
         return x.mean(dim=1)
 
 

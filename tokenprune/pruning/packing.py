@@ -108,9 +108,9 @@ class Packing(NamedTuple):
         """
         if (*sizes(values)[:2],) != (1, self.length):
             raise StateError(
-                f"a block was given the tokens of {self.shape[0]} images in one sequence (1, {self.length}, …), and made "
-                f"{tuple(values.shape)} of it: it does more than attend and look at each token by itself. Run this model "
-                "in another execution."
+                f"a block was given the tokens of {self.shape[0]} images in one sequence (1, {self.length}, …), and "
+                f"made {tuple(values.shape)} of it: it does more than attend and look at each token by itself. Run "
+                "this model in another execution."
             )
         flat = values[0]
         if self.rows is not None:

@@ -64,12 +64,13 @@ class PackedAttention(Interception):
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensor = args[0] if args else kwargs.get("input")
-        if func in SOFTMAXES and isinstance(tensor, Tensor) and self.packing is not None:
-            if sizes(tensor)[-1] == self.packing.length and tensor.dim() > 2 and self.packing.shape[0] > 1:
-                raise InterceptionError(
-                    f"attention is written out, with a softmax over the {self.packing.length} tokens of all images, and "
-                    "cannot be split by image; use fused (SDPA) attention, or another execution."
-                )
+        packing = self.packing
+        several = packing is not None and packing.shape[0] > 1 and func in SOFTMAXES and isinstance(tensor, Tensor)
+        if several and tensor.dim() > 2 and sizes(tensor)[-1] == packing.length:
+            raise InterceptionError(
+                f"attention is written out, with a softmax over the {packing.length} tokens of all images, and cannot "
+                "be split by image; use fused (SDPA) attention, or another execution."
+            )
         return func(*args, **kwargs)
 
 
@@ -82,8 +83,8 @@ def split(call: AttentionCall, packing: Packing) -> list[AttentionCall]:
     query, key = call.query, call.key
     if call.is_causal or query.dim() != 4 or {sizes(query)[-2], sizes(key)[-2]} != {packing.length} or len(query) != 1:
         raise InterceptionError(
-            f"attention of shape {(*sizes(query)[:-1], sizes(key)[-2])} (…, queries, keys){' (causal)' * call.is_causal}"
-            f" is not one over the {packing.length} tokens that a block was given for {packing.shape[0]} images, so it "
+            f"{'causal ' * call.is_causal}attention of shape {(*sizes(query)[:-1], sizes(key)[-2])} (…, queries, keys) "
+            f"is not one over the {packing.length} tokens that a block was given for {packing.shape[0]} images, so it "
             "cannot be split by image; run this model in another execution."
         )
     parts = zip(packing.split(query), packing.split(key), packing.split(call.value), packing.parts, strict=True)
