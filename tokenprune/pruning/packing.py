@@ -115,7 +115,8 @@ class Packing(NamedTuple):
         flat = values[0]
         if self.rows is not None:
             flat = values.new_zeros(self.shape[0] * self.shape[1], *sizes(values)[2:]).index_copy(0, self.rows, flat)
-        return flat.unflatten(0, self.shape)
+        rectangle: Tensor = flat.unflatten(0, self.shape)
+        return rectangle
 
     def split(self, values: Tensor) -> list[Tensor]:
         """Of queries, keys or values (1, H, T, D) those of each part: (images, H, k, D), without a copy."""

@@ -63,15 +63,21 @@ class PackedAttention(Interception):
         return self.packing.join([part.run() for part in split(call, self.packing)])
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensor = args[0] if args else kwargs.get("input")
+        if func in SOFTMAXES:
+            self._refuse_several(args[0] if args else kwargs.get("input"))
+        return func(*args, **kwargs)
+
+    def _refuse_several(self, scores: Any) -> None:
+        """Refuse a softmax over the tokens of several images; one over those of a single one is as it should be."""
         packing = self.packing
-        several = packing is not None and packing.shape[0] > 1 and func in SOFTMAXES and isinstance(tensor, Tensor)
-        if several and tensor.dim() > 2 and sizes(tensor)[-1] == packing.length:
+        if packing is None or not isinstance(scores, Tensor) or scores.dim() < 3 or scores.shape[-1] != packing.length:
+            return
+        self.hits += 1
+        if packing.shape[0] > 1:
             raise InterceptionError(
                 f"attention is written out, with a softmax over the {packing.length} tokens of all images, and cannot "
                 "be split by image; use fused (SDPA) attention, or another execution."
             )
-        return func(*args, **kwargs)
 
 
 def split(call: AttentionCall, packing: Packing) -> list[AttentionCall]:
@@ -103,7 +109,8 @@ def _mask_of(mask: Tensor | None, packing: Packing, part: Part) -> Tensor | None
     images, _, rows, columns = sizes(mask)
     if columns == packing.length and rows == images == 1:
         keys = mask[..., part.start : part.end].unflatten(-1, (part.num_images, part.length))  # (1, H, 1, images, k)
-        return keys.permute(3, 1, 2, 4, 0).squeeze(-1)
+        split: Tensor = keys.permute(3, 1, 2, 4, 0).squeeze(-1)
+        return split
     if columns != length or images not in (1, num_images):
         raise InterceptionError(
             f"the attention mask or bias of shape {tuple(mask.shape)} is not one for {num_images} images of up to "
