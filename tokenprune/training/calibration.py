@@ -60,6 +60,9 @@ def calibrate(
     Afterwards every weight and buffer that `sparsify` did not add, gradients, ``requires_grad``, the mode of every
     module, keep ratio, execution and the state of torch's random number generators are, bit by bit, what they were.
 
+    Deviation: the divergence is KL(dense ‖ pruned), the usual one of distillation, where `DynamicViTLoss` has the
+    paper's, the other way round.
+
     Deviation: scores are trained at a keep ratio ρ that is drawn anew in each step. So that they need not change with
     it, an image's log-odds are shifted until as many tokens are expected to be kept as ρ says. The ratio loss holds the
     log-odds that are left at the model's own keep ratio.
