@@ -43,6 +43,7 @@ from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.saving.dynamicvit import load_dynamicvit
 from tokenprune.saving.export import ExportReport, export
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
+from tokenprune.training.budgets import BudgetReport, calibrate_budget
 from tokenprune.training.losses import DynamicViTLoss
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "Adaptation",
     "Adapter",
     "Backbone",
+    "BudgetReport",
     "Candidates",
     "CheckpointError",
     "CountingError",
@@ -91,6 +93,7 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationReport",
     "animate",
+    "calibrate_budget",
     "dense",
     "export",
     "flops",
