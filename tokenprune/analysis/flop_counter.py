@@ -84,7 +84,11 @@ class FlopReport:
 
     def to_json(self) -> str:
         """All attributes, and the figures derived from them, as a JSON object."""
-        derived = {"dense_gmacs": self.dense_gmacs, "sparse_gmacs": self.sparse_gmacs, "ratio": self.ratio}
+        derived: dict[str, Any] = {
+            "dense_gmacs": self.dense_gmacs,
+            "sparse_gmacs": self.sparse_gmacs,
+            "ratio": self.ratio,
+        }
         derived |= {} if not self.by_image else {"mean_gmacs": self.mean_gmacs, "spread": self.spread}
         return json.dumps({**asdict(self), **derived})
 

@@ -79,7 +79,9 @@ class Thresholds:
             CheckpointError: It is something else, or for another number of stages.
         """
         named = isinstance(fields, dict) and set(fields) == {"keep_ratios", "scores", "floor_ratio"}
-        if not named or not (_are_numbers(fields["keep_ratios"], num_stages) and _are_numbers([fields["floor_ratio"]], 1)):
+        if not named or not (
+            _are_numbers(fields["keep_ratios"], num_stages) and _are_numbers([fields["floor_ratio"]], 1)
+        ):
             raise CheckpointError(f"{fields!r} are no thresholds for {num_stages} stages.")
         scores = fields["scores"]
         if not isinstance(scores, list) or not _are_numbers([0 if one is None else one for one in scores], num_stages):

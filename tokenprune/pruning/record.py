@@ -67,8 +67,8 @@ class Record:
         budget, thresholds = fields.get("budget", FIXED), fields.get("thresholds", [])
         if budget not in BUDGETS or not isinstance(thresholds, list):
             raise CheckpointError(
-                f"budget={budget!r}, thresholds={thresholds!r}: expected one of {BUDGETS}, and a list, in the record of "
-                "how a model was sparsified."
+                f"budget={budget!r}, thresholds={thresholds!r}: expected one of {BUDGETS}, and a list, in the record "
+                "of how a model was sparsified."
             )
         read = tuple(Thresholds.from_dict(one, len(plan.stages)) for one in thresholds)
         return cls(plan=plan, scorer=scorer, pruned=pruned, budget=budget, thresholds=read)

@@ -48,7 +48,7 @@ class BudgetReport:
 
     @property
     def mean_kept(self) -> tuple[float, ...]:
-        """For each stage the mean fraction that was kept; the plan's ratio, but for rounding and for scores that tie."""
+        """For each stage the mean fraction that was kept: the plan's ratio, but for rounding and scores that tie."""
         return tuple(sum(fractions) / len(fractions) for fractions in self.kept)
 
     def __str__(self) -> str:
@@ -71,19 +71,19 @@ def calibrate_budget(
     """Find the thresholds by which a model with an adaptive budget keeps as many tokens as planned on average.
 
     Each stage gets a threshold on its scorer's scores: an image keeps the tokens above it, and the mean over all
-    ``images`` is the plan's number. Nothing is trained, and labels are not looked at. Stages are calibrated one after the
-    other, as what reaches a stage depends on those before it; so ``images`` is read once for each stage and plan.
+    ``images`` is the plan's number. Nothing is trained, and labels are not looked at. Stages are calibrated one after
+    the other, as what reaches a stage depends on those before it; so ``images`` is read once for each stage and plan.
 
     Thresholds belong to the weights they were found with, and go where these go: into state dicts and saved models.
-    After training, calibrate again. They are used where ``model.tokenprune.budget`` is ``"adaptive"``, which is not set
-    here, and those for other ratios stay.
+    After training, calibrate again. They are used where ``model.tokenprune.budget`` is ``"adaptive"``, which is not
+    set here, and those for other ratios stay.
 
     Args:
         model: A sparsified model, on its device and in its dtype; all but its thresholds is left as it is.
         images: Batches that can be read several times, such as a DataLoader or a list: tensors (B, …), mappings of
-            the model's arguments, or tuples that begin with one of these. A few hundred images like those that the model
-            is to see are good.
-        keep_ratios: At which ratios, each as ``model.tokenprune.keep_ratio`` takes it; ``None`` means those that are set.
+            the model's arguments, or tuples that begin with one of these. A few hundred images like those that the
+            model is to see are good.
+        keep_ratios: At which ratios, each as ``model.tokenprune.keep_ratio`` takes it; ``None`` means the present ones.
         floor_ratio: The fraction of the planned number that every image keeps, whatever its scores, in (0, 1].
 
     Returns:
@@ -150,9 +150,7 @@ def _calibrated(
             if not seen:
                 raise ValueError("images yields no batch; give at least one.")
             score = _threshold(seen, floor_ratio)
-            fractions = tuple(
-                int(count) / one.num_patches for one in seen for count in one.counts(score, floor_ratio)
-            )
+            fractions = tuple(int(count) / one.num_patches for one in seen for count in one.counts(score, floor_ratio))
         found = replace(found, scores=(*found.scores, score))
         kept.append(fractions or ())
     number = max(map(len, kept))
