@@ -43,6 +43,7 @@ from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.saving.dynamicvit import load_dynamicvit
 from tokenprune.saving.export import ExportReport, export
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
+from tokenprune.training.budgets import BudgetReport, calibrate_budget
 from tokenprune.training.calibration import calibrate
 from tokenprune.training.calibration_report import CalibrationReport
 from tokenprune.training.gathered import gathered
@@ -58,6 +59,7 @@ __all__ = [
     "Adaptation",
     "Adapter",
     "Backbone",
+    "BudgetReport",
     "CalibrationReport",
     "Candidates",
     "CheckpointError",
@@ -96,6 +98,7 @@ __all__ = [
     "VerificationReport",
     "animate",
     "calibrate",
+    "calibrate_budget",
     "dense",
     "export",
     "flops",

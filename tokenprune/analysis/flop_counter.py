@@ -7,6 +7,7 @@ counted and what is left out.
 from __future__ import annotations
 
 import json
+import statistics
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +16,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenprune.analysis.flop_handlers import HANDLERS, is_weightless
+from tokenprune.analysis.flops_by_image import Costs, count_by_image
 from tokenprune.api import dense, sparsifier_of, unwrap
 from tokenprune.backbones.probing import eval_mode, random_inputs
 from tokenprune.errors import CountingError
-from tokenprune.pruning.executions import default_execution
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +41,7 @@ class FlopReport:
         sparse_blocks: The share of each block, pruned.
         stages: The share of each stage, its scorer and its reduction, in the pruned model.
         stage_blocks: Index of the block in front of which each stage stands.
+        by_image: Multiply-adds of each of the given images with pruning, as many tokens as the model keeps of it.
     """
 
     input_size: tuple[int, ...]
@@ -50,6 +52,7 @@ class FlopReport:
     sparse_blocks: tuple[int, ...]
     stages: tuple[int, ...]
     stage_blocks: tuple[int, ...]
+    by_image: tuple[int, ...] = ()
 
     @property
     def dense_gmacs(self) -> float:
@@ -66,9 +69,27 @@ class FlopReport:
         """Dense ÷ sparse: the speed-up to expect."""
         return self.dense / self.sparse
 
+    @property
+    def mean_gmacs(self) -> float | None:
+        """The mean of `by_image`, in 10⁹; ``None`` where no images were given."""
+        return statistics.mean(self.by_image) / 1e9 if self.by_image else None
+
+    @property
+    def spread(self) -> tuple[float, float] | None:
+        """Lower and upper quartile of `by_image`, in 10⁹; ``None`` where no two images were given."""
+        if len(self.by_image) < 2:
+            return None
+        lower, _, upper = statistics.quantiles(self.by_image, n=4, method="inclusive")
+        return lower / 1e9, upper / 1e9
+
     def to_json(self) -> str:
         """All attributes, and the figures derived from them, as a JSON object."""
-        derived = {"dense_gmacs": self.dense_gmacs, "sparse_gmacs": self.sparse_gmacs, "ratio": self.ratio}
+        derived: dict[str, Any] = {
+            "dense_gmacs": self.dense_gmacs,
+            "sparse_gmacs": self.sparse_gmacs,
+            "ratio": self.ratio,
+        }
+        derived |= {} if not self.by_image else {"mean_gmacs": self.mean_gmacs, "spread": self.spread}
         return json.dumps({**asdict(self), **derived})
 
     def table(self) -> Table:
@@ -96,20 +117,30 @@ class FlopReport:
         return table
 
     def __str__(self) -> str:
-        return f"{self.dense_gmacs:.2f} GMACs dense, {self.sparse_gmacs:.2f} sparse, ratio {self.ratio:.2f}"
+        text = f"{self.dense_gmacs:.2f} GMACs dense, {self.sparse_gmacs:.2f} sparse, ratio {self.ratio:.2f}"
+        if not self.by_image:
+            return text
+        text += f"; {self.mean_gmacs:.2f} on average over {len(self.by_image)} images"
+        return text if self.spread is None else f"{text}, quartiles {self.spread[0]:.2f} … {self.spread[1]:.2f}"
 
 
 def flops(
     model: nn.Module,
     input_size: Sequence[int] = (3, 224, 224),
     *,
+    images: Tensor | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
 ) -> FlopReport:
     """Count the multiply-adds of a sparsified model for one image, unpruned and pruned.
 
+    Pruned means with the plan's numbers of tokens. With an adaptive budget images keep other numbers, and cost as much
+    as these only on average: give ``images`` to have each of them counted.
+
     Args:
         model: A sparsified model; its mode, weights and settings are left as they are.
         input_size: Channels, height and width of the image.
+        images: (B, channels, height, width), inputs of the model, for `FlopReport.by_image`; their size takes the
+            place of ``input_size``.
         forward_kwargs: What the model is called with besides the image, such as
             ``{"interpolate_pos_encoding": True}``.
 
@@ -125,16 +156,24 @@ def flops(
     names = {module: name for name, module in inner.named_modules()}
     block_names = [names[block] for block in sparsifier.backbone.blocks]
     stage_names = [names[stage] for stage in sparsifier.stages]
+    if images is not None:
+        input_size = images.shape[1:]
     image = random_inputs(inner, image=(1, *input_size))["image"]
 
-    with (
-        eval_mode(inner),
-        sparsifier.executing(default_execution(training=False)),
-        _called_with(inner, forward_kwargs or {}),
-    ):
-        with dense(inner):
-            dense_counts = count(inner, image)
-        sparse_counts = count(inner, image)
+    def costs(image: Tensor) -> Costs:
+        counts = count(inner, image)
+        blocks, stages = ([counts[name] for name in names] for names in (block_names, stage_names))
+        return Costs(blocks, stages, counts[""] - sum(blocks) - sum(stages))
+
+    with eval_mode(inner), _called_with(inner, forward_kwargs or {}):
+        with sparsifier.budgeting("fixed"), sparsifier.executing(sparsifier.inference_execution):
+            with dense(inner):
+                dense_counts = count(inner, image)
+            sparse_counts = count(inner, image)
+        by_image: tuple[int, ...] = ()
+        if images is not None:
+            with sparsifier.executing(sparsifier.inference_execution):
+                by_image = count_by_image(inner, sparsifier, images, costs)
     return FlopReport(
         input_size=tuple(input_size),
         keep_ratios=sparsifier.plan.keep_ratios,
@@ -144,10 +183,11 @@ def flops(
         sparse_blocks=tuple(sparse_counts[name] for name in block_names),
         stages=tuple(sparse_counts[name] for name in stage_names),
         stage_blocks=sparsifier.plan.stages,
+        by_image=by_image,
     )
 
 
-def count(model: nn.Module, inputs: torch.Tensor) -> Counter[str]:
+def count(model: nn.Module, inputs: Tensor) -> Counter[str]:
     """Multiply-adds of one forward pass by module name; ``""`` is the whole model.
 
     Raises:

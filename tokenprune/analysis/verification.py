@@ -171,13 +171,15 @@ def _hashed_scores(sparsifier: Sparsifier) -> Iterator[None]:
 @contextmanager
 def _unchanged(model: nn.Module, sparsifier: Sparsifier) -> Iterator[None]:
     """Restore what a training step and other settings change."""
-    plan, execution = sparsifier.plan, sparsifier.execution
+    plan, execution, budget = sparsifier.plan, sparsifier.execution, sparsifier.budget
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    sparsifier.budget = "fixed"
     try:
         yield
     finally:
         sparsifier.keep_ratio, sparsifier.execution = plan.keep_ratios, execution
+        sparsifier.budget = budget
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         for buffer, before in buffers.items():

@@ -21,7 +21,7 @@ from tokenprune.backbones.adaptations import Removed, Scope
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
 from tokenprune.pruning.attention_scopes import AttentionScopes
-from tokenprune.pruning.budget import Threshold
+from tokenprune.pruning.budget import Threshold, Thresholds
 from tokenprune.pruning.checks import (
     check_attended,
     check_grad,
@@ -206,7 +206,10 @@ class PruningHooks(nn.Module):
             return
         backbone, tokens = self.backbone, find_tokens(block, args, kwargs)
         layout = layout_of(block, tokens, backbone)
-        name = default_execution(training=self.training) if self._execution == AUTO else self._execution
+        by_image = self._thresholds_in_force() is not None
+        name = self._execution
+        if name == AUTO:
+            name = default_execution(training=self.training, by_image=by_image)
         if name not in self._executions:
             self._executions[name] = execution_class(name)(backbone)
         running = self._executions[name]
@@ -271,6 +274,12 @@ class PruningHooks(nn.Module):
 
     def _threshold(self, stage: int) -> Threshold | None:
         """By which a stage keeps different numbers of tokens; ``None`` where it keeps the same of all images."""
+        assert self.trace is not None
+        thresholds = self._thresholds_in_force()
+        return None if thresholds is None else thresholds.at(stage, self._plan.num_keep(self.trace.num_patches)[stage])
+
+    def _thresholds_in_force(self) -> Thresholds | None:
+        """By which stages keep different numbers of tokens of images; ``None`` where they keep as many of all."""
         return None
 
     def _is_next(self, place: Place, block: nn.Module) -> bool:
