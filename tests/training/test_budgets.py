@@ -283,3 +283,21 @@ def test_a_model_that_cannot_be_packed_masks_instead() -> None:
     model.tokenprune.budget = "adaptive"
     model(images)
     assert len({*model.tokenprune.trace.keep[0].sum(dim=1).tolist()}) > 1
+
+
+def test_calibrate_finds_thresholds_anew() -> None:
+    model, images = calibrated()
+    tokenprune.calibrate_budget(model, [images], keep_ratios=[0.5], floor_ratio=0.5)
+    model.tokenprune.budget = "adaptive"
+    before = model.tokenprune.thresholds
+    tokenprune.calibrate(model, images.split(4), steps=2, progress=False, keep_ratio_range=None)
+    after = model.tokenprune.thresholds
+    assert [one.keep_ratios for one in after] == [one.keep_ratios for one in before]
+    assert [one.floor_ratio for one in after] == [0.25, 0.5]
+    assert all(one.scores != other.scores for one, other in zip(after, before, strict=True))
+    assert model.tokenprune.budget == "adaptive"
+    other = CASE.sparsified()
+    tokenprune.calibrate(other, images.split(4), steps=1, progress=False, keep_ratio_range=None)
+    assert other.tokenprune.thresholds == ()
+    tokenprune.calibrate(other, images.split(4), steps=1, progress=False, keep_ratio_range=None, adaptive=True)
+    assert [one.keep_ratios for one in other.tokenprune.thresholds] == [(0.6, 0.36)]

@@ -62,6 +62,10 @@ class Batches:
             self.num_images += num_images(batch)
         return batch
 
+    def some(self, number: int) -> list[Inputs]:
+        """So many of the next batches, or as many as there are."""
+        return list(islice(iter(self.next, None), number))
+
     def _read(self) -> Iterator[Inputs]:
         for batch in self._images:
             inputs = inputs_of(batch)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.api import sparsifier_of, unwrap
-from tokenprune.backbones.probing import eval_mode
+from tokenprune.backbones.probing import call, eval_mode
 from tokenprune.errors import StateError
 from tokenprune.pruning.budget import Thresholds
 from tokenprune.pruning.executions import default_execution, execution_class
@@ -110,6 +110,21 @@ def calibrate_budget(
     return tuple(reports)
 
 
+def calibrate_anew(model: nn.Module, images: Sequence[Any], *, adaptive: bool) -> None:
+    """New thresholds where a model has some, which its scores have changed since.
+
+    Args:
+        model: A sparsified model.
+        images: As `calibrate_budget` takes them.
+        adaptive: Whether to find some for the model's own keep ratios in any case.
+    """
+    sparsifier = sparsifier_of(model)
+    for known in sparsifier.thresholds:
+        calibrate_budget(model, images, keep_ratios=[known.keep_ratios], floor_ratio=known.floor_ratio)
+    if adaptive and sparsifier.keep_ratio not in [known.keep_ratios for known in sparsifier.thresholds]:
+        calibrate_budget(model, images)
+
+
 class _Scored:
     """The scores by which a stage decided on the images of a batch, and how many it is to keep.
 
@@ -160,7 +175,7 @@ def _calibrated(
 def _scored(model: nn.Module, sparsifier: Sparsifier, stage: int, batch: Any) -> _Scored:
     parameter = next(model.parameters())
     inputs = _moved(inputs_of(batch), parameter)
-    model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    call(model, inputs)
     trace = sparsifier.trace
     assert trace is not None
     before, selection = (trace.start, *trace.selections)[stage : stage + 2]
