@@ -25,7 +25,7 @@ from recipes.engine.settings import TrainingSettings
 # Fragments cover a sixth of a digit on average, so that a scene shows one to four digits' worth of foreground.
 VARYING = DigitsConfig(num_train=6_400, num_fragments=(0, 18))
 NUM_CALIBRATION, BATCH_SIZE = 512, 128
-SCORERS = ("predictor", "informative", "cls_attention")
+SCORERS = ("informative", "predictor", "cls_attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Comparison:
     Attributes:
         scorer: Its name.
         keep_ratio: ρ.
-        seed: Of the predictors' training; scorers that are not trained have one.
+        seed: Of the order of the images, and of the predictors' training.
         fixed: Accuracy with as many tokens of every image.
         adaptive: Accuracy with as many as each calls for.
         fixed_gmacs: Multiply-adds of the former, in 10⁹.
@@ -63,7 +63,7 @@ def run_budgets(
     validation, labels = _images(data, training=False)
     found: list[Comparison] = []
     for scorer in SCORERS:
-        for seed in seeds if scorer == "predictor" else (0,):
+        for seed in seeds:
             found += _compared(scorer, seed, training, (validation, labels), keep_ratios, steps)
             write_json(output / "budgets.json", {"steps": steps, "results": [asdict(one) for one in found]})
     console.print(budgets_table(found))
@@ -83,7 +83,8 @@ def _compared(
     model = tokenprune.sparsify(load_dense_model().eval(), keep_ratio=0.5, scorer=scorer)
     order = torch.randperm(len(training))
     if scorer == "predictor":
-        tokenprune.calibrate(model, training[order].split(BATCH_SIZE), steps=steps, seed=seed, progress=False)
+        batches = training[order[NUM_CALIBRATION:]].split(BATCH_SIZE)  # others than those that thresholds are found on
+        tokenprune.calibrate(model, batches, steps=steps, seed=seed, progress=False)
     tokenprune.calibrate_budget(model, training[order[:NUM_CALIBRATION]].split(BATCH_SIZE), keep_ratios=keep_ratios)
     found = []
     for ratio in keep_ratios:
