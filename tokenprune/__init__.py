@@ -15,10 +15,11 @@ from tokenprune.api import dense, sparsify, unsparsify
 from tokenprune.backbones import probing, structure
 from tokenprune.backbones.adaptations import Adaptation, Setting, TokenTable
 from tokenprune.backbones.adapters import Adapter
-from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.backbone import Backbone, Level
 from tokenprune.backbones.examples import Example
 from tokenprune.backbones.preprocessing import Preprocessing
 from tokenprune.backbones.supported import SupportedModel, supported
+from tokenprune.backbones.token_wise import TokenWise
 from tokenprune.errors import (
     CheckpointError,
     CountingError,
@@ -43,6 +44,7 @@ from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.saving.dynamicvit import load_dynamicvit
 from tokenprune.saving.export import ExportReport, export
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
+from tokenprune.training.fast_paths import fit_fast_paths
 from tokenprune.training.losses import DynamicViTLoss
 
 __version__ = "0.1.0"
@@ -66,6 +68,7 @@ __all__ = [
     "HostError",
     "InterceptionError",
     "KeptTokens",
+    "Level",
     "MissingExtraError",
     "PictureError",
     "Plan",
@@ -85,6 +88,7 @@ __all__ = [
     "SupportedModel",
     "ThroughputReport",
     "TokenTable",
+    "TokenWise",
     "TokenpruneError",
     "Trace",
     "UnknownModelError",
@@ -93,6 +97,7 @@ __all__ = [
     "animate",
     "dense",
     "export",
+    "fit_fast_paths",
     "flops",
     "from_pretrained",
     "functional",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from tokenprune.backbones.adapters import describe
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.errors import PlanError, StateError, UnsupportedModelError
+from tokenprune.pruning.parts import Parts, scored_shares
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.reductions import (
     Reduction,
@@ -82,18 +84,23 @@ def sparsify(
     if not isinstance(backbone, Backbone):
         raise TypeError(f"backbone={type(backbone).__name__}: expected a tokenprune.Backbone that describes the model.")
     backbone.check(model)
-    plan = Plan.build(depth=len(backbone.blocks), stages=stages, keep_ratio=keep_ratio)
+    backbone = backbone.for_stages(stages)
+    level = backbone.reach if backbone.levels else None
+    plan = Plan.build(depth=len(backbone.blocks), stages=stages, keep_ratio=keep_ratio, level=level)
+    parts = Parts(model, backbone)
+    reductions = []
+    for stage, probability in enumerate(plan.keep_probabilities):
+        context = ReductionContext(backbone.embed_dim, probability, partial(parts.behind, plan, stage))
+        reductions.append(_built(Reduction, build_reduction, context, f"pruned={pruned!r}"))
+    for reduction in reductions:
+        reduction.check(backbone, reduction_name(pruned) or type(reduction).__name__)
+    backbone = parts.described
     built = []
-    for probability in plan.keep_probabilities:
+    for reduction, probability in zip(reductions, scored_shares(plan, reductions), strict=True):
         scorer_context = ScorerContext(backbone.embed_dim, probability, backbone.grid_size)
-        scorer_of_stage = _built(Scorer, build_scorer, scorer_context, f"scorer={scorer!r}")
-        reduction_context = ReductionContext(backbone.embed_dim, probability)
-        reduction = _built(Reduction, build_reduction, reduction_context, f"pruned={pruned!r}")
-        built.append(Stage(scorer_of_stage, reduction))
+        built.append(Stage(_built(Scorer, build_scorer, scorer_context, f"scorer={scorer!r}"), reduction))
     if any(stage.scorer.needs_attention for stage in built):
         _check_attention(plan, backbone, scorer)
-    for stage in built:
-        stage.reduction.check(backbone, reduction_name(pruned) or type(stage.reduction).__name__)
     sparsifier = Sparsifier(plan, backbone, built, pruned=reduction_name(pruned), scorer=scorer_name(scorer))
     for adaptation in backbone.adaptations:
         adaptation.check(model, restores=sparsifier.restores)
@@ -164,6 +171,11 @@ def _built(kind: type[Built], build: Callable[[Any], Any], context: Any, given: 
 
 
 def _check_attention(plan: Plan, backbone: Backbone, scorer: str | ScorerBuilder) -> None:
+    if backbone.levels:
+        raise UnsupportedModelError(
+            f"scorer={scorer!r} needs attention scores over all tokens, and in a hierarchy blocks attend within windows "
+            "or not at all; take another scorer, such as 'predictor'."
+        )
     if plan.stages[0] == 0:
         raise PlanError(
             f"stages={plan.stages}: scorer={scorer!r} needs attention scores of the block before a stage, and there is "

@@ -24,6 +24,9 @@ class TimmAdapter(Adapter):
     def describe(self, model: nn.Module) -> Backbone:
         return models.describe(model)
 
+    def example_inputs(self, model: nn.Module) -> Mapping[str, Any]:
+        return models.example_inputs(model)
+
     def identity(self, model: nn.Module) -> dict[str, Any]:
         return rebuilding.identity(model)
 

@@ -111,7 +111,7 @@ def _prove_invariants(model: nn.Module, arguments: Mapping[str, Any], name: str)
     if not report.effect > EFFECT:
         failures.append(f"pruning changes the outputs by no more than {report.effect:.1e}")
     trained = sparsifier.backbone.downstream != "any number"
-    num_pruning = sum(probability < 1 for probability in sparsifier.plan.keep_probabilities)
+    num_pruning = sum(probability < 1 for probability in sparsifier.keep_probabilities)
     if len(report.gradients) != (num_pruning if trained else 0):
         failures.append(f"{len(report.gradients)} of {num_pruning} scorers were trained")
     with torch.no_grad():

@@ -16,6 +16,7 @@ from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.entry_points import adapter_entries, libraries
 from tokenprune.backbones.examples import Example
 from tokenprune.backbones.preprocessing import Preprocessing
+from tokenprune.backbones.probing import random_inputs
 from tokenprune.backbones.supported import supported
 from tokenprune.errors import CheckpointError, TokenpruneError, UnknownModelError, UnsupportedModelError
 
@@ -85,6 +86,14 @@ class Adapter(ABC):
             f"{self} does not load models by name; load the model in Python, and pass it to tokenprune's functions"
         )
 
+    def example_inputs(self, model: nn.Module) -> Mapping[str, Any] | None:
+        """Keyword arguments of a forward pass on two random images, to look at how ``model`` runs.
+
+        Returns:
+            ``None`` where images (B, channels, height, width) alone will do.
+        """
+        return None
+
     def names(self) -> Iterable[str]:
         """Names that `load` takes, to suggest one that is close; none unless they are listed."""
         return ()
@@ -143,7 +152,7 @@ class _FunctionAdapter(Adapter):
 
     def __init__(self, functions: Any) -> None:
         self._functions = functions
-        for name in ("identity", "build", "load", "names", "preprocessing", "from_state_dict"):
+        for name in ("identity", "build", "load", "names", "example_inputs", "preprocessing", "from_state_dict"):
             if callable(function := getattr(functions, name, None)):
                 setattr(self, name, function)
 
@@ -223,6 +232,17 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
             f"no adapter says how images become the input of a {type(model).__name__}; {_PASS_PREPROCESSING}"
         )
     return adapter(library).preprocessing(model)
+
+
+def example_inputs_of(model: nn.Module, size: tuple[int, int, int]) -> Mapping[str, Any] | tuple[Any, ...]:
+    """What ``model`` is called with on two random images: by its adapter, or images of ``size`` alone.
+
+    Raises:
+        UnsupportedModelError: It is on the meta device, where nothing can be run.
+    """
+    library = library_of(model)
+    inputs = None if library is None else adapter(library).example_inputs(model)
+    return inputs if inputs is not None else (random_inputs(model, images=(2, *size))["images"],)
 
 
 def model_of(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module:
