@@ -51,7 +51,8 @@ def sparsify(
         model: A model that an installed adapter knows, or any other together with ``backbone``. To find
             its blocks an adapter may run it once, in eval mode, on two random images.
         stages: Indices of the blocks in front of which tokens are pruned, ascending; ``None`` means
-            the multiples of depth // 4, such as 3, 6, 9 of 12 blocks.
+            the multiples of depth // 4, such as 3, 6, 9 of 12 blocks. Blocks of a hierarchy are counted through all its
+            levels, and stages stand in one of them: with ``None`` in the one whose MLPs cost most, as a rule the third.
         keep_ratio: A number ρ keeps ρ, ρ², ρ³ … of the original patch tokens; a sequence gives one
             such fraction a stage. In (0, 1].
         scorer: ``"predictor"`` (learned, DynamicViT's), ``"cls_attention"`` (nothing to learn: what a
@@ -62,7 +63,10 @@ def sparsify(
             most similar token that is kept (TPS'). ``"preserve"``: later blocks run without them, but behind every
             block they are restored at their places, as they were when they were pruned, so that feature maps, hidden
             states and dense heads get every token; ``"fuse_preserve"`` and ``"merge_preserve"`` do both, and with
-            the latter a pruned token comes back in the state of the one that it was folded into. Models that need
+            the latter a pruned token comes back in the state of the one that it was folded into. ``"fast"``: they stay
+            in the sequence, and take a fast path around the MLP of each block, which is all that hierarchies such as
+            Swin and ConvNeXt allow; every stage decides on all tokens anew, and with ``"fast_nested"`` on those that
+            the stage before has kept. Models that need
             every token by themselves, such as those with a dense head of transformers, get them either way. Or a
             callable that takes a `ReductionContext` and returns a new `Reduction`.
         backbone: What the model looks like, where no adapter says.
@@ -89,8 +93,8 @@ def sparsify(
     plan = Plan.build(depth=len(backbone.blocks), stages=stages, keep_ratio=keep_ratio, level=level)
     parts = Parts(model, backbone)
     reductions = []
-    for stage, probability in enumerate(plan.keep_probabilities):
-        context = ReductionContext(backbone.embed_dim, probability, partial(parts.behind, plan, stage))
+    for number, probability in enumerate(plan.keep_probabilities):
+        context = ReductionContext(backbone.embed_dim, probability, partial(parts.behind, plan, number))
         reductions.append(_built(Reduction, build_reduction, context, f"pruned={pruned!r}"))
     for reduction in reductions:
         reduction.check(backbone, reduction_name(pruned) or type(reduction).__name__)
@@ -173,8 +177,8 @@ def _built(kind: type[Built], build: Callable[[Any], Any], context: Any, given: 
 def _check_attention(plan: Plan, backbone: Backbone, scorer: str | ScorerBuilder) -> None:
     if backbone.levels:
         raise UnsupportedModelError(
-            f"scorer={scorer!r} needs attention scores over all tokens, and in a hierarchy blocks attend within windows "
-            "or not at all; take another scorer, such as 'predictor'."
+            f"scorer={scorer!r} needs attention scores over all tokens, and the blocks of a hierarchy attend within "
+            "windows or not at all; take another scorer, such as 'predictor'."
         )
     if plan.stages[0] == 0:
         raise PlanError(

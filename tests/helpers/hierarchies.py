@@ -120,7 +120,11 @@ ALL = [
     Hierarchy(
         "transformers ConvNeXt",
         _transformers(
-            "ConvNextForImageClassification", "ConvNextConfig", image_size=IMAGE_SIDE, hidden_sizes=WIDTHS, depths=DEPTHS
+            "ConvNextForImageClassification",
+            "ConvNextConfig",
+            image_size=IMAGE_SIDE,
+            hidden_sizes=WIDTHS,
+            depths=DEPTHS,
         ),
     ),
     Hierarchy("torchvision ConvNeXt", _torchvision_convnext),

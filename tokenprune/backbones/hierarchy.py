@@ -123,9 +123,7 @@ def _blocks(model: nn.Module, recording: Recording) -> list[nn.Module]:
     }
     fitting = [item for item in items if _keeps_shape(item, recording) and _num_linear(item) > 1]
     names = recording.names
-    innermost = [
-        item for item in fitting if not any(names[other].startswith(f"{names[item]}.") for other in fitting)
-    ]
+    innermost = [item for item in fitting if not any(names[other].startswith(f"{names[item]}.") for other in fitting)]
     return sorted(innermost, key=lambda item: recording.calls[item].number)
 
 

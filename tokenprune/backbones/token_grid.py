@@ -46,7 +46,9 @@ class TokenGrid(Adaptation):
         tokens = first_tensor(args, kwargs)
         if tokens is None or tokens.dim() != 4:
             got = "no tensor" if tokens is None else f"shape {tuple(tokens.shape)}"
-            raise StateError(f"{type(block).__name__} got {got} where a grid of tokens of four dimensions was expected.")
+            raise StateError(
+                f"{type(block).__name__} got {got} where a grid of tokens of four dimensions was expected."
+            )
         self._shape = tuple(sizes(tokens))
         return replace_tokens(args, kwargs, as_sequence(tokens, channels_first=self.channels_first))
 

@@ -155,7 +155,9 @@ class Probe:
             call, widths = calls[module], linear_widths(module)
             call.output_shape = tuple(tokens.shape)
             # Outputs that may be a part's are kept: of a layer back to fewer channels, and of what holds such layers.
-            if (widths is not None and widths[0] > widths[1]) or (module in holders and call.output_shape == call.shape):
+            if (widths is not None and widths[0] > widths[1]) or (
+                module in holders and call.output_shape == call.shape
+            ):
                 call.output = tokens
             if "norm" in type(module).__name__.lower():
                 last[:] = [(module, weakref.ref(tokens))]
@@ -314,7 +316,12 @@ def _pair(before: nn.Module, after: nn.Module, recording: Recording) -> FoundPar
     first, last = recording.calls[before], recording.calls[after]
     (width, hidden), (back, out) = linear_widths(before) or (0, 0), linear_widths(after) or (0, 0)
     shapes = (first.shape, first.output_shape, last.shape, last.output_shape)
-    if width != out or hidden <= width or hidden not in (back, 2 * back) or any(len(one) not in (3, 4) for one in shapes):
+    if (
+        width != out
+        or hidden <= width
+        or hidden not in (back, 2 * back)
+        or any(len(one) not in (3, 4) for one in shapes)
+    ):
         return None
     channels_first = isinstance(before, nn.Conv2d)
     if channels_first != isinstance(after, nn.Conv2d) or first.shape != last.output_shape:
@@ -326,7 +333,12 @@ def _pair(before: nn.Module, after: nn.Module, recording: Recording) -> FoundPar
 
 
 def _forms(
-    block: nn.Module, pair: FoundPart, before: nn.Module, after: nn.Module, called: list[nn.Module], recording: Recording
+    block: nn.Module,
+    pair: FoundPart,
+    before: nn.Module,
+    after: nn.Module,
+    called: list[nn.Module],
+    recording: Recording,
 ) -> Iterator[FoundPart]:
     """A pair as the whole module that it is in, or by itself, each with the norm in front of it or without."""
     names, calls = recording.names, recording.calls
@@ -368,5 +380,3 @@ def _common(block: nn.Module, before: nn.Module, after: nn.Module, recording: Re
     smallest = max(holding, key=lambda module: len(names[module]))
     fits = calls[smallest].shape == calls[before].shape and calls[smallest].output_shape == calls[after].output_shape
     return smallest if fits else None
-
-

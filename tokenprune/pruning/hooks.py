@@ -117,16 +117,8 @@ class PruningHooks(nn.Module):
         self.recomputed = State()
 
     _LIVE: ClassVar[list[str]] = [
-        "trace",
-        "_executions",
-        "_running",
-        "_scopes",
-        "_tail",
-        "_everything",
-        "_entry",
-        "_state",
-        "recomputed",
-    ]
+        "trace", "_executions", "_running", "_scopes", "_tail", "_everything", "_entry", "_state", "recomputed",
+    ]  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._LIVE}

@@ -99,7 +99,9 @@ class _System:
         with torch.no_grad():
             self.path.linear.weight.copy_(weights[:width].T)
             self.path.linear.bias.copy_(weights[width])
-        error = (self.squares / self.count - 2 * (weights * products).sum(0) + (weights * (inputs @ weights)).sum(0)).sum()
+        error = (
+            self.squares / self.count - 2 * (weights * products).sum(0) + (weights * (inputs @ weights)).sum(0)
+        ).sum()
         variance = (self.squares / self.count - products[width].square()).sum()
         return float(1 - error / variance.clamp(min=torch.finfo(torch.float32).tiny))
 

@@ -75,7 +75,10 @@ class Gather(Execution):
         batch, length, width = kept.shape[0], full.length, sizes(kept)[2]
         # Into a fresh tensor: each token is written once.
         joined = kept.new_empty(batch * length, width)
-        for part, positions in ((kept, full.positions(selection.indices)), (others, selection.others + full.num_prefix)):
+        for part, positions in (
+            (kept, full.positions(selection.indices)),
+            (others, selection.others + full.num_prefix),
+        ):
             joined.index_copy_(0, rows(positions, length), part.flatten(0, 1))
         return joined.view(batch, length, width)
 

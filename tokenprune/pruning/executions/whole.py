@@ -54,7 +54,9 @@ class Whole(Execution):
         if before.all_kept or before.indices is None:
             return values
         indices = before.indices
-        return values.gather(1, indices.view(*indices.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:]))
+        return values.gather(
+            1, indices.view(*indices.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:])
+        )
 
     def remove(self, tokens: Tensor, before: Selection, selection: Selection) -> Tensor:
         return tokens

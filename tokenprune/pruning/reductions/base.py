@@ -116,7 +116,7 @@ class Reduction(nn.Module):
         if backbone.levels and not self.whole:
             kinds = ", ".join(sorted({type(block).__name__ for block in backbone.blocks}))
             raise UnsupportedModelError(
-                f"the blocks of this hierarchy ({kinds}) need the full grid of tokens, and pruned={name!r} takes tokens "
+                f"the blocks of this hierarchy ({kinds}) need the full grid of tokens, and pruned={name!r} takes some "
                 "out of it; pass pruned='fast', with which pruned tokens skip the expensive part of each block."
             )
         if self.num_summary and backbone.summary_obstacles:

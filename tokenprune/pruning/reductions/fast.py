@@ -14,7 +14,14 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.backbones.token_wise import TokenWise, as_sequence, first_tensor, in_shape
 from tokenprune.pruning.executions.paths import Paths
-from tokenprune.pruning.reductions.base import Reduced, Reduction, ReductionContext, Split, WholeModel, register_reduction
+from tokenprune.pruning.reductions.base import (
+    Reduced,
+    Reduction,
+    ReductionContext,
+    Split,
+    WholeModel,
+    register_reduction,
+)
 from tokenprune.tokens import replace_tokens, sizes
 
 
@@ -99,8 +106,8 @@ class Fast(Reduction):
     """Kept tokens go through a block's MLP, the others through a fast path; every token stays in the sequence.
 
     Dynamic Spatial Sparsification for Efficient Vision Transformers and Convolutional Neural Networks (arXiv
-    2207.01580). What mixes tokens, such as window attention and convolutions, sees all of them, so that windows, feature
-    maps and dense heads are as they were. Every stage scores all tokens anew.
+    2207.01580). What mixes tokens, such as window attention and convolutions, sees all of them, so that windows,
+    feature maps and dense heads are as they were. Every stage scores all tokens anew.
 
     Args:
         context: Of the stage, with the token-wise parts of the blocks behind it.
@@ -140,5 +147,3 @@ def build(context: ReductionContext) -> Fast:
 def build_nested(context: ReductionContext) -> NestedFast:
     """A `NestedFast` with a path for each part."""
     return NestedFast(context)
-
-
