@@ -97,6 +97,7 @@ def sparsify(
     for number, probability in enumerate(plan.keep_probabilities):
         context = ReductionContext(backbone.embed_dim, probability, partial(parts.behind, plan, number))
         reductions.append(_built(Reduction, build_reduction, context, f"pruned={pruned!r}"))
+    _check_hierarchy(model, backbone, reductions, pruned)
     for reduction in reductions:
         reduction.check(backbone, reduction_name(pruned) or type(reduction).__name__)
     backbone = parts.described
@@ -173,6 +174,18 @@ def _built(kind: type[Built], build: Callable[[Any], Any], context: Any, given: 
     if not isinstance(made, kind):
         raise TypeError(f"{given} built a {type(made).__name__}; expected a tokenprune.{kind.__name__}.")
     return made
+
+
+def _check_hierarchy(
+    model: nn.Module, backbone: Backbone, reductions: Sequence[Reduction], pruned: str | ReductionBuilder
+) -> None:
+    if backbone.levels and not all(reduction.whole for reduction in reductions):
+        kinds = ", ".join(sorted({type(block).__name__ for block in backbone.blocks}))
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no flat list of blocks over tokens: its blocks ({kinds}) need the full grid, "
+            f"and pruned={pruned!r} takes tokens out of it. Pass pruned='fast', with which pruned tokens stay where "
+            "they are and skip the expensive part of each block."
+        )
 
 
 def _check_attention(plan: Plan, backbone: Backbone, scorer: str | ScorerBuilder) -> None:

@@ -145,10 +145,12 @@ def _children(model: nn.Module, name: str) -> Iterator[nn.Module]:
     return model.get_submodule(name).children()
 
 
-def image_size(model: nn.Module) -> tuple[int, int]:
+def image_size(model: Any) -> tuple[int, int]:
     """Height and width that the model was built for."""
     sizes = (getattr(module, "img_size", None) for module in model.modules())
     size = next((size for size in sizes if size is not None), None)
+    if size is None and hasattr(model, "tokens_spatial_shape"):  # Hiera keeps its grid instead
+        size = [tokens * stride for tokens, stride in zip(model.tokens_spatial_shape, model.patch_stride, strict=True)]
     return _pair(_input_size(model)[1:] if size is None else size)
 
 

@@ -314,7 +314,9 @@ def test_what_takes_tokens_out_of_a_hierarchy_is_refused() -> None:
     model = SWIN.model()
     hooks = hook_counts(model)
     for pruned in ("drop", "preserve", "fuse", "merge"):
-        with pytest.raises(tokenprune.UnsupportedModelError, match=r"SwinTransformerBlock.*need the full grid.*'fast'"):
+        with pytest.raises(
+            tokenprune.UnsupportedModelError, match=r"SwinTransformerBlock\) need the full grid.*'fast'"
+        ):
             tokenprune.sparsify(model, pruned=pruned)
     with pytest.raises(tokenprune.UnsupportedModelError, match="attend within windows"):
         tokenprune.sparsify(model, pruned="fast", scorer="cls_attention")

@@ -68,7 +68,7 @@ def prove(example: Example, *, library: str, compiled: bool | None = None) -> Su
                 f"{library} knows nothing."
             )
         keys, hooks = list(model.state_dict()), _hooks(model)
-        sparsify(model, example.stages, example.keep_ratio)
+        sparsify(model, example.stages, example.keep_ratio, pruned=example.pruned)
         trained = _prove_invariants(model, arguments, example.name)
         description = describe_behaviour(model, arguments)
         unsparsify(model)
@@ -84,6 +84,7 @@ def prove(example: Example, *, library: str, compiled: bool | None = None) -> Su
         name=example.name,
         model_class=type(model).__name__,
         passes=tuple(passes),
+        pruned=example.pruned,
         **description._asdict(),
     )
 
@@ -142,7 +143,7 @@ def _prove_compiled(example: Example, how: str) -> bool:
         run(example.model(), arguments)
     except Exception:  # whatever a compiler raises
         return False
-    model = sparsify(example.model(), example.stages, example.keep_ratio)
+    model = sparsify(example.model(), example.stages, example.keep_ratio, pruned=example.pruned)
     with torch.no_grad():
         expected = named_outputs(model(**arguments))
     try:

@@ -123,6 +123,15 @@ class Adapter(ABC):
             "into it."
         )
 
+    def official_weights(self, model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights under the names that their authors gave them, under those of ``model``; for `load_dynamicvit`.
+
+        Args:
+            model: What `from_state_dict` made of them.
+            state: The weights.
+        """
+        return state
+
     def examples(self) -> Iterable[Example]:
         """Small models of every kind that the adapter describes, to prove; for ``tokenprune prove``.
 
@@ -268,6 +277,12 @@ def model_of(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module
     if len(refusals) == 1:
         raise refusals[0]
     raise CheckpointError("\n".join(["no adapter knows a model with these weights.", *map(str, refusals)]))
+
+
+def official_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The authors' weights under the names of a model that `model_of` made of them."""
+    library = library_of(model)
+    return state if library is None else adapter(library).official_weights(model, state)
 
 
 def _unknown(model: nn.Module) -> str:

@@ -87,7 +87,12 @@ def observe_hierarchy(
     recording = probe.record()
     modules = _blocks(model, recording)
     found = probe.parts(modules, recording)
-    blocks = [block for module in modules if (block := _block(module, found[module], recording, num_images))]
+    # Where channels are as many as rows, one block does not say which are which; all together do.
+    ways = [
+        [block for module in modules if (block := _block(module, found[module], recording, num_images, channels_first))]
+        for channels_first in (False, True)
+    ]
+    blocks = max(ways, key=len)
     if not blocks:
         raise UnsupportedModelError(_refusal(name, modules, found))
     levels, costs = [], []
@@ -136,23 +141,22 @@ def _num_linear(module: nn.Module) -> int:
     return sum(linear_widths(one) is not None for one in module.modules())
 
 
-def _block(module: nn.Module, parts: list[FoundPart], recording: Recording, num_images: int) -> _Block | None:
+def _block(
+    module: nn.Module, parts: list[FoundPart], recording: Recording, num_images: int, channels_first: bool
+) -> _Block | None:
     """A block, with those of its parts that see its tokens as they come in; ``None`` if there are none."""
     shape = recording.calls[module].shape
     if shape[0] != num_images:
         return None
-    for channels_first in (False, True)[: 1 if len(shape) == 3 else 2]:
-        block = _Block(module, [], shape, channels_first)
-        same = [
-            one
-            for one in parts
-            if one.shape[0] == shape[0]
-            and one.part.embed_dim == block.embed_dim
-            and torch.Size(one.shape).numel() == torch.Size(shape).numel()
-        ]
-        if same:
-            return block._replace(parts=same)
-    return None
+    block = _Block(module, [], shape, channels_first and len(shape) == 4)
+    same = [
+        one
+        for one in parts
+        if one.shape[0] == shape[0]
+        and one.part.embed_dim == block.embed_dim
+        and torch.Size(one.shape).numel() == torch.Size(shape).numel()
+    ]
+    return block._replace(parts=same) if same else None
 
 
 def _level(

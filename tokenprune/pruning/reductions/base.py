@@ -113,12 +113,6 @@ class Reduction(nn.Module):
         Raises:
             UnsupportedModelError: The message says why, and what can be done instead.
         """
-        if backbone.levels and not self.whole:
-            kinds = ", ".join(sorted({type(block).__name__ for block in backbone.blocks}))
-            raise UnsupportedModelError(
-                f"the blocks of this hierarchy ({kinds}) need the full grid of tokens, and pruned={name!r} takes some "
-                "out of it; pass pruned='fast', with which pruned tokens skip the expensive part of each block."
-            )
         if self.num_summary and backbone.summary_obstacles:
             raise UnsupportedModelError(
                 f"pruned={name!r} adds a token that stands for several places in the image and has none of its own, "
