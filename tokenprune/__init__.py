@@ -44,7 +44,10 @@ from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.saving.dynamicvit import load_dynamicvit
 from tokenprune.saving.export import ExportReport, export
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
+from tokenprune.training.calibration import calibrate
+from tokenprune.training.calibration_report import CalibrationReport
 from tokenprune.training.fast_paths import fit_fast_paths
+from tokenprune.training.gathered import gathered
 from tokenprune.training.losses import DynamicViTLoss
 
 __version__ = "0.1.0"
@@ -57,6 +60,7 @@ __all__ = [
     "Adaptation",
     "Adapter",
     "Backbone",
+    "CalibrationReport",
     "Candidates",
     "CheckpointError",
     "CountingError",
@@ -95,12 +99,14 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationReport",
     "animate",
+    "calibrate",
     "dense",
     "export",
     "fit_fast_paths",
     "flops",
     "from_pretrained",
     "functional",
+    "gathered",
     "kept_tokens",
     "load_dynamicvit",
     "prove",

@@ -29,8 +29,8 @@ class Trace:
         restored: Whether pruned tokens were restored behind every block, or never left the sequence.
         whole: Whether they never left it, and went on by another path.
         anew: Whether every stage decided on all patch tokens, whatever the one before had decided.
-        tokens: The final normalised tokens, laid out as `layout` says, (B, L, C); recorded for losses in executions
-            that train, while gradients are enabled.
+        tokens: The final normalised tokens, laid out as `layout` says, (B, L, C); recorded for losses in training
+            mode, and in executions that train, while gradients are enabled.
     """
 
     execution: str
