@@ -62,7 +62,7 @@ def load_hierarchy(
     layout = _split(state)
     model = model_of(layout.dense, num_heads=None)
     dense = official_weights(model, layout.dense)
-    if isinstance(keep_ratio, Real) and not isinstance(keep_ratio, bool):
+    if isinstance(keep_ratio, Real):
         keep_ratio = [round(float(keep_ratio) - _STEP * number, 6) for number in range(len(layout.predictors))]
     sparsify(model, stages, keep_ratio, pruned="fast")
     own = [cast(Stage, stage) for stage in sparsifier_of(model).stages]
