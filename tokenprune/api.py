@@ -181,10 +181,10 @@ def _check_hierarchy(
 ) -> None:
     if backbone.levels and not all(reduction.whole for reduction in reductions):
         kinds = ", ".join(sorted({type(block).__name__ for block in backbone.blocks}))
+        why = f"the blocks of {type(model).__name__} ({kinds}) need the full grid of tokens."
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no flat list of blocks over tokens: its blocks ({kinds}) need the full grid, "
-            f"and pruned={pruned!r} takes tokens out of it. Pass pruned='fast', with which pruned tokens stay where "
-            "they are and skip the expensive part of each block."
+            f"{backbone.obstacle or why} So pruned={pruned!r}, which takes tokens out of the sequence, is not for this "
+            "model; pass pruned='fast', with which they stay and skip the expensive part of each block."
         )
 
 

@@ -32,9 +32,10 @@ def describe(model: nn.Module) -> Backbone:
         return _flat(model)
     except UnsupportedModelError as flat:
         try:
-            return describe_hierarchy(model, example_inputs(model), image_size(model))
+            found = describe_hierarchy(model, example_inputs(model), image_size(model))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{flat} As a hierarchy: {error}") from error
+        return replace(found, obstacle=str(flat))
 
 
 def _flat(model: nn.Module) -> Backbone:

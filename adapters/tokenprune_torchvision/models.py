@@ -29,7 +29,8 @@ def describe(model: nn.Module) -> Backbone:
                 f"torchvision's {type(model).__name__} has no flat list of blocks over tokens; supported are "
                 f"VisionTransformer (vit_b_16 and its relatives) and hierarchies. {error}"
             ) from error
-        return Backbone(**found._asdict(), num_prefix_tokens=0)
+        flat = f"torchvision's {type(model).__name__} has no flat list of blocks over tokens."
+        return Backbone(**found._asdict(), num_prefix_tokens=0, obstacle=flat)
     return Backbone(
         blocks=tuple(model.encoder.layers),
         num_prefix_tokens=model.class_token.shape[1],

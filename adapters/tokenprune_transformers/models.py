@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -86,7 +87,7 @@ def describe(model: nn.Module) -> Backbone:
         return _flat(model)
     except UnsupportedModelError as flat:
         try:
-            return _hierarchy(model)
+            return replace(_hierarchy(model), obstacle=str(flat))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{flat} As a hierarchy: {error}") from error
 

@@ -97,7 +97,7 @@ def test_a_model_that_no_adapter_knows() -> None:
             "FeatureGetterNet puts out feature maps",
         ),
         (lambda: torchvision.models.resnet18(), "torchvision's ResNet has no flat list of blocks"),
-        (lambda: torchvision.models.swin_t(), "SwinTransformer has no flat list"),
+        (lambda: torchvision.models.swin_t(), "torchvision's SwinTransformer has no flat list"),
     ],
     ids=["timm ResNet", "timm feature maps", "torchvision ResNet", "torchvision Swin"],
 )

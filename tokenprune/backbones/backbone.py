@@ -76,6 +76,8 @@ class Backbone:
             token in the sequence; ``None`` has them found, by running the model, when such a reduction is chosen.
         levels: Of a hierarchy, whose blocks need the full grid, the levels in which its blocks stand; empty for a flat
             list of blocks.
+        obstacle: Why no token can be taken out of such a model's sequence, a sentence for its users; ``None`` for the
+            general reason.
         level: The number of the one that stages stand in, which ``embed_dim``, ``patch_size`` and ``grid_size``
             describe.
     """
@@ -96,6 +98,7 @@ class Backbone:
     token_wise: Sequence[Sequence[TokenWise]] | None = None
     levels: Sequence[Level] = ()
     level: int = 0
+    obstacle: str | None = None
 
     @property
     def reach(self) -> range:

@@ -43,6 +43,7 @@ def check_fields(values: Mapping[str, Any], downstream: Any) -> None:
         "token_wise": (_are_parts, "expected for each block a sequence of tokenprune.TokenWise, or None"),
         "levels": (_is_sequence, "expected a sequence of tokenprune.Level, empty for a flat list of blocks"),
         "level": (_is_count, "expected a whole number from 0"),
+        "obstacle": (lambda value: value is None or isinstance(value, str), "expected a sentence, or None"),
     }
     for name, (holds, expected) in rules.items():
         if not holds(values[name]):

@@ -20,7 +20,7 @@ from tokenprune.backbones.adaptations import Adaptation
 from tokenprune.backbones.backbone import Level
 from tokenprune.backbones.token_grid import TokenGrid
 from tokenprune.backbones.token_wise import TokenWise
-from tokenprune.backbones.token_wise_probe import FoundPart, Probe, Recording, linear_widths
+from tokenprune.backbones.token_wise_probe import FoundPart, Probe, Recording, has_candidates
 from tokenprune.errors import UnsupportedModelError
 
 _NEARLY = 0.75
@@ -118,7 +118,7 @@ def observe_hierarchy(
 
 
 def _blocks(model: nn.Module, recording: Recording) -> list[nn.Module]:
-    """Items of lists that hold two linear layers and take and give tokens of one shape, none inside another."""
+    """Items of lists that may hold a part, and take and give tokens of one shape; none inside another."""
     items = {
         item
         for module in model.modules()
@@ -126,7 +126,7 @@ def _blocks(model: nn.Module, recording: Recording) -> list[nn.Module]:
         for item in module.children()
         if item in recording.calls and recording.calls[item].times == 1
     }
-    fitting = [item for item in items if _keeps_shape(item, recording) and _num_linear(item) > 1]
+    fitting = [item for item in items if _keeps_shape(item, recording) and has_candidates(item, recording)]
     names = recording.names
     innermost = [item for item in fitting if not any(names[other].startswith(f"{names[item]}.") for other in fitting)]
     return sorted(innermost, key=lambda item: recording.calls[item].number)
@@ -135,10 +135,6 @@ def _blocks(model: nn.Module, recording: Recording) -> list[nn.Module]:
 def _keeps_shape(module: nn.Module, recording: Recording) -> bool:
     call = recording.calls[module]
     return len(call.shape) in (3, 4) and call.output_shape == call.shape
-
-
-def _num_linear(module: nn.Module) -> int:
-    return sum(linear_widths(one) is not None for one in module.modules())
 
 
 def _block(

@@ -299,6 +299,11 @@ def replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor)
     return args, {**kwargs, name: tokens}
 
 
+def has_candidates(block: nn.Module, recording: Recording) -> bool:
+    """Whether a block calls two linear layers that may be a part."""
+    return bool(_candidates(block, recording))
+
+
 def _candidates(block: nn.Module, recording: Recording) -> list[list[FoundPart]]:
     """For each pair of linear layers in a block that may be a part: the forms it may have, the best first."""
     called = recording.inside(block)
