@@ -301,3 +301,10 @@ def test_calibrate_finds_thresholds_anew() -> None:
     assert other.tokenprune.thresholds == ()
     tokenprune.calibrate(other, images.split(4), steps=1, progress=False, keep_ratio_range=None, adaptive=True)
     assert [one.keep_ratios for one in other.tokenprune.thresholds] == [(0.6, 0.36)]
+
+
+def test_a_reduction_that_keeps_every_token_has_no_adaptive_budget() -> None:
+    model = timm.create_model("convnext_atto", depths=(1, 1, 4, 1), dims=(8, 8, 16, 16)).eval()
+    tokenprune.sparsify(model, pruned="fast")
+    with pytest.raises(UnsupportedModelError, match="with pruned='fast' every token stays in the sequence"):
+        model.tokenprune.budget = "adaptive"

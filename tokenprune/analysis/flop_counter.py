@@ -170,8 +170,8 @@ def flops(
             with dense(inner):
                 dense_counts = count(inner, image)
             sparse_counts = count(inner, image)
-        by_image: tuple[int, ...] = ()
-        if images is not None:
+        by_image = () if images is None else (sparse_counts[""],) * len(images)
+        if images is not None and sparsifier.thresholds_in_force is not None:
             with sparsifier.executing(sparsifier.inference_execution):
                 by_image = count_by_image(inner, sparsifier, images, costs)
     return FlopReport(

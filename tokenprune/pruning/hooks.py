@@ -8,7 +8,6 @@ pruning, K tokens of the sequence as it is, C channels.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -20,24 +19,16 @@ from torch.utils.hooks import RemovableHandle
 from tokenprune.backbones.adaptations import Removed, Scope
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
+from tokenprune.pruning import checks
 from tokenprune.pruning.attention_scopes import AttentionScopes
-from tokenprune.pruning.budget import Threshold, Thresholds
-from tokenprune.pruning.checks import (
-    check_attended,
-    check_grad,
-    check_no_replica,
-    check_recomputed,
-    layout_of,
-    refuse_order,
-    refuse_training_in_place,
-)
-from tokenprune.pruning.executions import AUTO, Execution, default_execution, execution_class
+from tokenprune.pruning.budget import Thresholds
+from tokenprune.pruning.executions import AUTO, Execution, Paths, Whole, chosen_execution, execution_class
 from tokenprune.pruning.places import Place, places, stage_before
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.recomputation import State, recomputing, remember
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.stage import Stage
-from tokenprune.pruning.trace import Trace
+from tokenprune.pruning.trace import Trace, image_size_of
 from tokenprune.tokens import Layout, find_tokens, output_tokens, replace_output_tokens, replace_tokens
 
 
@@ -69,9 +60,14 @@ class PruningHooks(nn.Module):
         """Whether pruned tokens are restored behind every block: the reduction does so, or the model needs them."""
         return self._restores
 
+    @property
+    def thresholds_in_force(self) -> Thresholds | None:
+        """By which stages keep different numbers of tokens of images; ``None`` where they keep as many of all."""
+        return None
+
     def _install_hooks(self, tower: nn.Module) -> Iterator[RemovableHandle]:
         """Put the hooks into the module that embeds images and runs the blocks, one after the other."""
-        blocks, first = self.backbone.blocks, self._plan.stages[0]
+        blocks, first = [self.backbone.blocks[index] for index in self.backbone.reach], self._plan.stages[0]
         for adaptation in self.backbone.adaptations:
             yield from adaptation.install_outside(blocks, self)
         yield tower.register_forward_pre_hook(self._before_tower, with_kwargs=True)
@@ -82,7 +78,7 @@ class PruningHooks(nn.Module):
                 yield block.register_forward_pre_hook(partial(self._before_block, place), with_kwargs=True)
                 # In front of hooks that collect hidden states, so that these see what the next block sees.
                 yield block.register_forward_hook(partial(self._after_block, place), prepend=True)
-            if place.block >= first or place.awaited_by is not None:
+            if (place.block >= first and not self._whole) or place.awaited_by is not None:
                 for attention in self.backbone.attention_modules(place.block):
                     yield attention.register_forward_pre_hook(partial(self._before_attention, place))
                     yield attention.register_forward_hook(self._after_attention, always_call=True)
@@ -91,18 +87,21 @@ class PruningHooks(nn.Module):
             yield self.backbone.final_norm.register_forward_hook(self._after_final_norm)
         for adaptation in self.backbone.adaptations:
             yield from adaptation.install_inside(blocks, self)
+        for stage in self.stages:
+            yield from cast(Stage, stage).reduction.install(self)
 
     # State of one forward pass. Decisions are kept by stage: activation checkpointing runs a block
     # again, in the backward pass, and must then find what was in force when it ran first.
 
     def _prepare(self) -> None:
-        backbone = self.backbone
-        self._restores = backbone.downstream == "all tokens" or any(
-            cast(Stage, stage).reduction.restores for stage in self.stages
-        )
+        reductions = [cast(Stage, stage).reduction for stage in self.stages]
+        self._restores = self.backbone.downstream == "all tokens" or any(one.restores for one in reductions)
+        self._whole = any(one.whole for one in reductions)
+        self._anew = self._whole and any(one.anew for one in reductions)
+        self._restoring = self._restores and not self._whole
         self._executions: dict[str, Execution] = {}
         self._running: Execution | None = None
-        self._scopes = AttentionScopes(backbone)
+        self._scopes = AttentionScopes(self.backbone)
         self._tail: Interception | None = None
         self._in_tower = False
         self._open = False
@@ -115,16 +114,8 @@ class PruningHooks(nn.Module):
         self.recomputed = State()
 
     _LIVE: ClassVar[list[str]] = [
-        "trace",
-        "_executions",
-        "_running",
-        "_scopes",
-        "_tail",
-        "_everything",
-        "_entry",
-        "_state",
-        "recomputed",
-    ]
+        "trace", "_executions", "_running", "_scopes", "_tail", "_everything", "_entry", "_state", "recomputed",
+    ]  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._LIVE}
@@ -144,14 +135,24 @@ class PruningHooks(nn.Module):
         assert self.trace is not None
         return self.backbone.layout_at(self.trace.start.layout, block)
 
-    # What adaptations ask
+    @property
+    def keep_probabilities(self) -> tuple[float, ...]:
+        """For each stage the fraction that it keeps of the tokens that it scores, in (0, 1]."""
+        return self._plan.keep_ratios if self._anew else self._plan.keep_probabilities
+
+    # What adaptations and reductions ask
+
+    def paths(self, block: int) -> Paths | None:
+        """How a block's tokens are split into two paths; ``None`` where all of them are kept."""
+        selection, running = self._selection(stage_before(self._plan, block)), self._running
+        if selection is None or running is None or selection.all_kept:
+            return None
+        return running.paths(selection, self._full_layout(block))
 
     def kept_indices(self, block: int) -> Tensor | None:
         """(B, n) int64, the positions in the grid of the patch tokens that a block gets; ``None`` if all."""
         selection = self._selection(stage_before(self._plan, block))
-        if selection is None or selection.all_kept or selection.indices is None or selection.packing is None:
-            return None if selection is None or selection.all_kept else selection.indices
-        return selection.packing.pack(selection.indices)
+        return None if selection is None or selection.all_kept else selection.indices_in_blocks
 
     def full_length(self) -> int | None:
         """L, where tokens are removed in this pass; ``None`` where all stay."""
@@ -169,18 +170,11 @@ class PruningHooks(nn.Module):
     # Hooks
 
     def _before_tower(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        check_no_replica(model)
+        checks.check_no_replica(model)
         self._close()
         self._in_tower = True
         self._grad_enabled = torch.is_grad_enabled()
-        self._image_size = next(
-            (
-                (value.shape[-2], value.shape[-1])
-                for value in (*args, *kwargs.values())
-                if isinstance(value, Tensor) and value.dim() == 4
-            ),
-            None,
-        )
+        self._image_size = image_size_of(args, kwargs)
 
     def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._in_tower, self._image_size = False, None
@@ -205,27 +199,27 @@ class PruningHooks(nn.Module):
         if not self.enabled:
             return
         backbone, tokens = self.backbone, find_tokens(block, args, kwargs)
-        layout = layout_of(block, tokens, backbone)
-        by_image = self._thresholds_in_force() is not None
-        name = self._execution
-        if name == AUTO:
-            name = default_execution(training=self.training, by_image=by_image)
+        layout, thresholds = checks.layout_of(block, tokens, backbone), self.thresholds_in_force
+        name = chosen_execution(self._execution, training=self.training, by_image=thresholds is not None)
         if name not in self._executions:
-            self._executions[name] = execution_class(name)(backbone)
+            execution = execution_class(name)(backbone)
+            self._executions[name] = Whole(execution) if self._whole else execution
         running = self._executions[name]
         if running.trains and self.training and self._hands_on_kept():
-            refuse_training_in_place()
+            checks.refuse_training_in_place()
         running.begin()
         self._scopes.close()
-        self._running = running
         self.trace = Trace(
             execution=name,
             start=Selection(layout, all_kept=True),
             num_prefix_tokens=backbone.num_prefix_at(len(backbone.blocks)),
             grid=backbone.grid_of(layout.num_patches, self._image_size),
             restored=self._restores,
+            whole=self._whole,
+            anew=self._anew,
+            thresholds=thresholds,
         )
-        self._open = True
+        self._running, self._open = running, True
 
     def _before_block(
         self, place: Place, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -234,22 +228,22 @@ class PruningHooks(nn.Module):
         again, running, trace = recomputing(), self._running, self.trace
         if not (again or self._is_next(place, block)) or running is None or trace is None:
             return None
-        check_recomputed(running, trace.execution, block)
-        if not place.starts and not self._restores:
+        checks.check_recomputed(running, trace.execution, block)
+        if not place.starts and not self._restoring:
             return self._side_inputs(place, running, args, kwargs)
         given = tokens = find_tokens(block, args, kwargs)  # (B, K, C)
         state = self.recomputed if again else self._state
-        before = trace.start
-        if place.stage > 0 or not place.starts:
+        before, alone = trace.start, place.stage == 0 or self._anew
+        if not (place.starts and alone):
             before = state.selections[place.stage - 1 if place.starts else place.stage]
-        if self._restores:
+        if self._restoring:
             tokens = self._resume(place, running, tokens, before, state)
         elif place.starts:
             tokens = before.unpack(tokens)
         now = before
         if place.starts:
             if running.trains:
-                check_grad(block, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
+                self._check_grad(block)
             before = before.replace(layout=self.backbone.layout_at(before.layout, place.block))
             counts = self._plan.num_keep(trace.num_patches)
             tokens, now = cast(Stage, self.stages[place.stage]).prune(
@@ -258,10 +252,10 @@ class PruningHooks(nn.Module):
                 running,
                 trace,
                 num_keep=counts[place.stage],
-                num_reached=counts[place.stage - 1] if place.stage else trace.num_patches,
-                probability=self._plan.keep_probabilities[place.stage],
+                num_reached=trace.num_patches if alone else counts[place.stage - 1],
+                probability=self.keep_probabilities[place.stage],
                 attention=state.selections[place.stage].attention if again else self._scopes.take_recorded(),
-                threshold=self._threshold(place.stage),
+                threshold=trace.threshold(place.stage, counts[place.stage]),
             )
             now = running.lay_out(now)
             if not again:
@@ -272,23 +266,13 @@ class PruningHooks(nn.Module):
             args, kwargs = replace_tokens(args, kwargs, tokens)
         return self._side_inputs(place, running, args, kwargs) or (args, kwargs)
 
-    def _threshold(self, stage: int) -> Threshold | None:
-        """By which a stage keeps different numbers of tokens; ``None`` where it keeps the same of all images."""
-        assert self.trace is not None
-        thresholds = self._thresholds_in_force()
-        return None if thresholds is None else thresholds.at(stage, self._plan.num_keep(self.trace.num_patches)[stage])
-
-    def _thresholds_in_force(self) -> Thresholds | None:
-        """By which stages keep different numbers of tokens of images; ``None`` where they keep as many of all."""
-        return None
-
     def _is_next(self, place: Place, block: nn.Module) -> bool:
         """Whether the pass has come to a block; one that somebody calls by itself runs as it is."""
         decided = len(self._state.selections) if self._open else -1
         if decided == place.stage + (0 if place.starts else 1):
             return True
         if self._in_tower and self.enabled:
-            refuse_order(block, place.block)
+            checks.refuse_order(block, place.block)
         return False
 
     def _resume(self, place: Place, running: Execution, tokens: Tensor, before: Selection, state: State) -> Tensor:
@@ -319,14 +303,14 @@ class PruningHooks(nn.Module):
         if selection is not None:
             masking = running.attention(selection, layouts(selection.layout, place.block))
             if masking is not None:
-                check_grad(attention, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
+                self._check_grad(attention)
                 self._attended = True
                 scopes.append(masking)
         if place.awaited_by is not None and self._asks(place.awaited_by):
-            seen = trace.start if selection is None else selection
+            seen = trace.start if selection is None or self._whole else selection
             scopes.append(self._scopes.recorder(seen, layouts(seen.layout, place.block)))
         if self._scopes.adapting and selection is not None and selection.indices is not None and running.removes:
-            check_recomputed(running, trace.execution, attention)
+            checks.check_recomputed(running, trace.execution, attention)
             full = self._full_layout(place.block)
             removed = Removed(full.positions(selection.indices), full.length, running.gathered())
             scopes += self._scopes.of_adaptations(attention, removed)
@@ -337,31 +321,34 @@ class PruningHooks(nn.Module):
         if self._scopes.entered:
             self._scopes.leave(attention, failed=output is None)  # None: an exception is passing through
 
+    def _check_grad(self, module: nn.Module) -> None:
+        checks.check_grad(module, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
+
     def _asks(self, stage: int) -> bool:
         """Whether a stage's scorer will be asked in this pass; the attention scores are kept for recomputations."""
-        asked = self._plan.keep_probabilities[stage] < 1 and cast(Stage, self.stages[stage]).scorer.needs_attention
+        asked = self.keep_probabilities[stage] < 1 and cast(Stage, self.stages[stage]).scorer.needs_attention
         return asked and not recomputing()
 
     def _after_block(self, place: Place, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         running = self._running
-        if running is None or not (self._restores or running.trains or running.intercepts):
+        if running is None or not (self._restoring or running.trains or running.intercepts):
             return None
         selection = self._selection(place.stage)
         if selection is None:
             return None
         given = tokens = output_tokens(output)
-        if self._restores or block is self.backbone.blocks[-1]:
+        if self._restoring or place.block == self.backbone.reach[-1]:
             tokens = selection.unpack(tokens)
-        if self._restores:
+        if self._restoring:
             if self._everything is None:  # a block that somebody called by itself
                 return None
             tokens = self._restore(place, running, tokens, selection)
         if running.intercepts and not selection.all_kept and not torch.compiler.is_compiling():
-            check_attended(block, self._attended)
+            checks.check_attended(block, self._attended)
             self._attended = False
         if running.trains and not torch.compiler.is_compiling():
             state = self.recomputed if recomputing() else self._state
-            found = State(state.selections[: place.stage + 1], self._entry.summaries if self._restores else None)
+            found = State(state.selections[: place.stage + 1], self._entry.summaries if self._restoring else None)
             remember(self, tokens, found)
         return None if tokens is given else replace_output_tokens(output, tokens)
 
@@ -394,21 +381,14 @@ class PruningHooks(nn.Module):
             self._tail = tail
             tail.enter()
         else:
-            warnings.warn(
-                "a method of a sparsified model was called in an execution in which all tokens stay, without calling "
-                "the model itself: its tokens include pruned ones, which model.tokenprune.trace.keep[-1] tells apart "
-                "before they are pooled.",
-                stacklevel=2,
-            )
+            checks.warn_of_pruned()
 
     def _after_final_norm(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._record_tokens(output)
 
     def _record_tokens(self, tokens: Tensor) -> None:
         running, trace = self._running, self.trace
-        if running is None or trace is None or not torch.is_grad_enabled():
-            return
-        if running.trains or self.training:
+        if running is not None and trace is not None and torch.is_grad_enabled() and (running.trains or self.training):
             trace.tokens = tokens
 
     def _close(self) -> None:

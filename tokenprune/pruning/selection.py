@@ -27,6 +27,8 @@ class Selection(NamedTuple):
             where all keep n.
         keep: (B, N), 1 = kept, 0 = pruned; in training a gradient reaches it.
         all_kept: Whether nothing has been pruned yet, so that there is nothing to carry out.
+        others: (B, N − n) int64, ascending positions of the others in the grid, where these stay in the sequence and
+            ``indices`` is set.
         chosen: (B, n) int64, the kept ones' positions among those that reached the stage, where ``indices`` is set.
         summaries: (B, S), 0 for a summary token that holds nothing; ``None`` if all hold something.
         hosts: (B, N) int64, for each patch token of the grid the one whose state it takes when it is restored;
@@ -41,6 +43,7 @@ class Selection(NamedTuple):
     present: Tensor | None = None
     keep: Tensor | None = None
     all_kept: bool = False
+    others: Tensor | None = None
     chosen: Tensor | None = None
     summaries: Tensor | None = None
     hosts: Tensor | None = None
@@ -64,6 +67,11 @@ class Selection(NamedTuple):
     def unpack(self, tokens: Tensor) -> Tensor:
         """Of what blocks run on the sequences (B, K, C) again."""
         return tokens if self.packing is None else self.packing.unpack(tokens)
+
+    @property
+    def indices_in_blocks(self) -> Tensor | None:
+        """The positions in the grid of the patch tokens that blocks get: (B, n), or (1, T) in one sequence."""
+        return self.indices if self.indices is None or self.packing is None else self.packing.pack(self.indices)
 
     @property
     def left(self) -> Tensor | None:

@@ -123,6 +123,11 @@ class Sparsifier(PruningHooks):
                     "what follows the vision tower of this model takes equally many tokens of each image, which an "
                     "adaptive budget does not give; sparsify the tower by itself."
                 )
+            if self._whole:
+                raise UnsupportedModelError(
+                    f"with pruned={self.pruned!r} every token stays in the sequence, and as many of each image take "
+                    "the one path or the other, which an adaptive budget does not give; choose another reduction."
+                )
             check_by_image(self._execution, self.backbone)
             check_calibrated(self._plan.keep_ratios, self._thresholds)
         self._budget = budget
@@ -139,9 +144,11 @@ class Sparsifier(PruningHooks):
     @property
     def inference_execution(self) -> str:
         """The execution that ``"auto"`` takes in eval mode."""
-        return default_execution(training=False, by_image=self._thresholds_in_force() is not None)
+        return default_execution(training=False, by_image=self.thresholds_in_force is not None)
 
-    def _thresholds_in_force(self) -> Thresholds | None:
+    @property
+    def thresholds_in_force(self) -> Thresholds | None:
+        """By which stages keep different numbers of tokens of images; ``None`` where they keep as many of all."""
         if self._tried is not None:
             return self._tried
         if self._budget == FIXED or all(ratio == 1 for ratio in self._plan.keep_ratios):

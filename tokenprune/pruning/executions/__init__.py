@@ -7,6 +7,7 @@ from tokenprune.pruning.executions.base import (
     AUTO,
     Execution,
     check_execution,
+    chosen_execution,
     default_execution,
     execution_class,
     executions,
@@ -14,15 +15,20 @@ from tokenprune.pruning.executions.base import (
 )
 from tokenprune.pruning.executions.gather import Gather
 from tokenprune.pruning.executions.mask import Mask
+from tokenprune.pruning.executions.paths import Paths
 from tokenprune.pruning.executions.varlen import Varlen
+from tokenprune.pruning.executions.whole import Whole
 
 __all__ = [
     "AUTO",
     "Execution",
     "Gather",
     "Mask",
+    "Paths",
     "Varlen",
+    "Whole",
     "check_execution",
+    "chosen_execution",
     "default_execution",
     "execution_class",
     "executions",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +18,9 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.trace import Trace
 from tokenprune.tokens import Layout
+
+if TYPE_CHECKING:
+    from tokenprune.pruning.executions.paths import Paths
 
 
 class Execution(ABC):
@@ -110,6 +113,22 @@ class Execution(ABC):
             full: The layout of all tokens.
         """
 
+    # Two paths, where every token stays in the sequence
+
+    def others(self, tokens: Tensor, selection: Selection, full: Layout) -> Tensor:
+        """Of all tokens (B, L, C) those that take the other path than what `resume` gives; all of them by default."""
+        return tokens
+
+    def join(self, kept: Tensor, others: Tensor, selection: Selection, full: Layout) -> Tensor:
+        """All tokens (B, L, C) of both paths: of those that `resume` gave, and of those that `others` gave."""
+        return self.restore(kept, selection, others, full)
+
+    def paths(self, selection: Selection, full: Layout) -> Paths | None:
+        """The two paths that a block's tokens take; ``None`` where they take one."""
+        return None
+
+    # What the model does besides
+
     def side_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], selection: Selection, full: Layout
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -147,6 +166,10 @@ class Execution(ABC):
             layouts: Of the sequence behind the last block, and of those that the tail may make of it.
         """
         return None
+
+    def reached(self, values: Tensor, before: Selection) -> Tensor:
+        """Of values of all patch tokens in the sequence (B, N, …) those of what reached a stage: (B, m, …)."""
+        return values
 
     def gathered(self) -> tuple[Tensor, ...]:
         """Side inputs that were gathered for the block that is running, each image's own."""
@@ -208,6 +231,11 @@ def default_execution(*, training: bool, by_image: bool = False) -> str:
     """
     chosen = (one for one in _EXECUTIONS.items() if one[1].trains is training and (one[1].by_image or not by_image))
     return next(name for name, _ in chosen)
+
+
+def chosen_execution(name: str, *, training: bool, by_image: bool) -> str:
+    """The execution of a name, which may be ``"auto"``; see `default_execution`."""
+    return default_execution(training=training, by_image=by_image) if name == AUTO else name
 
 
 def check_execution(name: str, backbone: Backbone) -> None:
