@@ -29,7 +29,7 @@ class Schedule(str, Enum):
 
 def main(
     model: Annotated[str, typer.Option(help="A Vision Transformer of timm, or digits_vit.")] = "deit_small_patch16_224",
-    schedule: Annotated[list[Schedule] | None, typer.Option(help="Give it several times. Default: both.")] = None,
+    schedule: Annotated[list[Schedule] | None, typer.Option(help="Give it several times. Default: masked.")] = None,
     batch_size: Annotated[list[int] | None, typer.Option(help="Give it several times.")] = None,
     keep_ratio: Annotated[float, typer.Option(help="ρ.")] = 0.7,
     device: Device = "cpu",
@@ -42,7 +42,7 @@ def main(
     Masked, scorers and backbone learn, on all tokens; gathered, the backbone alone, with tokens removed.
     """
     rows, data = [], []
-    chosen = [one.value for one in schedule or list(Schedule)]
+    chosen = [one.value for one in schedule or [Schedule.masked]]
     for batch in batch_size or [16, 1]:
         repeats = pairs if batch > 4 else 2 * pairs  # short ones scatter more
         for what, ratio in compare(
@@ -98,7 +98,7 @@ def compare(
             if schedule == "gathered":
                 stack.enter_context(tokenprune.gathered(sparse))
             # Only now, since compiling is wrapping.
-            models = [torch.compile(one) if compiled else one for one in (dense, sparse)]
+            models: list[Any] = [torch.compile(one) if compiled else one for one in (dense, sparse)]
             dense_step = stepper(models[0], lambda outputs: F.cross_entropy(outputs, targets), images, dtype)
             for what, loss in losses.items():
                 objective = partial(_loss, loss, models[1], images, targets)
@@ -112,7 +112,8 @@ def compare(
 def _loss(
     loss: tokenprune.DynamicViTLoss, model: nn.Module, images: Tensor, targets: Tensor, outputs: Tensor
 ) -> Tensor:
-    return loss(model, images, outputs, targets)["loss"]
+    total: Tensor = loss(model, images, outputs, targets)["loss"]
+    return total
 
 
 def stepper(model: nn.Module, loss: Callable[[Tensor], Tensor], images: Tensor, dtype: str) -> Callable[[], None]:
