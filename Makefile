@@ -47,6 +47,7 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.training --schedule masked --schedule gathered --model digits_vit --batch-size 128 \
 		--keep-ratio 0.5 --pairs 11 --name training-digits-cpu
 	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.varlen
 
 benchmarks-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -26,3 +26,11 @@ CENSUS_MASK_EQUALS_GATHER = 2e-5
 
 OFFICIAL = 1e-5
 """Logits of about 1 against the official inference written out, in single precision, through up to 16 blocks."""
+
+VARLEN = {
+    # Of one sequence for all images and of each by itself: sums of as many numbers, which a product over more rows may
+    # add up in another order.
+    torch.float32: 1e-5,
+    # The same in double precision.
+    torch.float64: 1e-9,
+}
