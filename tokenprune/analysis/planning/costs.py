@@ -6,7 +6,7 @@ Shapes: N patch tokens, S stages.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -113,7 +113,8 @@ class PlanCosts:
             exact: Whether to count instead of interpolating.
 
         Returns:
-            The cumulative ratios; those of one token where no plan is cheap enough.
+            The cumulative ratios; those of one token where no plan is cheap enough. Counted ones have as few decimals as
+            say how many tokens are kept, and a stage keeps one more than its decay says where the budget has room.
         """
         cost = self.counted if exact else self.estimated
         low, high = 0.0, math.log(self.num_patches) / min(decays) + 1.0
@@ -127,11 +128,21 @@ class PlanCosts:
         while high - low > FINEST_LEVEL * high:
             middle = (low + high) / 2
             low, high = (low, middle) if cost(at_level(decays, middle)) <= budget else (middle, high)
-        return at_level(decays, high)
+        return self._filled(at_level(decays, high), budget) if exact else at_level(decays, high)
 
-    def rounded(self, ratios: Ratios) -> Ratios:
-        """Ratios of as few decimals as keep the same numbers of tokens."""
-        return tuple(_shortest(number, self.num_patches) for number in self.num_keep(ratios))
+    def _filled(self, ratios: Ratios, budget: float) -> Ratios:
+        """One more token for every stage for which the budget still has room: several may have changed at one level."""
+        kept = list(self.num_keep(ratios))
+        for stage, number in enumerate(kept):
+            more = [*kept[:stage], number + 1, *kept[stage + 1 :]]
+            tried = self._keeping(more)
+            if more == sorted(more, reverse=True) and more[0] <= self.num_patches and self.estimated(tried) <= budget:
+                kept = more if self.counted(tried) <= budget else kept
+        return self._keeping(kept)
+
+    def _keeping(self, numbers: Iterable[int]) -> Ratios:
+        """Ratios of few decimals that keep so many tokens."""
+        return tuple(_shortest(number, self.num_patches) for number in numbers)
 
 
 def at_level(decays: Decays, level: float) -> Ratios:

@@ -41,7 +41,8 @@ def plan_for(
 ) -> Plan:
     """Find the keep ratios of a sparsified model that meet a budget.
 
-    Without images every stage keeps the same fraction ρ of what reaches it, and the ρ is found that the budget allows.
+    Without images every stage keeps the same fraction ρ of what reaches it, to a token, and the ρ is found that the
+    budget allows.
     With images, the pruning is divided among the stages in the way that loses the least at the same cost: every other
     image is searched on, and the rest decide whether what was found is better there than ρ, ρ², ρ³ …, which is
     returned if it is not. Labels are not looked at, and nothing is trained.
@@ -101,7 +102,7 @@ def plan_for(
                 if stopwatch is not None and decays != search.geometric:
                     budget = stopwatch.budget(float(speedup or 1.0), decays, budget)
             ratios = costs.at_most(decays, budget)
-        return Plan(stages=costs.stages, keep_ratios=costs.rounded(ratios))
+        return Plan(stages=costs.stages, keep_ratios=ratios)
 
 
 def _check_budget(**budgets: float | None) -> None:
