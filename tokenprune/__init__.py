@@ -44,6 +44,9 @@ from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.saving.dynamicvit import load_dynamicvit
 from tokenprune.saving.export import ExportReport, export
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
+from tokenprune.training.calibration import calibrate
+from tokenprune.training.calibration_report import Agreement, CalibrationReport
+from tokenprune.training.gathered import gathered
 from tokenprune.training.losses import DynamicViTLoss
 
 __version__ = "0.1.0"
@@ -55,7 +58,9 @@ sys.modules.update({f"{__name__}.{name}": module for name, module in _MOVED.item
 __all__ = [
     "Adaptation",
     "Adapter",
+    "Agreement",
     "Backbone",
+    "CalibrationReport",
     "Candidates",
     "CheckpointError",
     "CountingError",
@@ -92,11 +97,13 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationReport",
     "animate",
+    "calibrate",
     "dense",
     "export",
     "flops",
     "from_pretrained",
     "functional",
+    "gathered",
     "kept_tokens",
     "load_dynamicvit",
     "plan_for",

@@ -380,7 +380,9 @@ class PruningHooks(nn.Module):
 
     def _record_tokens(self, tokens: Tensor) -> None:
         running, trace = self._running, self.trace
-        if running is not None and trace is not None and running.trains and torch.is_grad_enabled():
+        if running is None or trace is None or not torch.is_grad_enabled():
+            return
+        if running.trains or self.training:
             trace.tokens = tokens
 
     def _close(self) -> None:
