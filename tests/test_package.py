@@ -143,7 +143,7 @@ def test_the_public_names_are_these() -> None:
         "ReductionContext", "Scorer", "ScorerContext", "Selection", "Setting", "Sparsifier", "Split", "StateError",
         "SupportedModel", "ThroughputReport", "TokenTable", "TokenpruneError", "Trace", "UnknownModelError",
         "UnsupportedModelError", "VerificationReport", "animate", "dense", "export", "flops", "from_pretrained",
-        "functional", "kept_tokens", "load_dynamicvit", "prove", "push_to_hub", "register_reduction", "register_scorer",
+        "functional", "kept_tokens", "load_dynamicvit", "plan_for", "prove", "push_to_hub", "register_reduction", "register_scorer",
         "report", "save_pretrained", "show", "sparsify", "supported", "throughput", "unsparsify", "verify",
     ]  # fmt: skip
     for name in tokenprune.__all__:

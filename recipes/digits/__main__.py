@@ -92,7 +92,7 @@ def calibrate(
 ) -> None:
     """Train the predictors alone, without labels, once for all keep ratios."""
     ratios = keep_ratio or [0.7, 0.5, 0.35]
-    with _resumable():
+    with resumable(console):
         run_calibration(
             data=data,
             output=output,

@@ -133,7 +133,7 @@ class _Images:
         if kept not in self.found:
             self._validation.plans = (ratios,)
             validated = self._validation.run()
-            self.found[kept] = Found(validated.distance, validated.agreements[0])
+            self.found[kept] = Found(validated.distance(), validated.agreements[0])
         return self.found[kept]
 
 
