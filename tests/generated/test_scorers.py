@@ -30,7 +30,7 @@ def test_a_good_scorer_works_in_every_plan(data: st.DataObject, kind: str, name:
     model, images = fresh(kind), images_of(kind, data.draw(st.integers(1, 3)), size)
     before, dense = snapshot(model), run(model, images)
     stages, ratios = _plan(data, kind)
-    needs_a_block_before = name in ("cls_attention", "attentive") and 0 in stages
+    needs_a_block_before = name in ("cls_attention", "informative", "attentive") and 0 in stages
     _, error = attempt(
         lambda: tokenprune.sparsify(model, stages, ratios, scorer=GOOD_SCORERS[name], pruned=pruned),
         valid=not needs_a_block_before,

@@ -10,15 +10,19 @@ from tokenprune.scorers.base import (
     scorer_name,
 )
 from tokenprune.scorers.cls_attention import ClassAttention
+from tokenprune.scorers.informative import Informative
 from tokenprune.scorers.predictor import Predictor
 from tokenprune.scorers.random import Random
+from tokenprune.scorers.redundancy import Redundancy
 from tokenprune.scorers.static import Static
 
 __all__ = [
     "Candidates",
     "ClassAttention",
+    "Informative",
     "Predictor",
     "Random",
+    "Redundancy",
     "Scorer",
     "ScorerBuilder",
     "ScorerContext",

@@ -89,6 +89,8 @@ def _extreme(number: float, low: float = 0.0) -> Callable[[Tensor], Tensor]:
 GOOD_SCORERS: dict[str, Any] = {
     "predictor": "predictor",
     "cls_attention": "cls_attention",
+    "informative": "informative",
+    "redundancy": "redundancy",
     "random": "random",
     "static": "static",
     "spread": lambda context: Spread(),
