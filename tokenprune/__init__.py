@@ -45,7 +45,7 @@ from tokenprune.saving.dynamicvit import load_dynamicvit
 from tokenprune.saving.export import ExportReport, export
 from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
 from tokenprune.training.calibration import calibrate
-from tokenprune.training.calibration_report import Agreement, CalibrationReport
+from tokenprune.training.calibration_report import CalibrationReport
 from tokenprune.training.gathered import gathered
 from tokenprune.training.losses import DynamicViTLoss
 
@@ -58,7 +58,6 @@ sys.modules.update({f"{__name__}.{name}": module for name, module in _MOVED.item
 __all__ = [
     "Adaptation",
     "Adapter",
-    "Agreement",
     "Backbone",
     "CalibrationReport",
     "Candidates",

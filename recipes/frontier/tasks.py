@@ -80,9 +80,7 @@ def _split(images: Tensor, labels: Tensor, batch_size: int = 250) -> Iterator[tu
     return zip(images.split(batch_size), labels.split(batch_size), strict=True)
 
 
-DIGITS = Task(
-    name="digits", preset=DIGITS_SPARSE, make_images=make_digits_images, load_dense_model=load_digits_model
-)
+DIGITS = Task(name="digits", preset=DIGITS_SPARSE, make_images=make_digits_images, load_dense_model=load_digits_model)
 PHOTOGRAPHS = Task(
     name="photographs",
     preset=PHOTOGRAPHS_SPARSE,

@@ -54,10 +54,14 @@ def calibrate(
     Eq. 14), and its ratio loss. Tokens are masked, as in training, with decisions that are sampled from the scores.
 
     From time to time the model is compared with the dense one as inference runs it, tokens removed, on the first
-    batches, which are held back. The scorers that did best are left in the model, also after Ctrl-C.
+    batches, which are held back. The last scorers are left in the model, unless the first were better; where Ctrl-C
+    ends the calibration, or the images do, the best so far.
 
     Afterwards every weight and buffer that `sparsify` did not add, gradients, ``requires_grad``, the mode of every
     module, keep ratio, execution and the state of torch's random number generators are, bit by bit, what they were.
+
+    Deviation: the divergence is KL(dense ‖ pruned), the usual one of distillation, where `DynamicViTLoss` has the
+    paper's, the other way round.
 
     Deviation: scores are trained at a keep ratio ρ that is drawn anew in each step. So that they need not change with
     it, an image's log-odds are shifted until as many tokens are expected to be kept as ρ says. The ratio loss holds the
@@ -147,14 +151,14 @@ def calibrate(
         measure=comparison.measure,
         agreements=tuple(
             Agreement(keep_ratios=plan, before=before, after=after)
-            for plan, before, after in zip(validation.plans, run.first.agreements, run.best.agreements, strict=True)
+            for plan, before, after in zip(validation.plans, run.first.agreements, run.left.agreements, strict=True)
         ),
         steps=len(run.losses),
-        best_step=run.best_step,
+        step_left=run.left_step,
         stopped=run.stopped,
         num_images=batches.num_images,
         num_validation_images=validation.num_images,
-        kept_ratios=run.best.kept_ratios,
+        kept_ratios=run.left.kept_ratios,
         losses=tuple(run.losses),
         seconds=time.perf_counter() - started,
     )

@@ -38,7 +38,7 @@ class CalibrationReport:
         measure: What agreement is: ``"top-1 agreement"`` or ``"feature cosine"``.
         agreements: Agreement with the dense model, first at the model's own keep ratios.
         steps: Steps done.
-        best_step: The step whose scorers were left in the model; 0 = as they were before.
+        step_left: The step whose scorers were left in the model; 0 = as they were before.
         stopped: Why it ended: ``"done"``, ``"interrupted"`` or ``"images ended"``.
         num_images: Images trained on, repetitions counted.
         num_validation_images: Images that the agreement was measured on.
@@ -50,7 +50,7 @@ class CalibrationReport:
     measure: Measure
     agreements: tuple[Agreement, ...]
     steps: int
-    best_step: int
+    step_left: int
     stopped: Stop
     num_images: int
     num_validation_images: int
@@ -104,7 +104,7 @@ class CalibrationReport:
         from rich.table import Table
 
         table = Table(title=f"{self.measure} with the dense model, on {self.num_validation_images} images", caption=(
-            f"{self.steps} steps on {self.num_images} images in {self.seconds:.0f} s; step {self.best_step} was kept"
+            f"{self.steps} steps on {self.num_images} images in {self.seconds:.0f} s; step {self.step_left} was left"
             f"{'' if self.stopped == 'done' else f' ({self.stopped})'}"
         ))  # fmt: skip
         for name in ("kept by the stages", "before", "after"):

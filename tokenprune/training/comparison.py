@@ -112,10 +112,10 @@ class Comparison:
         return Layout(num_prefix, num_patches, num_suffix=backbone.num_suffix_tokens)
 
     def distance(self, student: View, teacher: View) -> Tensor:
-        """KL(student ‖ teacher) of class probabilities, or 1 − cosine of features; the mean over images."""
+        """KL(teacher ‖ student) of class probabilities, or 1 − cosine of features; the mean over images."""
         if self.measure == "top-1 agreement":
             log_student, log_teacher = student.answer.log_softmax(dim=-1), teacher.answer.log_softmax(dim=-1)
-            return F.kl_div(log_teacher, log_student, reduction="batchmean", log_target=True)
+            return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
         return 1 - self.agreement(student, teacher)
 
     def agreement(self, student: View, teacher: View) -> Tensor:

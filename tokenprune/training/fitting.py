@@ -1,4 +1,4 @@
-"""The loop: steps of an optimiser, with validations in between, that leaves the best it has seen."""
+"""The loop: steps of an optimiser, with validations in between, so that the best is known when it ends early."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class Fit:
 
     Attributes:
         first: The validation before the first step.
-        best: The best validation, whose values were left in the parameters.
-        best_step: The step after which it was made; 0 = before the first.
+        left: The validation of the values that were left in the parameters.
+        left_step: The step after which it was made; 0 = before the first.
         losses: The loss of each step.
         stopped: Why it ended.
     """
 
     first: Validated
-    best: Validated
-    best_step: int = 0
+    left: Validated
+    left_step: int = 0
     losses: list[float] = field(default_factory=list)
     stopped: Stop = "done"
 
@@ -66,9 +66,10 @@ def fit(
     scale_loss: bool,
     progress: CalibrationProgress,
 ) -> None:
-    """Train parameters with AdamW, a warm-up of a tenth of the steps and a cosine down to 0, and leave the best.
+    """Train parameters with AdamW, a warm-up of a tenth of the steps and a cosine down to 0.
 
-    Ctrl-C ends it early, and so do images that run out.
+    The last values are left, unless the first were better. Ctrl-C ends the training
+    early, and so do images that run out; then the best values that were seen are left.
 
     Args:
         run: Where the model comes from: what it gave so far, to which is added.
@@ -88,7 +89,8 @@ def fit(
     """
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     scaler = torch.amp.GradScaler(trained[0].device.type, enabled=scale_loss)
-    best_values, agreement, earlier = snapshot(trained), run.best.agreements[0], len(run.losses)
+    start, earlier = run.left, len(run.losses)
+    best_values, agreement = snapshot(trained), start.agreements[0]
     every = max(1, math.ceil(steps / NUM_VALIDATIONS))
     try:
         for step in range(1, steps + 1):
@@ -108,8 +110,9 @@ def fit(
             if inputs is None or step % every == 0 or step == steps:
                 found = validation.run()
                 agreement = found.agreements[0]
-                if found.distance(num_plans) < run.best.distance(num_plans):
-                    run.best, run.best_step, best_values = found, len(run.losses), snapshot(trained)
+                to_beat = start if step == steps else run.left
+                if found.distance(num_plans) < to_beat.distance(num_plans):
+                    run.left, run.left_step, best_values = found, len(run.losses), snapshot(trained)
             if inputs is None:
                 break
             progress.show(step, loss=run.losses[-1], kept=float(made.kept), agreement=agreement)
