@@ -22,15 +22,18 @@ app = typer.Typer(add_completion=False, help=__doc__)
 @app.command()
 def frontier(
     output: Annotated[Path, typer.Option(help="Where results and trained scorers go.")] = Path("runs/frontier"),
+    data: Annotated[list[str] | None, typer.Option(help=f"Only this one of {', '.join(TASKS)}.")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=len(SEEDS), help="Number of seeds, from 0.")] = len(SEEDS),
     report: Annotated[bool, typer.Option("--report", help="Only draw what was found so far.")] = False,
 ) -> None:
-    """Make every point that is missing, and draw the table and the picture after each data set's last.
+    """Make every point that is missing, then write the table and the picture.
 
     Ctrl-C loses no finished point; the same command goes on.
     """
     output.mkdir(parents=True, exist_ok=True)
-    all_runs = [Runs(task, output) for task in TASKS.values()]
+    if unknown := set(data or ()) - set(TASKS):
+        raise typer.BadParameter(f"--data {', '.join(sorted(unknown))}: expected {' or '.join(TASKS)}.")
+    all_runs = [Runs(task, output) for name, task in TASKS.items() if not data or name in data]
     grid = list(points(seeds))
     with resumable(console):
         if not report:

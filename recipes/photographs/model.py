@@ -1,4 +1,4 @@
-"""The dense model of the photographs: a small timm ViT, known to timm as ``photographs_vit``, and its shipped weights."""
+"""The dense model of the photographs: a small timm ViT, to timm ``photographs_vit``, and its shipped weights."""
 
 from __future__ import annotations
 

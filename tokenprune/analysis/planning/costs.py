@@ -113,8 +113,8 @@ class PlanCosts:
             exact: Whether to count instead of interpolating.
 
         Returns:
-            The cumulative ratios; those of one token where no plan is cheap enough. Counted ones have as few decimals as
-            say how many tokens are kept, and a stage keeps one more than its decay says where the budget has room.
+            The cumulative ratios; those of one token where no plan is cheap enough. Counted ones have as few decimals
+            as say how many tokens are kept, and a stage keeps one more where the budget has room.
         """
         cost = self.counted if exact else self.estimated
         low, high = 0.0, math.log(self.num_patches) / min(decays) + 1.0

@@ -139,8 +139,8 @@ def _within(costs: PlanCosts, gmacs: float) -> float:
     dense, cheapest = costs.dense / 1e9, costs.cheapest / 1e9
     if not cheapest <= gmacs <= dense * (1 + SLACK):
         raise PlanError(
-            f"gmacs={gmacs:g} cannot be met with stages {costs.stages}: what can is from {cheapest:.4g}, with one token "
-            f"kept, to {dense:.4g}, with all of them."
+            f"gmacs={gmacs:g} cannot be met with stages {costs.stages}: what can is from {cheapest:.4g}, with one "
+            f"token kept, to {dense:.4g}, with all of them."
         )
     return gmacs * 1e9
 

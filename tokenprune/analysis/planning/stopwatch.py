@@ -66,8 +66,8 @@ class Stopwatch:
         error, budget, found = min(tries)
         if error > ACCEPTED:
             raise PlanError(
-                f"no plan was measured within {ACCEPTED:.0%} of speedup={speedup:g}; nearest was {found:.2f}. Let nothing "
-                "else run, measure more pairs, or take larger batches."
+                f"no plan was measured within {ACCEPTED:.0%} of speedup={speedup:g}; nearest was {found:.2f}. Let "
+                "nothing else run, measure more pairs, or take larger batches."
             )
         return budget
 

@@ -29,8 +29,8 @@ Images = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[IMAGES…]",
-        help="Pictures to search the ratios of single stages on, some hundred of them: folders, files, or the tar files "
-        "of a WebDataset. Labels are not looked at.",
+        help="Pictures to search the ratios of single stages on, some hundred of them: folders, files, or the tar "
+        "files of a WebDataset. Labels are not looked at.",
         show_default=False,
     ),
 ]
