@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 import tokenprune
-from recipes.digits.data import IMAGE_SIZE, DigitsConfig, make_digits
+from recipes.digits.data import DigitsConfig, make_digits
 from recipes.digits.model import WEIGHTS, build_model
 from recipes.digits.sparse import SparseConfig, SparseResult, fine_tune
 from recipes.dynamicvit import SparseSettings
@@ -20,6 +20,7 @@ from recipes.engine.data import loader, open_images
 from recipes.engine.fitting import evaluate_dense
 from recipes.engine.models import data_config
 from recipes.engine.tables import Table
+from recipes.small.model import IMAGE_SIZE
 
 INPUT_SIZE = (3, IMAGE_SIZE, IMAGE_SIZE)
 SCORERS = ("predictor", "random", "static")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -128,7 +128,7 @@ class Runs:
             self.folder / name_of(point), keep_ratio=plan["keep_ratios"], scorer=point.method.scorer, seed=point.seed
         )
         run_once(settings, lambda: fine_tune(settings, description=name_of(point)))
-        return cast(nn.Module, tokenprune.from_pretrained(settings.output, model=self.task.load_dense_model()))
+        return tokenprune.from_pretrained(settings.output, model=self.task.load_dense_model())
 
 
 def name_of(point: Point) -> str:

@@ -186,5 +186,5 @@ def _piece(cell: Image.Image, size: int, config: PhotographsConfig, rng: np.rand
     turn = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
     quad = (corners @ turn + center).clip(0, CELL_SIZE).flatten().tolist()
     turned = cell.transform((size, size), Image.Transform.QUAD, quad, Image.Resampling.BICUBIC)
-    pixels = np.rot90(np.asarray(turned, dtype=np.float32) / 255, k=rng.integers(4))
+    pixels = np.rot90(np.asarray(turned, dtype=np.float32) / 255, k=int(rng.integers(4)))
     return np.fliplr(pixels) if rng.integers(2) else pixels

@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 from recipes.digits import __main__ as command_line
 from recipes.digits import data as digits_data
 from recipes.digits.__main__ import app
-from recipes.digits.data import IMAGE_SIZE, DigitsConfig, make_digits
+from recipes.digits.data import DigitsConfig, make_digits
 from recipes.digits.demo import Row, run_demo
 from recipes.digits.dense import train_digits
 from recipes.digits.model import WEIGHTS, build_model, load_dense_model, save_dense_model
 from recipes.digits.sparse import SparseConfig, fine_tune
 from recipes.engine.checkpoints import Interrupted
+from recipes.small.model import IMAGE_SIZE
 
 SMALL = DigitsConfig(num_train=260, num_validation=24)
 

@@ -153,7 +153,7 @@ def at_level(decays: Decays, level: float) -> Ratios:
 def _shortest(number: int, num_patches: int) -> float:
     """The fraction of ``num_patches`` with the fewest decimals that keeps ``number`` of them."""
     for decimals in range(2, 16):
-        ratio = math.ceil(number * 10**decimals / num_patches - 1e-6) / 10**decimals
+        ratio = math.ceil(number * 10.0**decimals / num_patches - 1e-6) / 10.0**decimals
         if math.floor(num_patches * ratio + 1e-9) == number:
             return min(ratio, 1.0)
     return number / num_patches
@@ -176,7 +176,8 @@ def _fitted(rows: list[tuple[float, ...]], values: Sequence[float]) -> list[floa
     matrix = torch.tensor(rows, dtype=torch.float64)
     scale = matrix.abs().amax(dim=0)
     solved = torch.linalg.lstsq(matrix / scale, torch.tensor([values], dtype=torch.float64).T, driver="gelsd")
-    return (solved.solution[:, 0] / scale).tolist()
+    found: list[float] = (solved.solution[:, 0] / scale).tolist()
+    return found
 
 
 def _value(coefficients: list[float], row: tuple[float, ...]) -> float:

@@ -105,7 +105,7 @@ def plan_for(
         return Plan(stages=costs.stages, keep_ratios=ratios)
 
 
-def _check_budget(**budgets: float | None) -> None:
+def _check_budget(**budgets: Any) -> None:
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
         listed = " and ".join(f"{name}={value!r}" for name, value in given.items()) or "none"

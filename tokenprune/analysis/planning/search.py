@@ -18,6 +18,8 @@ from tokenprune.training.validation import Validation
 
 FACTORS = (4.0, 2.0, 2.0**0.5, 2.0**0.25)
 """By how much a stage is made to prune more or less beside the others, from the first steps of a search to the last."""
+MOST_ROUNDS = 2
+"""How often all stages are gone through with steps of one size."""
 NUM_BUDGETS = 7
 """How often the range of budgets is halved in the search for the cheapest plan: to 1/128 of it."""
 
@@ -66,8 +68,7 @@ class PlanSearch:
         if len(best) == 1:
             return best
         for factor in FACTORS:
-            improved = True
-            while improved:
+            for _ in range(MOST_ROUNDS):
                 improved = False
                 for stage in range(len(best)):
                     for change in (factor, 1 / factor):
@@ -75,6 +76,8 @@ class PlanSearch:
                         distance = self._distance(tried, budget)
                         if distance < least:
                             best, least, improved = tried, distance, True
+                if not improved:
+                    break
         return best if self._holds_out(best, budget) else self.geometric
 
     def _distance(self, decays: Decays, budget: float) -> float:

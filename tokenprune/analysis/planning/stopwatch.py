@@ -45,7 +45,8 @@ class Stopwatch:
         """
         cheapest, dense = float(self._costs.cheapest), float(self._costs.dense)
         lower, upper = cheapest, dense
-        budget, tries = min(max(start, cheapest), dense), []
+        budget = min(max(start, cheapest), dense)
+        tries: list[tuple[float, float, float]] = []  # how far off, the budget, the speed-up
         while len(tries) < MOST_TRIES and upper - lower > NARROW * dense:
             found = self._measured(decays, budget)
             if abs(found / speedup - 1) <= AIM:  # by luck, perhaps

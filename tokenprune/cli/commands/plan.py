@@ -116,8 +116,11 @@ def plan(
         fields = {"model": model, "stages": found.stages, "keep_ratios": found.keep_ratios}
         show_json({**fields, "dense_gmacs": counted.dense_gmacs, "sparse_gmacs": counted.sparse_gmacs})
         return
-    ratios = ",".join(f"{ratio:g}" for ratio in found.keep_ratios)
-    show(_table(model, counted), f"Take it with --keep-ratio {ratios}, or model.tokenprune.keep_ratio = ({ratios},).")
+    ratios = ",".join(map(str, found.keep_ratios))
+    show(
+        _table(model, counted),
+        f"Take it with --keep-ratio {ratios}, or model.tokenprune.keep_ratio = {found.keep_ratios}.",
+    )
 
 
 def _table(model: str, counted: FlopReport) -> Table:
