@@ -37,6 +37,11 @@ class Method:
     training: Training
 
     @property
+    def stages(self) -> range | None:
+        """Blocks in front of which it prunes: ToMe's in front of each, others' at a quarter, half, three quarters."""
+        return range(12) if self.scorer == "tome" else None
+
+    @property
     def label(self) -> str:
         """How tables name it."""
         return f"{self.scorer}, {self.pruned}"
@@ -60,6 +65,7 @@ class Point:
 def points(seeds: int = len(SEEDS)) -> Iterator[Point]:
     """Every point: what needs no training before what does, low costs first, one seed before the others."""
     free = [Method(scorer=scorer, pruned=pruned, training="none") for scorer in TRAINING_FREE for pruned in REDUCTIONS]
+    free.append(Method(scorer="tome", pruned="merge_sizes", training="none"))
     for cost in sorted(COSTS):
         yield from (Point(method=method, cost=cost) for method in free)
     for seed in SEEDS[:seeds]:

@@ -20,6 +20,8 @@ FACTORS = (4.0, 2.0, 2.0**0.5, 2.0**0.25)
 """By how much a stage is made to prune more or less beside the others, from the first steps of a search to the last."""
 MOST_ROUNDS = 2
 """How often all stages are gone through with steps of one size."""
+LEAST_GAIN = 0.05
+"""By how much nearer a plan must come on images that were not searched on: less is noise on some hundred of them."""
 NUM_BUDGETS = 7
 """How often the range of budgets is halved in the search for the cheapest plan: to 1/128 of it."""
 
@@ -88,7 +90,7 @@ class PlanSearch:
         """Whether a division is better than the geometric one on images that it was not chosen by."""
         ratios, geometric = self._costs.at_most(decays, budget), self._costs.at_most(self.geometric, budget)
         found, known = self._held_out.at(ratios), self._held_out.at(geometric)
-        return found.distance < known.distance and found.agreement >= known.agreement
+        return found.distance <= (1 - LEAST_GAIN) * known.distance and found.agreement >= known.agreement
 
     def cheapest(self, agreement: float) -> Ratios:
         """The cheapest plan found that agrees with the dense model on this share of all images.
