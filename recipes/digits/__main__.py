@@ -21,7 +21,7 @@ console = Console()
 
 Data = Annotated[Path, typer.Option(help="The image folder, made if missing.")]
 Output = Annotated[Path, typer.Option(help="Where results and checkpoints go.")]
-Steps = Annotated[int, typer.Option(min=10, help="Fine-tuning steps of each scorer.")]
+Steps = Annotated[int, typer.Option(min=10, help="Steps of each training.")]
 
 
 @app.command()
@@ -35,7 +35,7 @@ def demo(
         bool, typer.Option("--from-scratch", help="Train the dense model first (about 45 min), once.")
     ] = False,
 ) -> None:
-    """Sparsify the trained dense model with three scorers, fine-tune, and compare."""
+    """Sparsify the trained dense model, calibrate it without labels, fine-tune it, and compare."""
     with resumable(console):
         weights = WEIGHTS
         if from_scratch:

@@ -36,7 +36,7 @@ class Runs:
         self.folder = output / task.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = self.folder / "points.json"
-        self.found: dict[str, dict[str, Any]] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self.found: dict[str, dict[str, Any]] = self._read(self._file)
 
     def dense(self) -> dict[str, Any]:
         """Accuracy and GMACs of the dense model."""
@@ -59,8 +59,12 @@ class Runs:
         return self.found[name]
 
     def _keep(self, name: str, found: dict[str, Any]) -> None:
-        self.found[name] = found
+        self.found = {**self._read(self._file), name: found}  # another process may have added some
         write_json(self._file, self.found)
+
+    @staticmethod
+    def _read(file: Path) -> dict[str, Any]:
+        return json.loads(file.read_text()) if file.exists() else {}  # type: ignore[no-any-return]
 
     def _input_size(self, model: nn.Module) -> tuple[int, int, int]:
         return attached(model).backbone.input_size(model)
@@ -77,16 +81,17 @@ class Runs:
         """
         method, budget = point.method, point.cost * self.dense()["gmacs"]
         file = self.output / "plans.json"
-        plans: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+        plans = self._read(file)
         name = f"{method.scorer}-{method.pruned}-{point.cost:g}"
         if name not in plans:
             model = self._sparsified(method)
             plan = tokenprune.plan_for(model, gmacs=budget)
             attached(model).keep_ratio = plan.keep_ratios
             gmacs = tokenprune.flops(model, self._input_size(model)).sparse_gmacs
-            plans[name] = {"keep_ratios": list(plan.keep_ratios), "gmacs": gmacs}
+            plans = {**self._read(file), name: {"keep_ratios": list(plan.keep_ratios), "gmacs": gmacs}}
             write_json(file, plans)
-        return plans[name]
+        found: dict[str, Any] = plans[name]
+        return found
 
     def _model(self, point: Point, plan: dict[str, Any]) -> nn.Module:
         match point.method.training:
