@@ -92,7 +92,7 @@ def calibrated_model(config: SparseConfig, data: Path, output: Path, dense_weigh
     if folder.exists():
         return tokenprune.from_pretrained(folder, model=dense)
     seed_everything(config.seed)
-    model = tokenprune.sparsify(dense, keep_ratio=config.keep_ratio, scorer=config.scorer)
+    model: nn.Module = tokenprune.sparsify(dense, keep_ratio=config.keep_ratio, scorer=config.scorer)
     report = tokenprune.calibrate(model, images_of(settings, model, config.seed), steps=config.steps, seed=config.seed)
     if report.stopped == "interrupted":
         raise Interrupted(f"the calibration was stopped after step {report.steps} of {config.steps}.")

@@ -64,7 +64,8 @@ class Runs:
 
     @staticmethod
     def _read(file: Path) -> dict[str, Any]:
-        return json.loads(file.read_text()) if file.exists() else {}  # type: ignore[no-any-return]
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        return found
 
     def _input_size(self, model: nn.Module) -> tuple[int, int, int]:
         return attached(model).backbone.input_size(model)

@@ -30,13 +30,13 @@ from tokenprune.pruning.checks import (
     refuse_order,
     refuse_training_in_place,
 )
-from tokenprune.pruning.executions import AUTO, Execution, default_execution, execution_class
+from tokenprune.pruning.executions import AUTO, Execution, Paths, Whole, default_execution, execution_class
 from tokenprune.pruning.places import Place, places, stage_before
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.recomputation import State, recomputing, remember
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.stage import Stage
-from tokenprune.pruning.trace import Trace
+from tokenprune.pruning.trace import Trace, image_size_of
 from tokenprune.tokens import Layout, find_tokens, output_tokens, replace_output_tokens, replace_tokens
 
 
@@ -70,7 +70,7 @@ class PruningHooks(nn.Module):
 
     def _install_hooks(self, tower: nn.Module) -> Iterator[RemovableHandle]:
         """Put the hooks into the module that embeds images and runs the blocks, one after the other."""
-        blocks, first = self.backbone.blocks, self._plan.stages[0]
+        blocks, first = [self.backbone.blocks[index] for index in self.backbone.reach], self._plan.stages[0]
         for adaptation in self.backbone.adaptations:
             yield from adaptation.install_outside(blocks, self)
         yield tower.register_forward_pre_hook(self._before_tower, with_kwargs=True)
@@ -81,7 +81,7 @@ class PruningHooks(nn.Module):
                 yield block.register_forward_pre_hook(partial(self._before_block, place), with_kwargs=True)
                 # In front of hooks that collect hidden states, so that these see what the next block sees.
                 yield block.register_forward_hook(partial(self._after_block, place), prepend=True)
-            if place.block >= first or place.awaited_by is not None:
+            if (place.block >= first and not self._whole) or place.awaited_by is not None:
                 for attention in self.backbone.attention_modules(place.block):
                     yield attention.register_forward_pre_hook(partial(self._before_attention, place))
                     yield attention.register_forward_hook(self._after_attention, always_call=True)
@@ -90,18 +90,21 @@ class PruningHooks(nn.Module):
             yield self.backbone.final_norm.register_forward_hook(self._after_final_norm)
         for adaptation in self.backbone.adaptations:
             yield from adaptation.install_inside(blocks, self)
+        for stage in self.stages:
+            yield from cast(Stage, stage).reduction.install(self)
 
     # State of one forward pass. Decisions are kept by stage: activation checkpointing runs a block
     # again, in the backward pass, and must then find what was in force when it ran first.
 
     def _prepare(self) -> None:
-        backbone = self.backbone
-        self._restores = backbone.downstream == "all tokens" or any(
-            cast(Stage, stage).reduction.restores for stage in self.stages
-        )
+        reductions = [cast(Stage, stage).reduction for stage in self.stages]
+        self._restores = self.backbone.downstream == "all tokens" or any(one.restores for one in reductions)
+        self._whole = any(one.whole for one in reductions)
+        self._anew = self._whole and any(one.anew for one in reductions)
+        self._restoring = self._restores and not self._whole
         self._executions: dict[str, Execution] = {}
         self._running: Execution | None = None
-        self._scopes = AttentionScopes(backbone)
+        self._scopes = AttentionScopes(self.backbone)
         self._tail: Interception | None = None
         self._in_tower = False
         self._open = False
@@ -114,16 +117,8 @@ class PruningHooks(nn.Module):
         self.recomputed = State()
 
     _LIVE: ClassVar[list[str]] = [
-        "trace",
-        "_executions",
-        "_running",
-        "_scopes",
-        "_tail",
-        "_everything",
-        "_entry",
-        "_state",
-        "recomputed",
-    ]
+        "trace", "_executions", "_running", "_scopes", "_tail", "_everything", "_entry", "_state", "recomputed",
+    ]  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._LIVE}
@@ -143,7 +138,19 @@ class PruningHooks(nn.Module):
         assert self.trace is not None
         return self.backbone.layout_at(self.trace.start.layout, block)
 
-    # What adaptations ask
+    @property
+    def keep_probabilities(self) -> tuple[float, ...]:
+        """For each stage the fraction that it keeps of the tokens that it scores, in (0, 1]."""
+        return self._plan.keep_ratios if self._anew else self._plan.keep_probabilities
+
+    # What adaptations and reductions ask
+
+    def paths(self, block: int) -> Paths | None:
+        """How a block's tokens are split into two paths; ``None`` where all of them are kept."""
+        selection, running = self._selection(stage_before(self._plan, block)), self._running
+        if selection is None or running is None or selection.all_kept:
+            return None
+        return running.paths(selection, self._full_layout(block))
 
     def kept_indices(self, block: int) -> Tensor | None:
         """(B, n) int64, the positions in the grid of the patch tokens that a block gets; ``None`` if all."""
@@ -170,14 +177,7 @@ class PruningHooks(nn.Module):
         self._close()
         self._in_tower = True
         self._grad_enabled = torch.is_grad_enabled()
-        self._image_size = next(
-            (
-                (value.shape[-2], value.shape[-1])
-                for value in (*args, *kwargs.values())
-                if isinstance(value, Tensor) and value.dim() == 4
-            ),
-            None,
-        )
+        self._image_size = image_size_of(args, kwargs)
 
     def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._in_tower, self._image_size = False, None
@@ -203,7 +203,8 @@ class PruningHooks(nn.Module):
         layout = layout_of(block, tokens, backbone)
         name = default_execution(training=self.training) if self._execution == AUTO else self._execution
         if name not in self._executions:
-            self._executions[name] = execution_class(name)(backbone)
+            execution = execution_class(name)(backbone)
+            self._executions[name] = Whole(execution) if self._whole else execution
         running = self._executions[name]
         if running.trains and self.training and self._hands_on_kept():
             refuse_training_in_place()
@@ -216,6 +217,8 @@ class PruningHooks(nn.Module):
             num_prefix_tokens=backbone.num_prefix_at(len(backbone.blocks)),
             grid=backbone.grid_of(layout.num_patches, self._image_size),
             restored=self._restores,
+            whole=self._whole,
+            anew=self._anew,
         )
         self._open = True
 
@@ -227,14 +230,14 @@ class PruningHooks(nn.Module):
         if not (again or self._is_next(place, block)) or running is None or trace is None:
             return None
         check_recomputed(running, trace.execution, block)
-        if not place.starts and not self._restores:
+        if not place.starts and not self._restoring:
             return self._side_inputs(place, running, args, kwargs)
         given = tokens = find_tokens(block, args, kwargs)  # (B, K, C)
         state = self.recomputed if again else self._state
-        before = trace.start
-        if place.stage > 0 or not place.starts:
+        before, alone = trace.start, place.stage == 0 or self._anew
+        if not (place.starts and alone):
             before = state.selections[place.stage - 1 if place.starts else place.stage]
-        if self._restores:
+        if self._restoring:
             tokens = self._resume(place, running, tokens, before, state)
         if place.starts:
             if running.trains:
@@ -247,8 +250,8 @@ class PruningHooks(nn.Module):
                 running,
                 trace,
                 num_keep=counts[place.stage],
-                num_reached=counts[place.stage - 1] if place.stage else trace.num_patches,
-                probability=self._plan.keep_probabilities[place.stage],
+                num_reached=trace.num_patches if alone else counts[place.stage - 1],
+                probability=self.keep_probabilities[place.stage],
                 attention=state.selections[place.stage].attention if again else self._scopes.take_recorded(),
             )
             if not again:
@@ -299,7 +302,7 @@ class PruningHooks(nn.Module):
                 self._attended = True
                 scopes.append(masking)
         if place.awaited_by is not None and self._asks(place.awaited_by):
-            seen = trace.start if selection is None else selection
+            seen = trace.start if selection is None or self._whole else selection
             scopes.append(self._scopes.recorder(seen, layouts(seen.layout, place.block)))
         if self._scopes.adapting and selection is not None and selection.indices is not None and running.removes:
             check_recomputed(running, trace.execution, attention)
@@ -315,18 +318,18 @@ class PruningHooks(nn.Module):
 
     def _asks(self, stage: int) -> bool:
         """Whether a stage's scorer will be asked in this pass; the attention scores are kept for recomputations."""
-        asked = self._plan.keep_probabilities[stage] < 1 and cast(Stage, self.stages[stage]).scorer.needs_attention
+        asked = self.keep_probabilities[stage] < 1 and cast(Stage, self.stages[stage]).scorer.needs_attention
         return asked and not recomputing()
 
     def _after_block(self, place: Place, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         running = self._running
-        if running is None or not (self._restores or running.trains or running.intercepts):
+        if running is None or not (self._restoring or running.trains or running.intercepts):
             return None
         selection = self._selection(place.stage)
         if selection is None:
             return None
         given = tokens = output_tokens(output)
-        if self._restores:
+        if self._restoring:
             if self._everything is None:  # a block that somebody called by itself
                 return None
             tokens = self._restore(place, running, tokens, selection)
@@ -335,7 +338,7 @@ class PruningHooks(nn.Module):
             self._attended = False
         if running.trains and not torch.compiler.is_compiling():
             state = self.recomputed if recomputing() else self._state
-            found = State(state.selections[: place.stage + 1], self._entry.summaries if self._restores else None)
+            found = State(state.selections[: place.stage + 1], self._entry.summaries if self._restoring else None)
             remember(self, tokens, found)
         return None if tokens is given else replace_output_tokens(output, tokens)
 

@@ -32,9 +32,10 @@ class Place(NamedTuple):
 
 
 def places(plan: Plan, backbone: Backbone, stages: Sequence[nn.Module]) -> list[Place]:
-    """The place of every block."""
+    """The place of every block, in a hierarchy of those in the level of the stages."""
     found = []
-    for index, block in enumerate(backbone.blocks):
+    for index in backbone.reach:
+        block = backbone.blocks[index]
         stage, behind = stage_before(plan, index), stage_before(plan, index + 1)
         asks = behind > stage and cast(Stage, stages[behind]).scorer.needs_attention
         names = tuple(inspect.signature(block.forward).parameters)

@@ -61,13 +61,13 @@ class Stage(nn.Module):
         if execution.keeps_all(num_keep, num_reached, probability=probability, sampled=sampled):
             return tokens, execution.pass_all(before, tokens).replace(attention=attention)
         candidates = Candidates(
-            patches=before.layout.patches(tokens),
+            patches=execution.reached(before.layout.patches(tokens), before),
             prefix=before.layout.prefix(tokens),
             keep=before.keep,
             indices=before.indices,
             num_patches=trace.num_patches,
             grid=trace.grid,
-            attention=attention,
+            attention=None if attention is None else execution.reached(attention, before),
         )
         scores = self.score(candidates)
         selection = execution.decide(scores, before, num_keep, sampled=sampled)

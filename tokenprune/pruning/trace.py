@@ -6,7 +6,9 @@ L = P + N + S + Q, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +26,9 @@ class Trace:
         num_prefix_tokens: P, those that join on the way included.
         grid: Rows and columns of patches, ``None`` where the image's size was not seen.
         selections: What each stage has decided, one a stage that was reached.
-        restored: Whether pruned tokens were restored behind every block.
+        restored: Whether pruned tokens were restored behind every block, or never left the sequence.
+        whole: Whether they never left it, and went on by another path.
+        anew: Whether every stage decided on all patch tokens, whatever the one before had decided.
         tokens: The final normalised tokens, laid out as `layout` says, (B, L, C); recorded for losses in training
             mode, and in executions that train, while gradients are enabled.
     """
@@ -35,6 +39,8 @@ class Trace:
     grid: tuple[int, int] | None = None
     selections: list[Selection] = field(default_factory=list)
     restored: bool = False
+    whole: bool = False
+    anew: bool = False
     tokens: Tensor | None = None
 
     @property
@@ -73,8 +79,14 @@ class Trace:
 
         ``None`` for a stage that keeps all it gets, and does not ask its scorer.
         """
-        before = (self.start, *self.selections)
+        before = [self.start] * len(self.selections) if self.anew else [self.start, *self.selections]
         return tuple(
             selection.grid_scores(reached, self.num_patches)
             for selection, reached in zip(self.selections, before, strict=False)
         )
+
+
+def image_size_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the images (…, H, W) that a model is given; ``None`` where it is given something else."""
+    images = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() == 4)
+    return next(((value.shape[-2], value.shape[-1]) for value in images), None)
