@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from recipes.digits.calibration import run_calibration
-from recipes.digits.demo import run_demo
+from recipes.digits.demo import SCORERS, run_demo
 from recipes.digits.dense import train_digits
 from recipes.digits.model import WEIGHTS
 from recipes.digits.presets import DATA
@@ -74,11 +74,22 @@ def study(
     keep_ratio: Annotated[list[float] | None, typer.Option(help="ρ; give it several times.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
     steps: Steps = 100,
+    scorer: Annotated[list[str] | None, typer.Option(help="Give it several times. Default: all of the demo's.")] = None,
+    schedule: Annotated[Literal["masked", "gathered"], typer.Option(help="How they are trained.")] = "masked",
 ) -> None:
     """Compare the scorers over several seeds and keep ratios."""
     ratios = keep_ratio or [0.7, 0.5]
     with resumable(console):
-        run_study(data=data, output=output, keep_ratios=ratios, seeds=range(seeds), steps=steps, console=console)
+        run_study(
+            data=data,
+            output=output,
+            keep_ratios=ratios,
+            seeds=range(seeds),
+            steps=steps,
+            console=console,
+            scorers=scorer or SCORERS,
+            schedule=schedule,
+        )
 
 
 @app.command()

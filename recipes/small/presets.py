@@ -34,13 +34,17 @@ SMALL_DENSE: dict[str, Any] = {
 # A step of Adam moves a weight by about the learning rate. The static scorer has one weight
 # per position, which has to reach ±2 by itself; the predictor's weights add up.
 SCORER_LEARNING_RATES = {"predictor": 3e-3, "static": 5e-2}
-BACKBONE_LEARNING_RATE = 5e-5
+BACKBONE_LEARNING_RATES = {"masked": 5e-5, "gathered": 2e-4}
 
 
-def learning_rates(scorer: str) -> dict[str, float]:
+def learning_rates(scorer: str, schedule: str = "masked") -> dict[str, float]:
     """The settings that give a scorer its learning rate, and the backbone the same one for every scorer."""
     rate = SCORER_LEARNING_RATES.get(scorer, SCORER_LEARNING_RATES["predictor"])
-    return {"learning_rate": rate * 1024 / BATCH_SIZE, "backbone_factor": BACKBONE_LEARNING_RATE / rate}
+    return {
+        "learning_rate": rate * 1024 / BATCH_SIZE,
+        "calibration_rate": rate,
+        "backbone_factor": BACKBONE_LEARNING_RATES[schedule] / rate,
+    }
 
 
 # Fine-tuning from a shipped dense model: a hundred steps.

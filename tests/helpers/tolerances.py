@@ -29,3 +29,11 @@ OFFICIAL = 1e-5
 
 INTERPOLATED_COST = 5e-3
 """Of a plan, beside the counted one, relative: half of what `plan_for` promises, and it counts what it returns."""
+
+VARLEN = {
+    # Of one sequence for all images and of each by itself: sums of as many numbers, which a product over more rows may
+    # add up in another order.
+    torch.float32: 1e-5,
+    # The same in double precision.
+    torch.float64: 1e-9,
+}

@@ -8,7 +8,6 @@ pruning, K tokens of the sequence as it is, C channels.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -20,16 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from tokenprune.backbones.adaptations import Removed, Scope
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
+from tokenprune.pruning import checks
 from tokenprune.pruning.attention_scopes import AttentionScopes
-from tokenprune.pruning.checks import (
-    check_attended,
-    check_grad,
-    check_no_replica,
-    check_recomputed,
-    layout_of,
-    refuse_order,
-    refuse_training_in_place,
-)
+from tokenprune.pruning.budget import Threshold
 from tokenprune.pruning.executions import AUTO, Execution, Paths, Whole, default_execution, execution_class
 from tokenprune.pruning.places import Place, places, stage_before
 from tokenprune.pruning.plan import Plan
@@ -155,7 +147,7 @@ class PruningHooks(nn.Module):
     def kept_indices(self, block: int) -> Tensor | None:
         """(B, n) int64, the positions in the grid of the patch tokens that a block gets; ``None`` if all."""
         selection = self._selection(stage_before(self._plan, block))
-        return None if selection is None or selection.all_kept else selection.indices
+        return None if selection is None or selection.all_kept else selection.indices_in_blocks
 
     def full_length(self) -> int | None:
         """L, where tokens are removed in this pass; ``None`` where all stay."""
@@ -173,7 +165,7 @@ class PruningHooks(nn.Module):
     # Hooks
 
     def _before_tower(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        check_no_replica(model)
+        checks.check_no_replica(model)
         self._close()
         self._in_tower = True
         self._grad_enabled = torch.is_grad_enabled()
@@ -183,11 +175,13 @@ class PruningHooks(nn.Module):
         self._in_tower, self._image_size = False, None
         running, trace = self._running, self.trace
         self._close()
-        if output is None or running is None or trace is None or not self._hands_on_kept():
+        if output is None or running is None or trace is None or self._restores or not trace.selections:
             return None
-        counts = self._plan.num_keep(trace.num_patches)
         stages = [stage_before(self._plan, index) for index in range(len(self.backbone.blocks))]
-        return running.output(output, trace, counts, stages)
+        output = running.hidden(output, trace, stages)
+        if self._hands_on_kept():
+            output = running.output(output, trace, self._plan.num_keep(trace.num_patches), stages)
+        return output
 
     def _hands_on_kept(self) -> bool:
         """Whether the vision tower hands on the kept tokens alone."""
@@ -200,14 +194,14 @@ class PruningHooks(nn.Module):
         if not self.enabled:
             return
         backbone, tokens = self.backbone, find_tokens(block, args, kwargs)
-        layout = layout_of(block, tokens, backbone)
+        layout = checks.layout_of(block, tokens, backbone)
         name = default_execution(training=self.training) if self._execution == AUTO else self._execution
         if name not in self._executions:
             execution = execution_class(name)(backbone)
             self._executions[name] = Whole(execution) if self._whole else execution
         running = self._executions[name]
         if running.trains and self.training and self._hands_on_kept():
-            refuse_training_in_place()
+            checks.refuse_training_in_place()
         running.begin()
         self._scopes.close()
         self._running = running
@@ -229,7 +223,7 @@ class PruningHooks(nn.Module):
         again, running, trace = recomputing(), self._running, self.trace
         if not (again or self._is_next(place, block)) or running is None or trace is None:
             return None
-        check_recomputed(running, trace.execution, block)
+        checks.check_recomputed(running, trace.execution, block)
         if not place.starts and not self._restoring:
             return self._side_inputs(place, running, args, kwargs)
         given = tokens = find_tokens(block, args, kwargs)  # (B, K, C)
@@ -239,12 +233,15 @@ class PruningHooks(nn.Module):
             before = state.selections[place.stage - 1 if place.starts else place.stage]
         if self._restoring:
             tokens = self._resume(place, running, tokens, before, state)
+        elif place.starts:
+            tokens = before.unpack(tokens)
+        now = before
         if place.starts:
             if running.trains:
-                check_grad(block, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
+                self._check_grad(block)
             before = before.replace(layout=self.backbone.layout_at(before.layout, place.block))
             counts = self._plan.num_keep(trace.num_patches)
-            tokens, selection = cast(Stage, self.stages[place.stage]).prune(
+            tokens, now = cast(Stage, self.stages[place.stage]).prune(
                 tokens,
                 before,
                 running,
@@ -253,13 +250,20 @@ class PruningHooks(nn.Module):
                 num_reached=trace.num_patches if alone else counts[place.stage - 1],
                 probability=self.keep_probabilities[place.stage],
                 attention=state.selections[place.stage].attention if again else self._scopes.take_recorded(),
+                threshold=self._threshold(place.stage),
             )
+            now = running.lay_out(now)
             if not again:
-                self._state = self._state.replace(selections=(*self._state.selections, selection))
-                trace.selections.append(selection)
+                self._state = self._state.replace(selections=(*self._state.selections, now))
+                trace.selections.append(now)
+        tokens = now.pack(tokens)
         if tokens is not given:
             args, kwargs = replace_tokens(args, kwargs, tokens)
         return self._side_inputs(place, running, args, kwargs) or (args, kwargs)
+
+    def _threshold(self, stage: int) -> Threshold | None:
+        """By which a stage keeps different numbers of tokens; ``None`` where it keeps the same of all images."""
+        return None
 
     def _is_next(self, place: Place, block: nn.Module) -> bool:
         """Whether the pass has come to a block; one that somebody calls by itself runs as it is."""
@@ -267,7 +271,7 @@ class PruningHooks(nn.Module):
         if decided == place.stage + (0 if place.starts else 1):
             return True
         if self._in_tower and self.enabled:
-            refuse_order(block, place.block)
+            checks.refuse_order(block, place.block)
         return False
 
     def _resume(self, place: Place, running: Execution, tokens: Tensor, before: Selection, state: State) -> Tensor:
@@ -298,14 +302,14 @@ class PruningHooks(nn.Module):
         if selection is not None:
             masking = running.attention(selection, layouts(selection.layout, place.block))
             if masking is not None:
-                check_grad(attention, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
+                self._check_grad(attention)
                 self._attended = True
                 scopes.append(masking)
         if place.awaited_by is not None and self._asks(place.awaited_by):
             seen = trace.start if selection is None or self._whole else selection
             scopes.append(self._scopes.recorder(seen, layouts(seen.layout, place.block)))
         if self._scopes.adapting and selection is not None and selection.indices is not None and running.removes:
-            check_recomputed(running, trace.execution, attention)
+            checks.check_recomputed(running, trace.execution, attention)
             full = self._full_layout(place.block)
             removed = Removed(full.positions(selection.indices), full.length, running.gathered())
             scopes += self._scopes.of_adaptations(attention, removed)
@@ -315,6 +319,9 @@ class PruningHooks(nn.Module):
     def _after_attention(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._scopes.entered:
             self._scopes.leave(attention, failed=output is None)  # None: an exception is passing through
+
+    def _check_grad(self, module: nn.Module) -> None:
+        checks.check_grad(module, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
 
     def _asks(self, stage: int) -> bool:
         """Whether a stage's scorer will be asked in this pass; the attention scores are kept for recomputations."""
@@ -329,12 +336,14 @@ class PruningHooks(nn.Module):
         if selection is None:
             return None
         given = tokens = output_tokens(output)
+        if self._restoring or place.block == self.backbone.reach[-1]:
+            tokens = selection.unpack(tokens)
         if self._restoring:
             if self._everything is None:  # a block that somebody called by itself
                 return None
             tokens = self._restore(place, running, tokens, selection)
         if running.intercepts and not selection.all_kept and not torch.compiler.is_compiling():
-            check_attended(block, self._attended)
+            checks.check_attended(block, self._attended)
             self._attended = False
         if running.trains and not torch.compiler.is_compiling():
             state = self.recomputed if recomputing() else self._state
@@ -371,21 +380,14 @@ class PruningHooks(nn.Module):
             self._tail = tail
             tail.enter()
         else:
-            warnings.warn(
-                "a method of a sparsified model was called in an execution in which all tokens stay, without calling "
-                "the model itself: its tokens include pruned ones, which model.tokenprune.trace.keep[-1] tells apart "
-                "before they are pooled.",
-                stacklevel=2,
-            )
+            checks.warn_of_pruned()
 
     def _after_final_norm(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._record_tokens(output)
 
     def _record_tokens(self, tokens: Tensor) -> None:
         running, trace = self._running, self.trace
-        if running is None or trace is None or not torch.is_grad_enabled():
-            return
-        if running.trains or self.training:
+        if running is not None and trace is not None and torch.is_grad_enabled() and (running.trains or self.training):
             trace.tokens = tokens
 
     def _close(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import StateError
+from tokenprune.pruning.budget import Threshold
 from tokenprune.pruning.executions import Execution
 from tokenprune.pruning.reductions import Drop, Reduction, Split, check_reduced
 from tokenprune.pruning.selection import Selection, compose_hosts
@@ -44,6 +45,7 @@ class Stage(nn.Module):
         num_reached: int,
         probability: float,
         attention: Tensor | None,
+        threshold: Threshold | None = None,
     ) -> tuple[Tensor, Selection]:
         """Score, decide and apply: the sequence that goes on, and the selection behind the stage.
 
@@ -56,6 +58,7 @@ class Stage(nn.Module):
             num_reached: m, how many the stage before has kept; N in front of the first one.
             probability: The fraction that is to be kept of those that reach the stage.
             attention: (B, m), what each of them received in the block before; ``None`` where it was not recorded.
+            threshold: By which images keep different numbers, n of them on average; ``None`` where all keep n.
         """
         sampled = execution.trains and self.training and self.scorer.probabilistic
         if execution.keeps_all(num_keep, num_reached, probability=probability, sampled=sampled):
@@ -63,14 +66,15 @@ class Stage(nn.Module):
         candidates = Candidates(
             patches=execution.reached(before.layout.patches(tokens), before),
             prefix=before.layout.prefix(tokens),
-            keep=before.keep,
+            keep=before.left,
             indices=before.indices,
             num_patches=trace.num_patches,
             grid=trace.grid,
             attention=None if attention is None else execution.reached(attention, before),
         )
         scores = self.score(candidates)
-        selection = execution.decide(scores, before, num_keep, sampled=sampled)
+        counts = num_keep if threshold is None else threshold.num_keep(scores, before.left)
+        selection = execution.decide(scores, before, counts, sampled=sampled)
         selection = selection.replace(scores=scores, attention=attention)
         if not self.reduction.looks_at_pruned:
             return execution.remove(tokens, before, selection), selection
