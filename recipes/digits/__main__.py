@@ -9,11 +9,11 @@ import typer
 from rich.console import Console
 
 from recipes.digits.calibration import run_calibration
-from recipes.digits.demo import SCORERS, run_demo
+from recipes.digits.demo import run_demo
 from recipes.digits.dense import train_digits
 from recipes.digits.model import WEIGHTS
 from recipes.digits.presets import DATA
-from recipes.digits.study import run_study
+from recipes.digits.study import SCORERS, run_study
 from recipes.small.command_line import resumable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
