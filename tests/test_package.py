@@ -144,7 +144,7 @@ def test_the_public_names_are_these() -> None:
         "Selection", "Setting", "Sparsifier", "Split", "StateError", "SupportedModel", "ThroughputReport",
         "TokenTable", "TokenWise", "TokenpruneError", "Trace", "UnknownModelError", "UnsupportedModelError",
         "VerificationReport", "animate", "calibrate", "calibrate_budget", "dense", "export", "fit_fast_paths",
-        "flops", "from_pretrained", "functional", "gathered", "kept_tokens", "load_dynamicvit", "prove",
+        "flops", "from_pretrained", "functional", "gathered", "kept_tokens", "load_dynamicvit", "plan_for", "prove",
         "push_to_hub", "register_reduction", "register_scorer", "report", "save_pretrained", "show", "sparsify",
         "supported", "throughput", "unsparsify", "verify",
     ]  # fmt: skip

@@ -6,7 +6,7 @@ Shapes: I images, B of them in a batch, m patch tokens that reach a stage, S sta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from tokenprune.pruning.budget import Thresholds
 from tokenprune.pruning.executions import default_execution, execution_class
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.sparsifier import Sparsifier
-from tokenprune.training.batches import inputs_of
+from tokenprune.training.batches import Inputs, all_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +154,7 @@ def _calibrated(
 ) -> BudgetReport:
     """The thresholds of a plan, found stage by stage."""
     sparsifier.keep_ratio = plan.keep_ratios
+    parameter = next(model.parameters())
     found = Thresholds(keep_ratios=plan.keep_ratios, scores=(), floor_ratio=floor_ratio)
     kept: list[tuple[float, ...]] = []
     for stage, probability in enumerate(plan.keep_probabilities):
@@ -161,7 +162,8 @@ def _calibrated(
             score, fractions = None, kept[-1] if kept else None
         else:
             with sparsifier.trying(found):
-                seen = [_scored(model, sparsifier, stage, batch) for batch in images]
+                inputs = all_inputs(images, device=parameter.device, dtype=parameter.dtype)
+                seen = [_scored(model, sparsifier, stage, one) for one in inputs]
             if not seen:
                 raise ValueError("images yields no batch; give at least one.")
             score = _threshold(seen, floor_ratio)
@@ -172,9 +174,7 @@ def _calibrated(
     return BudgetReport(thresholds=found, kept=tuple(fractions or (1.0,) * number for fractions in kept))
 
 
-def _scored(model: nn.Module, sparsifier: Sparsifier, stage: int, batch: Any) -> _Scored:
-    parameter = next(model.parameters())
-    inputs = _moved(inputs_of(batch), parameter)
+def _scored(model: nn.Module, sparsifier: Sparsifier, stage: int, inputs: Inputs) -> _Scored:
     call(model, inputs)
     trace = sparsifier.trace
     assert trace is not None
@@ -222,11 +222,3 @@ def _as_calibrated(model: nn.Module, sparsifier: Sparsifier) -> Iterator[None]:
             yield
         finally:
             sparsifier.keep_ratio, sparsifier.trace = ratios, trace
-
-
-def _moved(inputs: Any, parameter: Tensor) -> Any:
-    if isinstance(inputs, Mapping):
-        return {name: _moved(value, parameter) for name, value in inputs.items()}
-    if not isinstance(inputs, Tensor):
-        return inputs
-    return inputs.to(parameter.device, parameter.dtype if inputs.is_floating_point() else None)
