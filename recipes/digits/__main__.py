@@ -126,7 +126,7 @@ def budgets(
 ) -> None:
     """Compare fixed and adaptive budgets on scenes of varying content."""
     ratios = keep_ratio or [0.7, 0.5, 0.35]
-    with _resumable():
+    with resumable(console):
         run_budgets(data=data, output=output, keep_ratios=ratios, seeds=range(seeds), steps=steps, console=console)
 
 
