@@ -16,15 +16,15 @@ from torch import Tensor, nn
 import tokenprune
 from recipes.digits.data import DigitsConfig, make_digits
 from recipes.digits.model import load_dense_model
-from recipes.digits.presets import DIGITS
 from recipes.engine.checkpoints import write_json
 from recipes.engine.data import loader, open_images
 from recipes.engine.models import data_config
 from recipes.engine.settings import TrainingSettings
+from recipes.small.presets import BATCH_SIZE, SMALL
 
 # Fragments cover a sixth of a digit on average, so that a scene shows one to four digits' worth of foreground.
 VARYING = DigitsConfig(num_train=6_400, num_fragments=(0, 18))
-NUM_CALIBRATION, BATCH_SIZE = 512, 128
+NUM_CALIBRATION = 512
 SCORERS = ("informative", "predictor", "cls_attention")
 
 
@@ -118,7 +118,7 @@ def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def _images(data: Path, *, training: bool) -> tuple[Tensor, Tensor]:
     """All images of a split, as the model takes them, and their classes; in the order of the folder."""
-    settings = TrainingSettings(**{**DIGITS, "data_dir": data, "num_workers": 0})
+    settings = TrainingSettings(**{**SMALL, "data_dir": data, "model": "digits_vit", "num_workers": 0})
     folder = open_images(settings, training=training)
     batches: Any = loader(folder, settings, data_config(settings, load_dense_model()), training=False)
     images, labels = zip(*batches, strict=True)
