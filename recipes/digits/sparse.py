@@ -12,11 +12,12 @@ from torch import nn
 
 import tokenprune
 from recipes.digits.model import WEIGHTS, build_model
-from recipes.digits.presets import DIGITS_SPARSE, learning_rates
+from recipes.digits.presets import DIGITS_SPARSE
 from recipes.dynamicvit import SparseSettings
 from recipes.dynamicvit import fine_tune as fine_tune_sparse
 from recipes.engine.fitting import run_once
 from recipes.engine.logbook import read_log
+from recipes.small.presets import learning_rates
 
 STEPS_PER_EPOCH = 100
 

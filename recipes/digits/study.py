@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.digits.data import make_digits
-from recipes.digits.demo import LABELS, SCORERS
 from recipes.digits.model import WEIGHTS
 from recipes.digits.sparse import SparseConfig, fine_tune
 from recipes.engine.checkpoints import write_json
 from recipes.engine.fitting import evaluate_dense
+
+SCORERS = ("predictor", "random", "static")
+LABELS = {"predictor": "learned", "random": "random", "static": "static"}
 
 
 def run_study(

@@ -27,6 +27,9 @@ CENSUS_MASK_EQUALS_GATHER = 2e-5
 OFFICIAL = 1e-5
 """Logits of about 1 against the official inference written out, in single precision, through up to 16 blocks."""
 
+INTERPOLATED_COST = 5e-3
+"""Of a plan, beside the counted one, relative: half of what `plan_for` promises, and it counts what it returns."""
+
 VARLEN = {
     # Of one sequence for all images and of each by itself: sums of as many numbers, which a product over more rows may
     # add up in another order.
