@@ -42,7 +42,7 @@ from tokenprune.pruning.trace import Trace
 from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.saving.dynamicvit import load_dynamicvit
 from tokenprune.saving.export import ExportReport, export
-from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
+from tokenprune.scorers import Candidates, Scored, Scorer, ScorerContext, register_scorer, tome_keep_ratios
 from tokenprune.training.losses import DynamicViTLoss
 
 __version__ = "0.1.0"
@@ -75,6 +75,7 @@ __all__ = [
     "Reduced",
     "Reduction",
     "ReductionContext",
+    "Scored",
     "Scorer",
     "ScorerContext",
     "Selection",
@@ -108,6 +109,7 @@ __all__ = [
     "sparsify",
     "supported",
     "throughput",
+    "tome_keep_ratios",
     "unsparsify",
     "verify",
 ]

@@ -90,8 +90,7 @@ def sparsify(
         reduction_context = ReductionContext(backbone.embed_dim, probability)
         reduction = _built(Reduction, build_reduction, reduction_context, f"pruned={pruned!r}")
         built.append(Stage(scorer_of_stage, reduction))
-    if any(stage.scorer.needs_attention for stage in built):
-        _check_attention(plan, backbone, scorer)
+    _check_scorers(plan, backbone, [stage.scorer for stage in built], scorer)
     for stage in built:
         stage.reduction.check(backbone, reduction_name(pruned) or type(stage.reduction).__name__)
     sparsifier = Sparsifier(plan, backbone, built, pruned=reduction_name(pruned), scorer=scorer_name(scorer))
@@ -163,19 +162,36 @@ def _built(kind: type[Built], build: Callable[[Any], Any], context: Any, given: 
     return made
 
 
-def _check_attention(plan: Plan, backbone: Backbone, scorer: str | ScorerBuilder) -> None:
-    if plan.stages[0] == 0:
+def _check_scorers(plan: Plan, backbone: Backbone, scorers: Sequence[Scorer], scorer: str | ScorerBuilder) -> None:
+    """Refuse scorers that would not get what they need of the model's blocks."""
+    inside = {one.inside_block for one in scorers}
+    if len(inside) > 1:
+        raise PlanError(f"scorer={scorer!r}: stages stand inside of their blocks or in front of them, all alike.")
+    if True in inside:
+        alone = all(_is_part(backbone.attention_modules(index), backbone.blocks[index]) for index in plan.stages)
+        if not alone:
+            raise UnsupportedModelError(
+                f"scorer={scorer!r} merges tokens between a block's attention and its MLP, and a block of this model "
+                "has no attention module of its own, or several; take a scorer that prunes in front of blocks."
+            )
+    needs_recording = any(one.needs_recording for one in scorers)
+    if needs_recording and plan.stages[0] == 0 and True not in inside:
         raise PlanError(
             f"stages={plan.stages}: scorer={scorer!r} needs attention scores of the block before a stage, and there is "
             "none before block 0; move the stage, or take another scorer."
         )
     mixer = next((one for one in backbone.adaptations if one.mixes_weights), None)
-    if mixer is not None:
+    if mixer is not None and any(one.needs_attention for one in scorers):
         modules = ", ".join(sorted({type(module).__name__ for module in mixer.modules()}))
         raise UnsupportedModelError(
             f"scorer={scorer!r} needs attention scores, but this model mixes the weights over the heads after the "
             f"softmax (by {modules}), so what a token receives is unknown; take another scorer."
         )
+
+
+def _is_part(attentions: Sequence[nn.Module], block: nn.Module) -> bool:
+    """Whether a block has one attention module, which is not the block itself."""
+    return len(attentions) == 1 and attentions[0] is not block
 
 
 def _check_model(model: nn.Module) -> None:

@@ -100,7 +100,9 @@ CASES = [BY_NAME[name] for name in ("timm class token", "timm no class token, av
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("pruned", ["drop", "preserve", "fuse", "merge", "fuse_preserve", "merge_preserve"])
+@pytest.mark.parametrize(
+    "pruned", ["drop", "preserve", "fuse", "merge", "fuse_preserve", "merge_preserve", "merge_sizes"]
+)
 @torch.no_grad()
 def test_the_protocol_of_proof(case: Case, pruned: str) -> None:
     model, images = case.model(), case.images()

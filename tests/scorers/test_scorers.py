@@ -118,9 +118,7 @@ def test_random_keeps_exact_counts_in_training() -> None:
 
 
 def test_scorers_by_name_or_by_hand() -> None:
-    with pytest.raises(
-        ValueError, match=r"scorer='best' is unknown; choose from \['cls_attention', 'informative', "
-    ):
+    with pytest.raises(ValueError, match=r"scorer='best' is unknown; choose from \['cls_attention', 'informative', "):
         scorer_builder("best")
     with pytest.raises(TypeError, match="a callable that takes a ScorerContext"):
         scorer_builder(Random())  # type: ignore[arg-type]

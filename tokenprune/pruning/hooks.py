@@ -28,14 +28,16 @@ from tokenprune.pruning.checks import (
     check_recomputed,
     layout_of,
     refuse_order,
+    refuse_recomputing_inside,
     refuse_training_in_place,
 )
 from tokenprune.pruning.executions import AUTO, Execution, default_execution, execution_class
-from tokenprune.pruning.places import Place, places, stage_before
+from tokenprune.pruning.places import Place, places, stage_before, stage_into, stands_inside
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.recomputation import State, recomputing, remember
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.stage import Stage
+from tokenprune.pruning.token_sum import TokenSum
 from tokenprune.pruning.trace import Trace
 from tokenprune.tokens import Layout, find_tokens, output_tokens, replace_output_tokens, replace_tokens
 
@@ -61,6 +63,7 @@ class PruningHooks(nn.Module):
         self.enabled = True
         self._plan = plan
         self._execution = AUTO
+        self._inside = stands_inside(stages)
         self._prepare()
 
     @property
@@ -84,7 +87,7 @@ class PruningHooks(nn.Module):
             if place.block >= first or place.awaited_by is not None:
                 for attention in self.backbone.attention_modules(place.block):
                     yield attention.register_forward_pre_hook(partial(self._before_attention, place))
-                    yield attention.register_forward_hook(self._after_attention, always_call=True)
+                    yield attention.register_forward_hook(partial(self._after_attention, place), always_call=True)
         yield blocks[-1].register_forward_hook(self._after_last_block)
         if self.backbone.final_norm is not None:
             yield self.backbone.final_norm.register_forward_hook(self._after_final_norm)
@@ -102,6 +105,7 @@ class PruningHooks(nn.Module):
         self._executions: dict[str, Execution] = {}
         self._running: Execution | None = None
         self._scopes = AttentionScopes(backbone)
+        self._sum = TokenSum(self._prune_inside)
         self._tail: Interception | None = None
         self._in_tower = False
         self._open = False
@@ -118,6 +122,7 @@ class PruningHooks(nn.Module):
         "_executions",
         "_running",
         "_scopes",
+        "_sum",
         "_tail",
         "_everything",
         "_entry",
@@ -147,7 +152,7 @@ class PruningHooks(nn.Module):
 
     def kept_indices(self, block: int) -> Tensor | None:
         """(B, n) int64, the positions in the grid of the patch tokens that a block gets; ``None`` if all."""
-        selection = self._selection(stage_before(self._plan, block))
+        selection = self._selection(stage_into(self._plan, block, inside=self._inside))
         return None if selection is None or selection.all_kept else selection.indices
 
     def full_length(self) -> int | None:
@@ -231,32 +236,43 @@ class PruningHooks(nn.Module):
             return self._side_inputs(place, running, args, kwargs)
         given = tokens = find_tokens(block, args, kwargs)  # (B, K, C)
         state = self.recomputed if again else self._state
-        before = trace.start
-        if place.stage > 0 or not place.starts:
-            before = state.selections[place.stage - 1 if place.starts else place.stage]
+        passed = place.stage - place.starts
+        before = trace.start if passed < 0 else state.selections[passed]
         if self._restores:
             tokens = self._resume(place, running, tokens, before, state)
         if place.starts:
             if running.trains:
                 check_grad(block, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
-            before = before.replace(layout=self.backbone.layout_at(before.layout, place.block))
-            counts = self._plan.num_keep(trace.num_patches)
-            tokens, selection = cast(Stage, self.stages[place.stage]).prune(
-                tokens,
-                before,
-                running,
-                trace,
-                num_keep=counts[place.stage],
-                num_reached=counts[place.stage - 1] if place.stage else trace.num_patches,
-                probability=self._plan.keep_probabilities[place.stage],
-                attention=state.selections[place.stage].attention if again else self._scopes.take_recorded(),
-            )
-            if not again:
-                self._state = self._state.replace(selections=(*self._state.selections, selection))
-                trace.selections.append(selection)
+            tokens = self._prune(place.stage, place.block, tokens, before)
         if tokens is not given:
             args, kwargs = replace_tokens(args, kwargs, tokens)
         return self._side_inputs(place, running, args, kwargs) or (args, kwargs)
+
+    def _prune(self, stage: int, block: int, tokens: Tensor, before: Selection) -> Tensor:
+        """Of the sequence (B, K, C) that reaches a stage, in front of a block or inside it, what goes on."""
+        again, running, trace = recomputing(), self._running, self.trace
+        assert running is not None and trace is not None
+        counts = self._plan.num_keep(trace.num_patches)
+        tokens, selection = cast(Stage, self.stages[stage]).prune(
+            tokens,
+            before.replace(layout=self.backbone.layout_at(before.layout, block)),
+            running,
+            trace,
+            num_keep=counts[stage],
+            num_reached=counts[stage - 1] if stage else trace.num_patches,
+            probability=self._plan.keep_probabilities[stage],
+            recorded=self.recomputed.selections[stage].recorded if again else self._scopes.take_recorded(),
+        )
+        if not again:
+            self._state = self._state.replace(selections=(*self._state.selections, selection))
+            trace.selections.append(selection)
+        return tokens
+
+    def _prune_inside(self, place: Place, tokens: Tensor) -> Tensor:
+        """Of the tokens (B, K, C) between attention and MLP of a block what goes on."""
+        assert place.inside is not None and self.trace is not None
+        before = self._selection(place.stage)
+        return self._prune(place.inside, place.block, tokens, self.trace.start if before is None else before)
 
     def _is_next(self, place: Place, block: nn.Module) -> bool:
         """Whether the pass has come to a block; one that somebody calls by itself runs as it is."""
@@ -288,9 +304,12 @@ class PruningHooks(nn.Module):
         running, trace = self._running, self.trace
         if running is None or trace is None:
             return
-        if not running.intercepts and place.awaited_by is None and not self._scopes.adapting:
-            return
         selection, layouts = self._selection(place.stage), self.backbone.attention_layouts
+        sized = selection is not None and selection.sizes is not None
+        if not (running.intercepts or place.awaited_by is not None or self._scopes.adapting or sized):
+            return
+        if place.inside is not None:
+            refuse_recomputing_inside(attention)
         scopes: list[Scope] = []
         if selection is not None:
             masking = running.attention(selection, layouts(selection.layout, place.block))
@@ -300,7 +319,10 @@ class PruningHooks(nn.Module):
                 scopes.append(masking)
         if place.awaited_by is not None and self._asks(place.awaited_by):
             seen = trace.start if selection is None else selection
-            scopes.append(self._scopes.recorder(seen, layouts(seen.layout, place.block)))
+            scorer = cast(Stage, self.stages[place.awaited_by]).scorer
+            scopes += self._scopes.recorders(scorer, seen, layouts(seen.layout, place.block))
+        if selection is not None and sized:
+            scopes.append(self._scopes.proportional(selection, layouts(selection.layout, place.block)))
         if self._scopes.adapting and selection is not None and selection.indices is not None and running.removes:
             check_recomputed(running, trace.execution, attention)
             full = self._full_layout(place.block)
@@ -309,20 +331,23 @@ class PruningHooks(nn.Module):
         if scopes:
             self._scopes.enter(scopes)
 
-    def _after_attention(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_attention(self, place: Place, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._scopes.entered:
             self._scopes.leave(attention, failed=output is None)  # None: an exception is passing through
+        if output is not None and self._open and place.inside == len(self._state.selections):
+            self._sum.begin(place, output_tokens(output))
 
     def _asks(self, stage: int) -> bool:
-        """Whether a stage's scorer will be asked in this pass; the attention scores are kept for recomputations."""
-        asked = self._plan.keep_probabilities[stage] < 1 and cast(Stage, self.stages[stage]).scorer.needs_attention
+        """Whether a stage's scorer will be asked in this pass; what is recorded is kept for recomputations."""
+        asked = self._plan.keep_probabilities[stage] < 1 and cast(Stage, self.stages[stage]).scorer.needs_recording
         return asked and not recomputing()
 
     def _after_block(self, place: Place, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        self._sum.end(block)
         running = self._running
         if running is None or not (self._restores or running.trains or running.intercepts):
             return None
-        selection = self._selection(place.stage)
+        masked, selection = self._selection(place.stage), self._selection(place.behind)
         if selection is None:
             return None
         given = tokens = output_tokens(output)
@@ -330,7 +355,7 @@ class PruningHooks(nn.Module):
             if self._everything is None:  # a block that somebody called by itself
                 return None
             tokens = self._restore(place, running, tokens, selection)
-        if running.intercepts and not selection.all_kept and not torch.compiler.is_compiling():
+        if running.intercepts and masked is not None and not masked.all_kept and not torch.compiler.is_compiling():
             check_attended(block, self._attended)
             self._attended = False
         if running.trains and not torch.compiler.is_compiling():
@@ -385,6 +410,7 @@ class PruningHooks(nn.Module):
 
     def _close(self) -> None:
         """Leave what is still entered: the tail's as a rule, a block's after an interrupted pass."""
+        self._sum.end(None)
         self._scopes.close()
         tail, self._tail = self._tail, None
         if tail is not None:

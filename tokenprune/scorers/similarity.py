@@ -41,7 +41,8 @@ def novelty(candidates: Candidates, units: Tensor, importance: Tensor) -> Tensor
         units: (B, n, C), their `directions`.
         importance: (B, n), higher = matters more.
     """
-    similarity = units @ units.transpose(1, 2)  # (B, n, n)
+    with torch.autocast(units.device.type, enabled=False):
+        similarity = units @ units.transpose(1, 2)  # (B, n, n)
     mine, others = importance.unsqueeze(2), importance.unsqueeze(1)
     places = torch.arange(importance.shape[1], device=importance.device)
     first = (others == mine).logical_and(places < places.unsqueeze(1))

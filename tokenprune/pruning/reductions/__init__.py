@@ -15,6 +15,7 @@ from tokenprune.pruning.reductions.base import (
 from tokenprune.pruning.reductions.drop import Drop
 from tokenprune.pruning.reductions.fuse import Fuse, FusePreserve
 from tokenprune.pruning.reductions.merge import Merge, MergePreserve
+from tokenprune.pruning.reductions.merge_sizes import MergeSizes, MergeSizesPreserve
 from tokenprune.pruning.reductions.preserve import Preserve
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "FusePreserve",
     "Merge",
     "MergePreserve",
+    "MergeSizes",
+    "MergeSizesPreserve",
     "Preserve",
     "Reduced",
     "Reduction",
