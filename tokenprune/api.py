@@ -52,9 +52,10 @@ def sparsify(
             the multiples of depth // 4, such as 3, 6, 9 of 12 blocks.
         keep_ratio: A number ρ keeps ρ, ρ², ρ³ … of the original patch tokens; a sequence gives one
             such fraction a stage. In (0, 1].
-        scorer: ``"predictor"`` (learned, DynamicViT's), ``"cls_attention"`` (nothing to learn: what a
-            token receives in the block before the stage), ``"random"``, ``"static"``, or a callable
-            that takes a `ScorerContext` and returns a new `Scorer`.
+        scorer: ``"predictor"`` (learned, DynamicViT's); with nothing to learn ``"cls_attention"`` (what a token
+            receives in the block before the stage), ``"redundancy"`` (how much it differs from the others) and
+            ``"informative"`` (both); ``"random"``, ``"static"``, or a callable that takes a `ScorerContext` and
+            returns a new `Scorer`.
         pruned: What becomes of pruned tokens. ``"drop"``: they are gone for good. ``"fuse"``: those of a stage go on
             as one token, their mean weighted with their importance (EViT's). ``"merge"``: each is folded into the
             most similar token that is kept (TPS'). ``"preserve"``: later blocks run without them, but behind every

@@ -179,7 +179,9 @@ class PruningSettings(RunSettings):
     stages: Annotated[
         list[int] | None, Pruning(help="Blocks to prune before; a quarter of the depth apart if not given.")
     ] = None
-    scorer: Annotated[str, Pruning(help="Token scorer: predictor, cls_attention, random, static.")] = "predictor"
+    scorer: Annotated[
+        str, Pruning(help="Token scorer: predictor, cls_attention, redundancy, informative, random, static.")
+    ] = "predictor"
     backbone_factor: Annotated[float, Pruning(min=0, help="The backbone's learning rate ÷ the predictors'.")] = 0.01
     frozen_epochs: Annotated[float | None, Pruning(min=0, help="Epochs in which only the predictors are trained.")]
     kl_weight: Annotated[float, Pruning(min=0, help="λ_KL, the weight of the KL loss.")] = 0.5
