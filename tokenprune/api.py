@@ -53,17 +53,20 @@ def sparsify(
         keep_ratio: A number ρ keeps ρ, ρ², ρ³ … of the original patch tokens; a sequence gives one
             such fraction a stage. In (0, 1].
         scorer: ``"predictor"`` (learned, DynamicViT's); with nothing to learn ``"cls_attention"`` (what a token
-            receives in the block before the stage), ``"redundancy"`` (how much it differs from the others) and
-            ``"informative"`` (both); ``"random"``, ``"static"``, or a callable that takes a `ScorerContext` and
+            receives in the block before the stage), ``"redundancy"`` (how much it differs from the others),
+            ``"informative"`` (both) and ``"tome"`` (ToMe's matching, whose stages stand inside of their blocks,
+            between attention and MLP); ``"random"``, ``"static"``, or a callable that takes a `ScorerContext` and
             returns a new `Scorer`.
         pruned: What becomes of pruned tokens. ``"drop"``: they are gone for good. ``"fuse"``: those of a stage go on
             as one token, their mean weighted with their importance (EViT's). ``"merge"``: each is folded into the
-            most similar token that is kept (TPS'). ``"preserve"``: later blocks run without them, but behind every
-            block they are restored at their places, as they were when they were pruned, so that feature maps, hidden
-            states and dense heads get every token; ``"fuse_preserve"`` and ``"merge_preserve"`` do both, and with
-            the latter a pruned token comes back in the state of the one that it was folded into. Models that need
-            every token by themselves, such as those with a dense head of transformers, get them either way. Or a
-            callable that takes a `ReductionContext` and returns a new `Reduction`.
+            most similar token that is kept (TPS'). ``"merge_sizes"``: the same by means weighted with the number of
+            patches each stands for, to which later attention is in proportion (ToMe's). ``"preserve"``: later blocks
+            run without them, but behind every block they are restored at their places, as they were when they were
+            pruned, so that feature maps, hidden states and dense heads get every token; ``"fuse_preserve"``,
+            ``"merge_preserve"`` and ``"merge_sizes_preserve"`` do both, and with the latter two a pruned token comes
+            back in the state of the one that it was folded into. Models that need every token by themselves, such as
+            those with a dense head of transformers, get them either way. Or a callable that takes a
+            `ReductionContext` and returns a new `Reduction`.
         backbone: What the model looks like, where no adapter says.
 
     Returns:

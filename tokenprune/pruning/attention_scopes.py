@@ -41,18 +41,19 @@ class AttentionScopes:
         self._attention: list[Tensor] = []
         self._keys: list[Tensor] = []
 
-    def recorders(self, scorer: Scorer, selection: Selection, layouts: Sequence[Layout]) -> list[Scope]:
-        """What records what a scorer needs; inside masking, outside of what adaptations need."""
-        scopes: list[Scope] = []
-        if scorer.needs_attention:
-            scopes.append(self._recorder.prepare(selection, layouts))
-        if scorer.needs_keys:
-            scopes.append(self._key_recorder.prepare(layouts))
-        return scopes
+    def of_selection(self, selection: Selection, layouts: Sequence[Layout], asker: Scorer | None) -> list[Scope]:
+        """What records what a scorer asks for, and lets tokens count by their sizes.
 
-    def proportional(self, selection: Selection, layouts: Sequence[Layout]) -> Scope:
-        """What lets tokens count by their sizes; inside recording, outside of what adaptations need."""
-        return self._proportional.prepare(selection, layouts)
+        Recording is to be entered inside masking, sizes inside recording, outside of what adaptations need.
+        """
+        scopes: list[Scope] = []
+        if asker is not None and asker.needs_attention:
+            scopes.append(self._recorder.prepare(selection, layouts))
+        if asker is not None and asker.needs_keys:
+            scopes.append(self._key_recorder.prepare(layouts))
+        if selection.sizes is not None:
+            scopes.append(self._proportional.prepare(selection, layouts))
+        return scopes
 
     def of_adaptations(self, attention: nn.Module, removed: Removed) -> list[Scope]:
         """What adaptations need while ``attention`` runs."""

@@ -38,7 +38,8 @@ from tokenprune.pruning.recomputation import State, recomputing, remember
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.stage import Stage
 from tokenprune.pruning.token_sum import TokenSum
-from tokenprune.pruning.trace import Trace
+from tokenprune.pruning.trace import Trace, image_size_of
+from tokenprune.scorers import Scorer
 from tokenprune.tokens import Layout, find_tokens, output_tokens, replace_output_tokens, replace_tokens
 
 
@@ -118,17 +119,8 @@ class PruningHooks(nn.Module):
         self.recomputed = State()
 
     _LIVE: ClassVar[list[str]] = [
-        "trace",
-        "_executions",
-        "_running",
-        "_scopes",
-        "_sum",
-        "_tail",
-        "_everything",
-        "_entry",
-        "_state",
-        "recomputed",
-    ]
+        "trace", "_executions", "_running", "_scopes", "_sum", "_tail", "_everything", "_entry", "_state", "recomputed"
+    ]  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._LIVE}
@@ -175,14 +167,7 @@ class PruningHooks(nn.Module):
         self._close()
         self._in_tower = True
         self._grad_enabled = torch.is_grad_enabled()
-        self._image_size = next(
-            (
-                (value.shape[-2], value.shape[-1])
-                for value in (*args, *kwargs.values())
-                if isinstance(value, Tensor) and value.dim() == 4
-            ),
-            None,
-        )
+        self._image_size = image_size_of(args, kwargs)
 
     def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._in_tower, self._image_size = False, None
@@ -305,8 +290,8 @@ class PruningHooks(nn.Module):
         if running is None or trace is None:
             return
         selection, layouts = self._selection(place.stage), self.backbone.attention_layouts
-        sized = selection is not None and selection.sizes is not None
-        if not (running.intercepts or place.awaited_by is not None or self._scopes.adapting or sized):
+        seen = trace.start if selection is None else selection
+        if not (running.intercepts or place.awaited_by is not None or self._scopes.adapting or seen.sizes is not None):
             return
         if place.inside is not None:
             refuse_recomputing_inside(attention)
@@ -317,12 +302,7 @@ class PruningHooks(nn.Module):
                 check_grad(attention, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
                 self._attended = True
                 scopes.append(masking)
-        if place.awaited_by is not None and self._asks(place.awaited_by):
-            seen = trace.start if selection is None else selection
-            scorer = cast(Stage, self.stages[place.awaited_by]).scorer
-            scopes += self._scopes.recorders(scorer, seen, layouts(seen.layout, place.block))
-        if selection is not None and sized:
-            scopes.append(self._scopes.proportional(selection, layouts(selection.layout, place.block)))
+        scopes += self._scopes.of_selection(seen, layouts(seen.layout, place.block), self._asker(place))
         if self._scopes.adapting and selection is not None and selection.indices is not None and running.removes:
             check_recomputed(running, trace.execution, attention)
             full = self._full_layout(place.block)
@@ -337,10 +317,12 @@ class PruningHooks(nn.Module):
         if output is not None and self._open and place.inside == len(self._state.selections):
             self._sum.begin(place, output_tokens(output))
 
-    def _asks(self, stage: int) -> bool:
-        """Whether a stage's scorer will be asked in this pass; what is recorded is kept for recomputations."""
-        asked = self._plan.keep_probabilities[stage] < 1 and cast(Stage, self.stages[stage]).scorer.needs_recording
-        return asked and not recomputing()
+    def _asker(self, place: Place) -> Scorer | None:
+        """The scorer that will ask what the attention of a block was; what is recorded is kept for recomputations."""
+        stage = place.awaited_by
+        if stage is None or self._plan.keep_probabilities[stage] == 1 or recomputing():
+            return None
+        return cast(Stage, self.stages[stage]).scorer
 
     def _after_block(self, place: Place, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._sum.end(block)

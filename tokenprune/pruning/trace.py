@@ -6,7 +6,9 @@ L = P + N + S + Q, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -78,3 +80,9 @@ class Trace:
             selection.grid_scores(reached, self.num_patches)
             for selection, reached in zip(self.selections, before, strict=False)
         )
+
+
+def image_size_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the images (…, H, W) that a model is given; ``None`` where it is given something else."""
+    images = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() == 4)
+    return next(((value.shape[-2], value.shape[-1]) for value in images), None)
