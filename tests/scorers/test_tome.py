@@ -292,3 +292,51 @@ def test_tokens_alternate_in_the_order_that_merging_left() -> None:
     keep = torch.tensor([[1.0, 1.0, 1.0, 0.0, 1.0, 1.0]])
     second = score(keys, 5, keep, first.notes)
     assert (second.scores[0] == 2).tolist() == [True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "match"),
+    [
+        (
+            lambda scores: tokenprune.Scored(scores, hosts=scores),
+            TypeError,
+            r"hosts of torch.float32; expected torch.int64",
+        ),
+        (lambda scores: tokenprune.Scored(scores, hosts=scores[:, 1:].long()), ValueError, r"hosts of shape \(3, 35\)"),
+        (lambda scores: tokenprune.Scored(scores, notes=[1]), ValueError, r"notes as a list; expected \(3, 36\)"),
+        (lambda scores: tokenprune.Scored(None), TypeError, r"returned a NoneType; expected scores"),
+    ],
+)
+def test_what_is_not_scored_is_refused(returned: Any, error: type[Exception], match: str) -> None:
+    class Wrong(tokenprune.Scorer):
+        def forward(self, candidates: Candidates) -> Any:
+            return returned(candidates.patches.norm(dim=-1))
+
+    case = BY_NAME["timm class token"]
+    model = case.sparsified(scorer=lambda context: Wrong(), pruned="merge")
+    with pytest.raises(error, match=match):
+        model(case.images())
+
+
+def test_sizes_of_a_wrong_shape_are_refused() -> None:
+    class Wrong(tokenprune.Reduction):
+        def forward(self, split: tokenprune.Split) -> tokenprune.Reduced:
+            return tokenprune.Reduced(split.patches, sizes=split.keep[:, 1:])
+
+    case = BY_NAME["timm class token"]
+    model = case.sparsified(scorer="random", pruned=lambda context: Wrong())
+    with pytest.raises(ValueError, match=r"Wrong returned sizes of shape \(3, 35\); expected \(3, 36\)"):
+        model(case.images())
+
+
+@torch.no_grad()
+def test_hosts_of_the_scorer_are_those_that_other_reductions_take() -> None:
+    case = BY_NAME["timm class token"]
+    chosen, similar = tome(case, pruned="merge"), tome(case, pruned="merge")
+    for stage in similar.tokenprune.stages:
+        stage.scorer.register_forward_hook(lambda module, args, output: output._replace(hosts=None))
+    images = case.images()
+    assert not torch.allclose(chosen(images), similar(images), atol=1e-3)
+    gathered = chosen(images)
+    chosen.tokenprune.execution = "mask"
+    torch.testing.assert_close(chosen(images), gathered, rtol=0, atol=1e-4)

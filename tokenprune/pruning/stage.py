@@ -126,16 +126,22 @@ class Stage(nn.Module):
                     "after sparsify(), so they are not recorded; pass it as tokenprune.sparsify(…, scorer=…)."
                 )
         returned: Any = self.scorer(candidates)
-        scores, hosts, notes = returned if isinstance(returned, Scored) else (returned, None, None)
+        scored = returned if isinstance(returned, Scored) else Scored(returned)
+        scores, hosts, notes = scored
         if not isinstance(scores, Tensor) or scores.is_complex():
             got = f"a tensor of {scores.dtype}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise TypeError(f"{type(self.scorer).__name__} returned {got}; expected scores, a tensor of real numbers.")
         expected = candidates.patches.shape[:2]
-        for what, values in (("scores", scores), ("hosts", hosts), ("notes", notes)):
-            if values is not None and values.shape != expected:
+        for what, values in zip(Scored._fields, scored, strict=True):
+            if values is None:
+                continue
+            if not isinstance(values, Tensor) or values.shape != expected:
+                got = (
+                    f"of shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"as a {type(values).__name__}"
+                )
                 raise ValueError(
-                    f"{type(self.scorer).__name__} returned {what} of shape {tuple(values.shape)}; "
-                    f"expected {tuple(expected)}, one for each patch token."
+                    f"{type(self.scorer).__name__} returned {what} {got}; expected {tuple(expected)}, one for each "
+                    "patch token."
                 )
         if hosts is not None and hosts.dtype != torch.int64:
             raise TypeError(f"{type(self.scorer).__name__} returned hosts of {hosts.dtype}; expected torch.int64.")
