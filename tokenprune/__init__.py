@@ -43,6 +43,9 @@ from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.saving.dynamicvit import load_dynamicvit
 from tokenprune.saving.export import ExportReport, export
 from tokenprune.scorers import Candidates, Scored, Scorer, ScorerContext, register_scorer, tome_keep_ratios
+from tokenprune.training.calibration import calibrate
+from tokenprune.training.calibration_report import CalibrationReport
+from tokenprune.training.gathered import gathered
 from tokenprune.training.losses import DynamicViTLoss
 
 __version__ = "0.1.0"
@@ -55,6 +58,7 @@ __all__ = [
     "Adaptation",
     "Adapter",
     "Backbone",
+    "CalibrationReport",
     "Candidates",
     "CheckpointError",
     "CountingError",
@@ -92,11 +96,13 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationReport",
     "animate",
+    "calibrate",
     "dense",
     "export",
     "flops",
     "from_pretrained",
     "functional",
+    "gathered",
     "kept_tokens",
     "load_dynamicvit",
     "prove",

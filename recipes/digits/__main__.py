@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from recipes.digits.calibration import run_calibration
 from recipes.digits.demo import run_demo
 from recipes.digits.dense import train_digits
 from recipes.digits.model import WEIGHTS
@@ -93,6 +94,29 @@ def study(
     ratios = keep_ratio or [0.7, 0.5]
     with _resumable():
         run_study(data=data, output=output, keep_ratios=ratios, seeds=range(seeds), steps=steps, console=console)
+
+
+@app.command()
+def calibrate(
+    data: Data = DATA,
+    output: Output = Path("runs/digits"),
+    keep_ratio: Annotated[list[float] | None, typer.Option(help="ρ; give it several times.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+    steps: Steps = 100,
+    backbone_steps: Annotated[int, typer.Option(min=0, help="Gathered steps that follow, at each ratio.")] = 0,
+) -> None:
+    """Train the predictors alone, without labels, once for all keep ratios."""
+    ratios = keep_ratio or [0.7, 0.5, 0.35]
+    with _resumable():
+        run_calibration(
+            data=data,
+            output=output,
+            keep_ratios=ratios,
+            seeds=range(seeds),
+            steps=steps,
+            backbone_steps=backbone_steps,
+            console=console,
+        )
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenprune.analysis.verification import named_outputs
 from tokenprune.backbones.entry_points import adapter_entries, installed_version
 from tokenprune.backbones.examples import Example
+from tokenprune.backbones.probing import named_outputs
 from tokenprune.errors import HostError
 
 

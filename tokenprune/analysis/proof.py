@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from tokenprune.analysis.description import describe_behaviour
 from tokenprune.analysis.hosts import run_dense
-from tokenprune.analysis.verification import named_outputs, verify
+from tokenprune.analysis.verification import verify
 from tokenprune.api import sparsifier_of, sparsify, unsparsify
 from tokenprune.backbones.adapters import library_of
 from tokenprune.backbones.examples import Example
+from tokenprune.backbones.probing import named_outputs
 from tokenprune.backbones.supported import SupportedModel
 from tokenprune.errors import ProofError
 

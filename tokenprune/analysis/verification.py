@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.api import dense, sparsifier_of
-from tokenprune.backbones.probing import eval_mode, kept_modes
+from tokenprune.backbones.probing import call, eval_mode, kept_modes, named_outputs
 from tokenprune.pruning.executions import default_execution, executions
 from tokenprune.pruning.sparsifier import Sparsifier
 from tokenprune.pruning.trace import Trace
@@ -217,27 +217,7 @@ def _in_execution(name: str, model: nn.Module, sparsifier: Sparsifier, inputs: A
 
 
 def _run(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
-    if isinstance(inputs, Mapping):
-        output = model(**inputs)
-    else:
-        output = model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-    return named_outputs(output)
-
-
-def named_outputs(output: Any) -> dict[str, Tensor]:
-    """Every floating-point tensor in what a model returned, by where it stands."""
-    return dict(_tensors(output, "output"))
-
-
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _tensors(item, f"{name}.{key}")
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            yield from _tensors(item, f"{name}[{index}]")
+    return named_outputs(call(model, inputs))
 
 
 def _of_tokens_left(

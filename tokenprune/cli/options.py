@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from torch import nn
 
@@ -65,6 +66,10 @@ OneKeepRatio = Annotated[
         "0.8,0.5,0.3. Default: 0.7, or what was saved.",
         show_default=False,
     ),
+]
+DeviceName = Annotated[
+    str | None,
+    typer.Option("--device", help="Such as cpu or cuda. Default: the accelerator if there is one.", show_default=False),
 ]
 Pretrained = Annotated[bool, typer.Option(help="Load trained weights; with random ones, what is kept means nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
@@ -207,6 +212,35 @@ def check_picture(option: str, file: Path) -> None:
         raise typer.BadParameter(f"{option} {file}: there is no folder {file.parent}.")
     if not file.suffix:
         raise typer.BadParameter(f"{option} {file}: the name must say which kind of file, as in {file}.png or .svg.")
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made, before anything is done.
+
+    Raises:
+        typer.BadParameter: It, or one that it is to stand in, is a file.
+    """
+    file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+    if file is not None:
+        raise typer.BadParameter(f"{option} {folder}: {file} is a file; name a folder.")
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of a name; ``None`` means the accelerator, or the CPU where there is none.
+
+    Raises:
+        typer.BadParameter: There is no such device, or nothing can be run on it.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise typer.BadParameter(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise typer.BadParameter("--device meta: nothing can be run there.")
+    return device
 
 
 def stage_indices(text: str | None) -> tuple[int, ...] | None:

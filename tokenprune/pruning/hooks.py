@@ -235,8 +235,7 @@ class PruningHooks(nn.Module):
 
     def _prune(self, stage: int, block: int, tokens: Tensor, before: Selection) -> Tensor:
         """Of the sequence (B, K, C) that reaches a stage, in front of a block or inside it, what goes on."""
-        again, running, trace = recomputing(), self._running, self.trace
-        assert running is not None and trace is not None
+        again, running, trace = recomputing(), cast(Execution, self._running), cast(Trace, self.trace)
         counts = self._plan.num_keep(trace.num_patches)
         tokens, selection = cast(Stage, self.stages[stage]).prune(
             tokens,
@@ -387,7 +386,8 @@ class PruningHooks(nn.Module):
 
     def _record_tokens(self, tokens: Tensor) -> None:
         running, trace = self._running, self.trace
-        if running is not None and trace is not None and running.trains and torch.is_grad_enabled():
+        wanted = running is not None and (running.trains or self.training)
+        if wanted and trace is not None and torch.is_grad_enabled():
             trace.tokens = tokens
 
     def _close(self) -> None:

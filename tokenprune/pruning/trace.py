@@ -27,8 +27,8 @@ class Trace:
         grid: Rows and columns of patches, ``None`` where the image's size was not seen.
         selections: What each stage has decided, one a stage that was reached.
         restored: Whether pruned tokens were restored behind every block.
-        tokens: The final normalised tokens, laid out as `layout` says, (B, L, C); recorded for losses in executions
-            that train, while gradients are enabled.
+        tokens: The final normalised tokens, laid out as `layout` says, (B, L, C); recorded for losses in training
+            mode, and in executions that train, while gradients are enabled.
     """
 
     execution: str

@@ -1,1 +1,1 @@
-"""Training: the objective."""
+"""Training: the objective, calibration without labels, gathered training."""

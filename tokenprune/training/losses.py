@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenprune.api import sparsifier_of, unwrap
+from tokenprune.backbones.probing import call
 from tokenprune.errors import StateError
 from tokenprune.pruning.executions import default_execution, execution_class
 from tokenprune.pruning.sparsifier import Sparsifier
+from tokenprune.pruning.stage import Stage
 from tokenprune.pruning.trace import Trace
+from tokenprune.tokens import select
 
 
 class DynamicViTLoss(nn.Module):
@@ -32,6 +35,9 @@ class DynamicViTLoss(nn.Module):
       over channels and over the tokens kept at the last stage; 0 if none is.
     - ``ratio``: squared difference between a stage's keep ratio and the share of tokens an image
       keeps there, mean over images and stages.
+
+    Inside of `tokenprune.gathered`, where every image keeps as many tokens as planned, ``distill`` is on those, and
+    ``ratio`` is 0.
 
     With ``heads``, for a model that classifies its patch tokens too (token labeling, arXiv 2104.10858) and adds
     both up in its output:
@@ -111,7 +117,8 @@ class DynamicViTLoss(nn.Module):
 
         Raises:
             StateError: The model is not sparsified, or its last forward pass left no decisions with
-                gradients: it ran in eval mode, densely, or under re-entrant checkpointing.
+                gradients: it ran in eval mode, densely, or under re-entrant checkpointing, or removed tokens outside
+                of `tokenprune.gathered`.
             ValueError: Student and teacher do not fit together.
         """
         sparsifier = sparsifier_of(model)
@@ -129,8 +136,11 @@ class DynamicViTLoss(nn.Module):
             if self.distill_weight:
                 tokens = _final_tokens(sparsifier)
                 student, teacher = _patches(tokens, teacher_tokens, trace)
-                parts["distill"] = _mean_over_kept(self._token_errors(model, student, teacher), keep[-1])
-        if self.ratio_weight:
+                errors = self._token_errors(model, student, teacher)
+                parts["distill"] = (
+                    _mean_over_kept(errors, keep[-1]) if errors.shape == keep[-1].shape else errors.mean()
+                )
+        if self.ratio_weight and execution_class(trace.execution).trains:
             parts["ratio"] = _ratio(keep, sparsifier.plan.keep_ratios)
         total = (
             parts["classification"]
@@ -144,9 +154,9 @@ class DynamicViTLoss(nn.Module):
     def _teach(self, inputs: Any, tokens_module: str) -> tuple[Tensor, Tensor | None]:
         """The teacher's logits, and its final tokens: what its module of that name puts out."""
         if not self.distill_weight and self.heads is None:
-            return logits_of(_call(self.teacher, inputs)), None
+            return logits_of(call(self.teacher, inputs)), None
         with _captured(unwrap(self.teacher), tokens_module) as captured:
-            outputs = _call(self.teacher, inputs)
+            outputs = call(self.teacher, inputs)
         tokens = captured[-1]
         return logits_of(outputs) if self.heads is None else self._class_logits(self.teacher, tokens), tokens
 
@@ -167,11 +177,14 @@ class DynamicViTLoss(nn.Module):
 def _trained_trace(sparsifier: Sparsifier) -> Trace:
     """The record of the last forward pass, if a loss can be computed of it."""
     trace = sparsifier.trace
+    if trace is not None and sparsifier.training and _scorers_held(sparsifier):
+        return trace
     if trace is None or not execution_class(trace.execution).trains:
         ran = "no pruned forward pass" if trace is None else f"one in {trace.execution} execution"
         raise StateError(
             f"the loss needs decisions made in {default_execution(training=True)} execution; there was {ran}. Call "
-            "model.train() and model(inputs), outside of tokenprune.dense, before the loss."
+            "model.train() and model(inputs), outside of tokenprune.dense, before the loss; or train inside of "
+            "tokenprune.gathered, where scorers do not learn."
         )
     learns = any(
         parameter.requires_grad
@@ -187,10 +200,10 @@ def _trained_trace(sparsifier: Sparsifier) -> Trace:
     return trace
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+def _scorers_held(sparsifier: Sparsifier) -> bool:
+    """Whether no scorer is to learn, as inside of `tokenprune.gathered`."""
+    scorers = [cast(Stage, stage).scorer for stage in sparsifier.stages]
+    return not any(parameter.requires_grad for scorer in scorers for parameter in scorer.parameters())
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -275,7 +288,7 @@ def _divergences(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _patches(student: Tensor, teacher: Tensor | None, trace: Trace) -> tuple[Tensor, Tensor]:
-    """The patch tokens, (B, N, C) each, of the final tokens of student and teacher."""
+    """The patch tokens that are there in the end, (B, n, C) each, of the final tokens of student and teacher."""
     layout, dense = trace.layout, trace.full_layout
     if teacher is None or student.shape[1] != layout.length or teacher.shape[1:] != (dense.length, student.shape[2]):
         got = None if teacher is None else tuple(teacher.shape)
@@ -283,7 +296,10 @@ def _patches(student: Tensor, teacher: Tensor | None, trace: Trace) -> tuple[Ten
             f"final tokens of student {tuple(student.shape)} and teacher {got} differ in shape; pass distill_weight=0 "
             "for a teacher of another architecture, and do not drop patches in training while distilling tokens."
         )
-    return layout.patches(student), dense.patches(teacher)
+    taught = dense.patches(teacher)
+    if trace.indices and not trace.restored:
+        taught = select(taught, trace.indices[-1])
+    return layout.patches(student), taught
 
 
 def _mean_over_kept(errors: Tensor, keep: Tensor) -> Tensor:

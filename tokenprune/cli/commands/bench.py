@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.cli.options import ImageSize, Json, KeepRatios, Model, Pruned, ScorerName, Stages, ratios, sparsified
+from tokenprune.cli.options import (
+    DeviceName,
+    ImageSize,
+    Json,
+    KeepRatios,
+    Model,
+    Pruned,
+    ScorerName,
+    Stages,
+    device_named,
+    ratios,
+    sparsified,
+)
 from tokenprune.cli.output import show, show_json, step, working
 
 if TYPE_CHECKING:
@@ -39,10 +51,7 @@ def bench(
     warmup: Annotated[int, typer.Option(min=0, help="Pairs that run before and do not.")] = 3,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")] = False,
     dtype: Annotated[DType, typer.Option(help="dtype of weights and images.")] = DType.float32,
-    device: Annotated[
-        str | None,
-        typer.Option(help="Such as cpu or cuda. Default: the accelerator if there is one.", show_default=False),
-    ] = None,
+    device: DeviceName = None,
     as_json: Json = False,
 ) -> None:
     """Measure throughput and latency, dense and sparse in turn, at batch 1 and at a larger one.
@@ -58,7 +67,7 @@ def bench(
     from tokenprune.analysis.flop_counter import flops
     from tokenprune.api import sparsifier_of
 
-    chosen, where = ratios(keep_ratio), _device(device)
+    chosen, where = ratios(keep_ratio), device_named(device)
     results: list[tuple[FlopReport, ThroughputReport]] = []
     with working(f"loading {model}") as progress:
         loaded, size = sparsified(
@@ -145,21 +154,6 @@ def _table(title: str, results: list[tuple[FlopReport, ThroughputReport]]) -> Ta
             cells.append(f"{timed.dense_peak_bytes / 2**20:.0f} → {timed.sparse_peak_bytes / 2**20:.0f}")
         table.add_row(*cells)
     return table
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise typer.BadParameter(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type == "meta":
-        raise typer.BadParameter("--device meta: nothing can be measured there.")
-    return device
 
 
 def _hardware(device: torch.device) -> str:

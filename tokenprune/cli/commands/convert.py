@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli.options import Json, ratio, stage_indices
+from tokenprune.cli.options import Json, check_folder, ratio, stage_indices
 from tokenprune.cli.output import show, show_json, working
 
 
@@ -39,9 +39,7 @@ def convert(
     from tokenprune.saving.dynamicvit import load_dynamicvit
 
     chosen, blocks = ratio(keep_ratio), stage_indices(stages)
-    file = next((path for path in (output, *output.parents) if path.is_file()), None)
-    if file is not None:
-        raise typer.BadParameter(f"--output {output}: {file} is a file; name a folder.")
+    check_folder("--output", output)
     with working(f"converting {checkpoint.name}"):
         model = load_dynamicvit(checkpoint, keep_ratio=chosen, num_heads=num_heads, stages=blocks)
         try:
