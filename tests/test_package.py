@@ -139,13 +139,13 @@ def test_the_public_names_are_these() -> None:
     assert tokenprune.__all__ == [
         "Adaptation", "Adapter", "Backbone", "CalibrationReport", "Candidates", "CheckpointError", "CountingError",
         "DynamicViTLoss", "Example", "ExportError", "ExportReport", "FlopReport", "HostError", "InterceptionError",
-        "KeptTokens", "MissingExtraError", "PictureError", "Plan", "PlanError", "Preprocessing", "ProofError",
+        "KeptTokens", "Level", "MissingExtraError", "PictureError", "Plan", "PlanError", "Preprocessing", "ProofError",
         "Reduced", "Reduction", "ReductionContext", "Scored", "Scorer", "ScorerContext", "Selection", "Setting",
-        "Sparsifier", "Split", "StateError", "SupportedModel", "ThroughputReport", "TokenTable", "TokenpruneError",
-        "Trace", "UnknownModelError", "UnsupportedModelError", "VerificationReport", "animate", "calibrate", "dense",
-        "export", "flops", "from_pretrained", "functional", "gathered", "kept_tokens", "load_dynamicvit", "prove",
-        "push_to_hub", "register_reduction", "register_scorer", "report", "save_pretrained", "show", "sparsify",
-        "supported", "throughput", "tome_keep_ratios", "unsparsify", "verify",
+        "Sparsifier", "Split", "StateError", "SupportedModel", "ThroughputReport", "TokenTable", "TokenWise",
+        "TokenpruneError", "Trace", "UnknownModelError", "UnsupportedModelError", "VerificationReport", "animate",
+        "calibrate", "dense", "export", "fit_fast_paths", "flops", "from_pretrained", "functional", "gathered",
+        "kept_tokens", "load_dynamicvit", "prove", "push_to_hub", "register_reduction", "register_scorer", "report",
+        "save_pretrained", "show", "sparsify", "supported", "throughput", "tome_keep_ratios", "unsparsify", "verify",
     ]  # fmt: skip
     for name in tokenprune.__all__:
         assert getattr(tokenprune, name).__doc__, name

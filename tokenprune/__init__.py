@@ -15,10 +15,11 @@ from tokenprune.api import dense, sparsify, unsparsify
 from tokenprune.backbones import probing, structure
 from tokenprune.backbones.adaptations import Adaptation, Setting, TokenTable
 from tokenprune.backbones.adapters import Adapter
-from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.backbone import Backbone, Level
 from tokenprune.backbones.examples import Example
 from tokenprune.backbones.preprocessing import Preprocessing
 from tokenprune.backbones.supported import SupportedModel, supported
+from tokenprune.backbones.token_wise import TokenWise
 from tokenprune.errors import (
     CheckpointError,
     CountingError,
@@ -45,6 +46,7 @@ from tokenprune.saving.export import ExportReport, export
 from tokenprune.scorers import Candidates, Scored, Scorer, ScorerContext, register_scorer, tome_keep_ratios
 from tokenprune.training.calibration import calibrate
 from tokenprune.training.calibration_report import CalibrationReport
+from tokenprune.training.fast_paths import fit_fast_paths
 from tokenprune.training.gathered import gathered
 from tokenprune.training.losses import DynamicViTLoss
 
@@ -70,6 +72,7 @@ __all__ = [
     "HostError",
     "InterceptionError",
     "KeptTokens",
+    "Level",
     "MissingExtraError",
     "PictureError",
     "Plan",
@@ -90,6 +93,7 @@ __all__ = [
     "SupportedModel",
     "ThroughputReport",
     "TokenTable",
+    "TokenWise",
     "TokenpruneError",
     "Trace",
     "UnknownModelError",
@@ -99,6 +103,7 @@ __all__ = [
     "calibrate",
     "dense",
     "export",
+    "fit_fast_paths",
     "flops",
     "from_pretrained",
     "functional",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from tokenprune.backbones.adapters import describe
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.errors import PlanError, StateError, UnsupportedModelError
+from tokenprune.pruning.parts import Parts, scored_shares
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.reductions import (
     Reduction,
@@ -49,7 +51,8 @@ def sparsify(
         model: A model that an installed adapter knows, or any other together with ``backbone``. To find
             its blocks an adapter may run it once, in eval mode, on two random images.
         stages: Indices of the blocks in front of which tokens are pruned, ascending; ``None`` means
-            the multiples of depth // 4, such as 3, 6, 9 of 12 blocks.
+            the multiples of depth // 4, such as 3, 6, 9 of 12 blocks. Blocks of a hierarchy are counted through all its
+            levels, and stages stand in one of them: with ``None`` in the one whose MLPs cost most, as a rule the third.
         keep_ratio: A number ρ keeps ρ, ρ², ρ³ … of the original patch tokens; a sequence gives one
             such fraction a stage. In (0, 1].
         scorer: ``"predictor"`` (learned, DynamicViT's); with nothing to learn ``"cls_attention"`` (what a token
@@ -64,9 +67,11 @@ def sparsify(
             run without them, but behind every block they are restored at their places, as they were when they were
             pruned, so that feature maps, hidden states and dense heads get every token; ``"fuse_preserve"``,
             ``"merge_preserve"`` and ``"merge_sizes_preserve"`` do both, and with the latter two a pruned token comes
-            back in the state of the one that it was folded into. Models that need every token by themselves, such as
-            those with a dense head of transformers, get them either way. Or a callable that takes a
-            `ReductionContext` and returns a new `Reduction`.
+            back in the state of the one that it was folded into. ``"fast"``: they stay in the sequence, and take a
+            fast path around the MLP of each block, which is all that hierarchies such as Swin and ConvNeXt allow;
+            every stage decides on all tokens anew, and with ``"fast_nested"`` on those that the stage before has
+            kept. Models that need every token by themselves, such as those with a dense head of transformers, get
+            them either way. Or a callable that takes a `ReductionContext` and returns a new `Reduction`.
         backbone: What the model looks like, where no adapter says.
 
     Returns:
@@ -86,17 +91,23 @@ def sparsify(
     if not isinstance(backbone, Backbone):
         raise TypeError(f"backbone={type(backbone).__name__}: expected a tokenprune.Backbone that describes the model.")
     backbone.check(model)
-    plan = Plan.build(depth=len(backbone.blocks), stages=stages, keep_ratio=keep_ratio)
+    backbone = backbone.for_stages(stages)
+    level = backbone.reach if backbone.levels else None
+    plan = Plan.build(depth=len(backbone.blocks), stages=stages, keep_ratio=keep_ratio, level=level)
+    parts = Parts(model, backbone)
+    reductions = []
+    for number, probability in enumerate(plan.keep_probabilities):
+        context = ReductionContext(backbone.embed_dim, probability, partial(parts.behind, plan, number))
+        reductions.append(_built(Reduction, build_reduction, context, f"pruned={pruned!r}"))
+    _check_hierarchy(model, backbone, reductions, pruned)
+    for reduction in reductions:
+        reduction.check(backbone, reduction_name(pruned) or type(reduction).__name__)
+    backbone = parts.described
     built = []
-    for probability in plan.keep_probabilities:
+    for reduction, probability in zip(reductions, scored_shares(plan, reductions), strict=True):
         scorer_context = ScorerContext(backbone.embed_dim, probability, backbone.grid_size)
-        scorer_of_stage = _built(Scorer, build_scorer, scorer_context, f"scorer={scorer!r}")
-        reduction_context = ReductionContext(backbone.embed_dim, probability)
-        reduction = _built(Reduction, build_reduction, reduction_context, f"pruned={pruned!r}")
-        built.append(Stage(scorer_of_stage, reduction))
-    _check_scorers(plan, backbone, [stage.scorer for stage in built], scorer)
-    for stage in built:
-        stage.reduction.check(backbone, reduction_name(pruned) or type(stage.reduction).__name__)
+        built.append(Stage(_built(Scorer, build_scorer, scorer_context, f"scorer={scorer!r}"), reduction))
+    _check_scorers(plan, backbone, built, scorer)
     sparsifier = Sparsifier(plan, backbone, built, pruned=reduction_name(pruned), scorer=scorer_name(scorer))
     for adaptation in backbone.adaptations:
         adaptation.check(model, restores=sparsifier.restores)
@@ -166,20 +177,31 @@ def _built(kind: type[Built], build: Callable[[Any], Any], context: Any, given: 
     return made
 
 
-def _check_scorers(plan: Plan, backbone: Backbone, scorers: Sequence[Scorer], scorer: str | ScorerBuilder) -> None:
+def _check_hierarchy(
+    model: nn.Module, backbone: Backbone, reductions: Sequence[Reduction], pruned: str | ReductionBuilder
+) -> None:
+    if backbone.levels and not all(reduction.whole for reduction in reductions):
+        kinds = ", ".join(sorted({type(block).__name__ for block in backbone.blocks}))
+        why = f"the blocks of {type(model).__name__} ({kinds}) need the full grid of tokens."
+        raise UnsupportedModelError(
+            f"{backbone.obstacle or why} So pruned={pruned!r}, which takes tokens out of the sequence, is not for this "
+            "model; pass pruned='fast', with which they stay and skip the expensive part of each block."
+        )
+
+
+def _check_scorers(plan: Plan, backbone: Backbone, stages: Sequence[Stage], scorer: str | ScorerBuilder) -> None:
     """Refuse scorers that would not get what they need of the model's blocks."""
-    inside = {one.inside_block for one in scorers}
-    if len(inside) > 1:
-        raise PlanError(f"scorer={scorer!r}: stages stand inside of their blocks or in front of them, all alike.")
-    if True in inside:
-        alone = all(_is_part(backbone.attention_modules(index), backbone.blocks[index]) for index in plan.stages)
-        if not alone:
-            raise UnsupportedModelError(
-                f"scorer={scorer!r} merges tokens between a block's attention and its MLP, and a block of this model "
-                "has no attention module of its own, or several; take a scorer that prunes in front of blocks."
-            )
-    needs_recording = any(one.needs_recording for one in scorers)
-    if needs_recording and plan.stages[0] == 0 and True not in inside:
+    scorers = [stage.scorer for stage in stages]
+    if any(one.inside_block for one in scorers):
+        _check_inside(plan, backbone, stages, scorer)
+    if not any(one.needs_recording for one in scorers):
+        return
+    if backbone.levels:
+        raise UnsupportedModelError(
+            f"scorer={scorer!r} needs attention scores over all tokens, and the blocks of a hierarchy attend within "
+            "windows or not at all; take another scorer, such as 'predictor'."
+        )
+    if plan.stages[0] == 0 and not scorers[0].inside_block:
         raise PlanError(
             f"stages={plan.stages}: scorer={scorer!r} needs attention scores of the block before a stage, and there is "
             "none before block 0; move the stage, or take another scorer."
@@ -193,9 +215,22 @@ def _check_scorers(plan: Plan, backbone: Backbone, scorers: Sequence[Scorer], sc
         )
 
 
-def _is_part(attentions: Sequence[nn.Module], block: nn.Module) -> bool:
-    """Whether a block has one attention module, which is not the block itself."""
-    return len(attentions) == 1 and attentions[0] is not block
+def _check_inside(plan: Plan, backbone: Backbone, stages: Sequence[Stage], scorer: str | ScorerBuilder) -> None:
+    """Refuse stages inside of blocks where tokens cannot be merged there."""
+    if not all(stage.scorer.inside_block for stage in stages):
+        raise PlanError(f"scorer={scorer!r}: stages stand inside of their blocks or in front of them, all alike.")
+    if any(stage.reduction.whole for stage in stages):
+        raise PlanError(
+            f"scorer={scorer!r} has its stages inside of blocks, and this reduction leaves all tokens in them; take "
+            "another scorer, or a reduction such as 'merge_sizes'."
+        )
+    for index in plan.stages:
+        attentions = backbone.attention_modules(index)
+        if len(attentions) != 1 or attentions[0] is backbone.blocks[index]:
+            raise UnsupportedModelError(
+                f"scorer={scorer!r} merges tokens between a block's attention and its MLP, and a block of this model "
+                "has no attention module of its own, or several; take a scorer that prunes in front of blocks."
+            )
 
 
 def _check_model(model: nn.Module) -> None:

@@ -120,18 +120,19 @@ def of_length(layouts: Sequence[Layout], length: int) -> Layout | None:
 def select(tokens: Tensor, positions: Tensor) -> Tensor:
     """The tokens (B, K, C) at each image's own positions (B, K), of tokens (B, L, C)."""
     # Whole rows of one long sequence are copied several times as fast as torch.gather picks numbers.
-    rows = _rows(tokens, positions)
-    return tokens.flatten(0, 1).index_select(0, rows).view(*positions.shape, sizes(tokens)[2])
+    flat = rows(positions, tokens.shape[1])
+    return tokens.flatten(0, 1).index_select(0, flat).view(*positions.shape, sizes(tokens)[2])
 
 
 def restore(tokens: Tensor, positions: Tensor, everything: Tensor) -> Tensor:
     """All tokens ``everything`` (B, L, C), with ``tokens`` (B, K, C) in place of those at ``positions`` (B, K)."""
-    rows = _rows(everything, positions)
-    return everything.flatten(0, 1).index_copy(0, rows, tokens.flatten(0, 1)).view_as(everything)
+    flat = rows(positions, everything.shape[1])
+    return everything.flatten(0, 1).index_copy(0, flat, tokens.flatten(0, 1)).view_as(everything)
 
 
-def _rows(tokens: Tensor, positions: Tensor) -> Tensor:
-    batch, length, _ = tokens.shape
+def rows(positions: Tensor, length: int) -> Tensor:
+    """Positions (B, K) in sequences of L tokens as rows (B·K) of all of them in one."""
+    batch = positions.shape[0]
     return (positions + length * torch.arange(batch, device=positions.device).unsqueeze(1)).flatten()
 
 

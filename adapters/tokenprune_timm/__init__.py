@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune import Adapter, Backbone, Preprocessing
-from tokenprune_timm import checkpoints, loading, models, preprocessing, rebuilding
+from tokenprune_timm import checkpoints, hierarchy_checkpoints, loading, models, preprocessing, rebuilding
 
 __all__ = ["TimmAdapter", "adapter"]
 
@@ -23,6 +23,9 @@ class TimmAdapter(Adapter):
 
     def describe(self, model: nn.Module) -> Backbone:
         return models.describe(model)
+
+    def example_inputs(self, model: nn.Module) -> Mapping[str, Any]:
+        return models.example_inputs(model)
 
     def identity(self, model: nn.Module) -> dict[str, Any]:
         return rebuilding.identity(model)
@@ -40,7 +43,12 @@ class TimmAdapter(Adapter):
         return preprocessing.preprocessing(model)
 
     def from_state_dict(self, state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module:
+        if hierarchy_checkpoints.is_hierarchy(state):
+            return hierarchy_checkpoints.from_state_dict(state)
         return checkpoints.from_state_dict(state, num_heads=num_heads)
+
+    def official_weights(self, model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return hierarchy_checkpoints.renamed(state, model) if hierarchy_checkpoints.is_hierarchy(state) else state
 
 
 adapter = TimmAdapter()

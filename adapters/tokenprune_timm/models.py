@@ -13,6 +13,7 @@ from tokenprune.backbones.adaptations import GridMethods
 from tokenprune.backbones.probing import random_inputs
 from tokenprune.backbones.structure import observe
 from tokenprune_timm.families import GridTokens, LateClassToken, TailClassToken, TalkingHeads
+from tokenprune_timm.hierarchies import describe_hierarchy
 
 # Rotary tables: one for all images and heads, one a head, or one an image.
 _ROPE = ("n d -> b 1 n d", "h n d -> b h n d", "b h n d -> b h n d")
@@ -20,14 +21,24 @@ _GRID_METHODS = ("forward_intermediates", "get_intermediate_layers", "prune_inte
 
 
 def describe(model: nn.Module) -> Backbone:
-    """The description of a timm model.
+    """The description of a timm model: of a flat list of blocks, or of a hierarchy.
 
     Raises:
-        UnsupportedModelError: It has no flat list of blocks with global attention, or a part that
-            pruned tokens break.
+        UnsupportedModelError: It is neither, or has a part that pruned tokens break.
     """
     if type(model).__module__.startswith("timm.models._features"):
         return _feature_maps(model)
+    try:
+        return _flat(model)
+    except UnsupportedModelError as flat:
+        try:
+            found = describe_hierarchy(model, example_inputs(model), image_size(model))
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{flat} As a hierarchy: {error}") from error
+        return replace(found, obstacle=str(flat))
+
+
+def _flat(model: nn.Module) -> Backbone:
     families = (_FAMILIES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _FAMILIES)
     options: dict[str, Any] = next(families, _plain)(model)
     adaptations = [
@@ -38,7 +49,7 @@ def describe(model: nn.Module) -> Backbone:
     if "blocks" not in options:
         structure = observe(
             model,
-            random_inputs(model, x=(2, num_channels(model), *image_size(model))),
+            example_inputs(model),
             settings=adaptations,
             num_late_prefix_tokens=int(any(isinstance(one, LateClassToken) for one in options.get("adaptations", ()))),
         )
@@ -54,6 +65,11 @@ def describe(model: nn.Module) -> Backbone:
         grid_size=None if patch_size is None else _grid(image_size(model), patch_size),
         class_token=any(name.endswith("cls_token") for name, _ in model.named_parameters()),
     )  # fmt: skip
+
+
+def example_inputs(model: nn.Module) -> dict[str, Any]:
+    """Two random images."""
+    return dict(random_inputs(model, x=(2, num_channels(model), *image_size(model))))
 
 
 def _feature_maps(model: nn.Module) -> Backbone:
@@ -130,10 +146,12 @@ def _children(model: nn.Module, name: str) -> Iterator[nn.Module]:
     return model.get_submodule(name).children()
 
 
-def image_size(model: nn.Module) -> tuple[int, int]:
+def image_size(model: Any) -> tuple[int, int]:
     """Height and width that the model was built for."""
     sizes = (getattr(module, "img_size", None) for module in model.modules())
     size = next((size for size in sizes if size is not None), None)
+    if size is None and hasattr(model, "tokens_spatial_shape"):  # Hiera keeps its grid instead
+        size = [tokens * stride for tokens, stride in zip(model.tokens_spatial_shape, model.patch_stride, strict=True)]
     return _pair(_input_size(model)[1:] if size is None else size)
 
 

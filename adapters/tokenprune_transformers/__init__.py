@@ -6,12 +6,13 @@ that differ otherwise are described in `models`, and what to feed them in `examp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from tokenprune import Adapter, Backbone, Preprocessing
-from tokenprune_transformers import loading, models, preprocessing, rebuilding
+from tokenprune_transformers import example_inputs, loading, models, preprocessing, rebuilding
 
 __all__ = ["TransformersAdapter", "adapter"]
 
@@ -21,6 +22,9 @@ class TransformersAdapter(Adapter):
 
     def describe(self, model: nn.Module) -> Backbone:
         return models.describe(model)
+
+    def example_inputs(self, model: Any) -> Mapping[str, Any]:
+        return example_inputs.example_inputs(model)
 
     def identity(self, model: nn.Module) -> dict[str, Any]:
         return rebuilding.identity(model)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from tokenprune import Backbone, Setting, UnsupportedModelError
 from tokenprune.backbones.adaptations import Adaptation
+from tokenprune.backbones.hierarchy import observe_hierarchy
 from tokenprune.backbones.structure import observe
 from tokenprune_transformers.example_inputs import example_inputs, image_size, pair, vision_config
 from tokenprune_transformers.families import FrameMessage, FullLength, PositionInput, SharedTables
@@ -57,6 +59,8 @@ _ADAPTATIONS: dict[str, Callable[[nn.Module], Adaptation]] = {
         ),
     ),
 }
+# Hierarchies whose tokens stand in the order of their mask units, not in that of rows (Hiera, arXiv 2306.00989).
+_OUT_OF_ORDER = ("hiera",)
 # Names of classes whose heads take all tokens: feature maps, dense predictions, masked images.
 _DENSE = ("Backbone", "ForMaskedImageModeling", "ForPreTraining", "Segmentation", "Estimation", "Matting")
 # Models of several parts that take a pooled output from their vision tower, or any number of tokens.
@@ -74,12 +78,38 @@ _TAKING_ANY_NUMBER = (
 
 
 def describe(model: nn.Module) -> Backbone:
-    """The description of a transformers model.
+    """The description of a transformers model: of a flat list of blocks, or of a hierarchy.
 
     Raises:
-        UnsupportedModelError: It has no flat list of blocks with global attention, or what stands
-            behind them may need every token.
+        UnsupportedModelError: It is neither, or what stands behind the blocks may need every token.
     """
+    try:
+        return _flat(model)
+    except UnsupportedModelError as flat:
+        try:
+            return replace(_hierarchy(model), obstacle=str(flat))
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{flat} As a hierarchy: {error}") from error
+
+
+def _hierarchy(model: nn.Module) -> Backbone:
+    """The description of a hierarchy, or of a model with dense heads on one."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"{type(model).__name__} is a part of a model.")
+    config = vision_config(model.config)
+    tower = model if config is model.config else _vision_tower(model, config)
+    found = observe_hierarchy(
+        tower,
+        example_inputs(tower),
+        image_size=image_size(tower, config),
+        row_major=config.model_type not in _OUT_OF_ORDER,
+    )
+    return Backbone(**found._asdict(), num_prefix_tokens=0, tower=None if tower is model else tower)
+
+
+def _flat(model: nn.Module) -> Backbone:
     from transformers import PreTrainedModel
 
     name, names = type(model).__name__, {cls.__name__ for cls in type(model).__mro__}

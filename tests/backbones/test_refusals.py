@@ -52,7 +52,7 @@ def test_other_options_that_make_no_sense() -> None:
     model = PLAIN.model()
     refused(model, ValueError, "scorer='best' is unknown; choose from", scorer="best")
     refused(model, TypeError, "a callable that takes a ScorerContext", scorer=Random())
-    refused(model, ValueError, r"pruned='melt' is unknown; choose from \['drop', 'fuse', .*'preserve'\]", pruned="melt")
+    refused(model, ValueError, r"pruned='melt' is unknown; choose from \['drop', 'fast', .*'preserve'\]", pruned="melt")
     refused(model, TypeError, "a callable that takes a ReductionContext", pruned=Drop())
     refused(model, TypeError, "built a Random; expected a tokenprune.Reduction", pruned=lambda context: Random())
     refused(model, TypeError, "built a Drop; expected a tokenprune.Scorer", scorer=lambda context: Drop())

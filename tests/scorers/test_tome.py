@@ -340,3 +340,8 @@ def test_hosts_of_the_scorer_are_those_that_other_reductions_take() -> None:
     gathered = chosen(images)
     chosen.tokenprune.execution = "mask"
     torch.testing.assert_close(chosen(images), gathered, rtol=0, atol=1e-4)
+
+
+def test_reductions_that_leave_all_tokens_are_refused() -> None:
+    case = BY_NAME["timm class token"]
+    refused(case.model(), tokenprune.PlanError, "this reduction leaves all tokens", scorer="tome", pruned="fast")

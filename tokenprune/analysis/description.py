@@ -49,6 +49,8 @@ def describe_behaviour(model: nn.Module, arguments: Mapping[str, Any]) -> Descri
         model(**arguments)
         trace = sparsifier.trace
         assert trace is not None
+        if trace.whole:  # nothing is gathered, and whatever stands behind the blocks gets every token
+            return Description("all tokens, in place", _position_encoding(model), ())
         with dense(model):
             side_inputs = _side_inputs(model, arguments, sparsifier.backbone, trace, sparsifier.plan.stages[0])
             pooling = _pooling(model, arguments, sparsifier.backbone, trace)

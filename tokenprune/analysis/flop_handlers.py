@@ -12,11 +12,12 @@ _WEIGHTLESS = frozenset(
     f"aten::{name}"
     for name in """
     _shape_as_tensor _to_copy _upsample_bicubic2d_aa _upsample_bilinear2d_aa abs adaptive_avg_pool1d add add_
-    alias amax arange argmax argsort as_strided avg_pool2d bernoulli bitwise_and broadcast_tensors cat ceil chunk clamp
+    addcmul alias amax arange argmax argsort as_strided avg_pool2d bernoulli bitwise_and broadcast_tensors cat ceil
+    chunk clamp
     clamp_min clone col2im constant_pad_nd contiguous copy copy_ cos cumsum detach div div_ dropout embedding
     empty eq erf exp expand expand_as eye feature_dropout fill_ flatten flip floor floor_divide full full_like
-    gather ge gelu gelu_ gt hardtanh im2col index index_copy index_put index_put_ index_select is_nonzero item
-    l1_loss le lift_fresh linalg_vector_norm linspace log log1p log_softmax logical_and logical_not logical_or
+    gather ge gelu gelu_ gt hardtanh im2col index index_copy index_copy_ index_put index_put_ index_select is_nonzero
+    item l1_loss le lift_fresh linalg_vector_norm linspace log log1p log_softmax logical_and logical_not logical_or
     lt masked_fill masked_fill_ max max_pool2d maximum mean meshgrid min minimum mul mul_ narrow ne neg
     new_empty new_full new_ones new_zeros nonzero norm numel one_hot ones ones_like pad permute pixel_shuffle
     pixel_unshuffle pow prod rand rand_like randint randn randperm reciprocal relu relu_ remainder repeat

@@ -69,7 +69,7 @@ def prove(example: Example, *, library: str, compiled: bool | None = None) -> Su
                 f"{library} knows nothing."
             )
         keys, hooks = list(model.state_dict()), _hooks(model)
-        sparsify(model, example.stages, example.keep_ratio)
+        sparsify(model, example.stages, example.keep_ratio, pruned=example.pruned)
         trained = _prove_invariants(model, arguments, example.name)
         description = describe_behaviour(model, arguments)
         unsparsify(model)
@@ -85,6 +85,7 @@ def prove(example: Example, *, library: str, compiled: bool | None = None) -> Su
         name=example.name,
         model_class=type(model).__name__,
         passes=tuple(passes),
+        pruned=example.pruned,
         **description._asdict(),
     )
 
@@ -112,7 +113,7 @@ def _prove_invariants(model: nn.Module, arguments: Mapping[str, Any], name: str)
     if not report.effect > EFFECT:
         failures.append(f"pruning changes the outputs by no more than {report.effect:.1e}")
     trained = sparsifier.backbone.downstream != "any number"
-    num_pruning = sum(probability < 1 for probability in sparsifier.plan.keep_probabilities)
+    num_pruning = sum(probability < 1 for probability in sparsifier.keep_probabilities)
     if len(report.gradients) != (num_pruning if trained else 0):
         failures.append(f"{len(report.gradients)} of {num_pruning} scorers were trained")
     with torch.no_grad():
@@ -143,7 +144,7 @@ def _prove_compiled(example: Example, how: str) -> bool:
         run(example.model(), arguments)
     except Exception:  # whatever a compiler raises
         return False
-    model = sparsify(example.model(), example.stages, example.keep_ratio)
+    model = sparsify(example.model(), example.stages, example.keep_ratio, pruned=example.pruned)
     with torch.no_grad():
         expected = named_outputs(model(**arguments))
     try:

@@ -192,7 +192,7 @@ def _gradients(model: nn.Module, sparsifier: Sparsifier, inputs: Any) -> tuple[f
         outputs = _run(model, inputs)
         torch.stack([output.float().square().mean() for output in outputs.values()]).sum().backward()
     found = []
-    for stage, probability in zip(sparsifier.stages, sparsifier.plan.keep_probabilities, strict=True):
+    for stage, probability in zip(sparsifier.stages, sparsifier.keep_probabilities, strict=True):
         if probability == 1:
             continue
         parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]

@@ -16,6 +16,7 @@ from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.entry_points import adapter_entries, libraries
 from tokenprune.backbones.examples import Example
 from tokenprune.backbones.preprocessing import Preprocessing
+from tokenprune.backbones.probing import random_inputs
 from tokenprune.backbones.supported import supported
 from tokenprune.errors import CheckpointError, TokenpruneError, UnknownModelError, UnsupportedModelError
 
@@ -85,6 +86,14 @@ class Adapter(ABC):
             f"{self} does not load models by name; load the model in Python, and pass it to tokenprune's functions"
         )
 
+    def example_inputs(self, model: nn.Module) -> Mapping[str, Any] | None:
+        """Keyword arguments of a forward pass on two random images, to look at how ``model`` runs.
+
+        Returns:
+            ``None`` where images (B, channels, height, width) alone will do.
+        """
+        return None
+
     def names(self) -> Iterable[str]:
         """Names that `load` takes, to suggest one that is close; none unless they are listed."""
         return ()
@@ -113,6 +122,15 @@ class Adapter(ABC):
             f"{self} builds no models from official checkpoints; build the model, sparsify it, and load the weights "
             "into it."
         )
+
+    def official_weights(self, model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights under the names that their authors gave them, under those of ``model``; for `load_dynamicvit`.
+
+        Args:
+            model: What `from_state_dict` made of them.
+            state: The weights.
+        """
+        return state
 
     def examples(self) -> Iterable[Example]:
         """Small models of every kind that the adapter describes, to prove; for ``tokenprune prove``.
@@ -143,7 +161,7 @@ class _FunctionAdapter(Adapter):
 
     def __init__(self, functions: Any) -> None:
         self._functions = functions
-        for name in ("identity", "build", "load", "names", "preprocessing", "from_state_dict"):
+        for name in ("identity", "build", "load", "names", "example_inputs", "preprocessing", "from_state_dict"):
             if callable(function := getattr(functions, name, None)):
                 setattr(self, name, function)
 
@@ -225,6 +243,17 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     return adapter(library).preprocessing(model)
 
 
+def example_inputs_of(model: nn.Module, size: tuple[int, int, int]) -> Mapping[str, Any] | tuple[Any, ...]:
+    """What ``model`` is called with on two random images: by its adapter, or images of ``size`` alone.
+
+    Raises:
+        UnsupportedModelError: It is on the meta device, where nothing can be run.
+    """
+    library = library_of(model)
+    inputs = None if library is None else adapter(library).example_inputs(model)
+    return inputs if inputs is not None else (random_inputs(model, images=(2, *size))["images"],)
+
+
 def model_of(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module:
     """The dense model that a state dict belongs to, built by the first adapter that knows it, without its weights.
 
@@ -248,6 +277,12 @@ def model_of(state: Mapping[str, Tensor], *, num_heads: int | None) -> nn.Module
     if len(refusals) == 1:
         raise refusals[0]
     raise CheckpointError("\n".join(["no adapter knows a model with these weights.", *map(str, refusals)]))
+
+
+def official_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The authors' weights under the names of a model that `model_of` made of them."""
+    library = library_of(model)
+    return state if library is None else adapter(library).official_weights(model, state)
 
 
 def _unknown(model: nn.Module) -> str:

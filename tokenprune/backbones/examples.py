@@ -23,8 +23,9 @@ class Example:
         build: Makes the model, with any weights: `model` draws every parameter anew. Buffers stay as they are.
         inputs: Given how many images and a generator of random numbers, the keyword arguments of a forward pass on
             that many different images.
-        stages: Indices of the blocks in front of which tokens are pruned.
+        stages: Indices of the blocks in front of which tokens are pruned; ``None`` as `tokenprune.sparsify` takes it.
         keep_ratio: As `tokenprune.sparsify` takes it.
+        pruned: The name of a reduction, as `tokenprune.sparsify` takes it.
         compiled: Whether ``"compile"`` and ``"export"`` are to be proved as well, which takes seconds: what
             `torch.compile` and `torch.export` do with the dense model, they must do with the pruned one.
     """
@@ -33,8 +34,9 @@ class Example:
     family: str
     build: Callable[[], nn.Module]
     inputs: Callable[[int, torch.Generator], Mapping[str, Any]]
-    stages: Sequence[int] = (1, 2)
+    stages: Sequence[int] | None = (1, 2)
     keep_ratio: float | Sequence[float] = (0.6, 0.36)
+    pruned: str = "drop"
     compiled: bool = False
 
     def model(self, *, double: bool = False) -> nn.Module:

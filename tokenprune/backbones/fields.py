@@ -10,6 +10,7 @@ from torch import nn
 
 from tokenprune.backbones.adaptations import Adaptation
 from tokenprune.backbones.patterns import is_pattern
+from tokenprune.backbones.token_wise import TokenWise
 from tokenprune.errors import UnsupportedModelError
 
 
@@ -39,6 +40,10 @@ def check_fields(values: Mapping[str, Any], downstream: Any) -> None:
         "token_inputs": (_are_inputs, "expected for names of parameters patterns such as ('b n d -> b n d',), or None"),
         "adaptations": (_are_adaptations, "expected a sequence of tokenprune.Adaptation objects"),
         "tower": (_is_module_or_none, "expected a module of the model, or None"),
+        "token_wise": (_are_parts, "expected for each block a sequence of tokenprune.TokenWise, or None"),
+        "levels": (_is_sequence, "expected a sequence of tokenprune.Level, empty for a flat list of blocks"),
+        "level": (_is_count, "expected a whole number from 0"),
+        "obstacle": (lambda value: value is None or isinstance(value, str), "expected a sentence, or None"),
     }
     for name, (holds, expected) in rules.items():
         if not holds(values[name]):
@@ -72,6 +77,13 @@ def _is_pair(value: Any) -> bool:
 
 def _are_attentions(value: Any) -> bool:
     return value is None or (_is_sequence(value) and all(_are_modules(modules) for modules in value))
+
+
+def _are_parts(value: Any) -> bool:
+    return value is None or (
+        _is_sequence(value)
+        and all(_is_sequence(parts) and all(isinstance(part, TokenWise) for part in parts) for parts in value)
+    )
 
 
 def _are_inputs(value: Any) -> bool:

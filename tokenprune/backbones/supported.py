@@ -32,6 +32,7 @@ class SupportedModel:
             and ``"bias"`` where attention itself makes one for each pair.
         passes: What was proved: ``"identity"``, ``"mask = gather"``, ``"undo"``, ``"training step"``, and for
             one model of each kind ``"compile"`` and ``"export"``.
+        pruned: The reduction with which it was proved.
     """
 
     library: str
@@ -42,12 +43,14 @@ class SupportedModel:
     position_encoding: str
     side_inputs: tuple[str, ...]
     passes: tuple[str, ...]
+    pruned: str = "drop"
 
     def to_dict(self) -> dict[str, Any]:
         """The model's entry in the file: all attributes but the library, as strings and lists of strings."""
         return {
             **{name: getattr(self, name) for name in _STRINGS},
             **{name: list(getattr(self, name)) for name in _LISTS},
+            **({} if self.pruned == "drop" else {"pruned": self.pruned}),
         }
 
     @classmethod
@@ -65,7 +68,10 @@ class SupportedModel:
             if not isinstance(values[name], list) or not all(isinstance(item, str) for item in values[name]):
                 raise TokenpruneError(f"{name}={values[name]!r}: expected a list of strings.")
             values[name] = tuple(values[name])
-        return cls(library=library, **values)
+        pruned = fields.get("pruned", "drop")
+        if not isinstance(pruned, str):
+            raise TokenpruneError(f"pruned={pruned!r}: expected a string.")
+        return cls(library=library, pruned=pruned, **values)
 
 
 _STRINGS = ("family", "name", "model_class", "pooling", "position_encoding")

@@ -9,18 +9,15 @@ pruning, K tokens of the sequence as it is, C channels.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.backbones.adaptations import Removed, Scope
-from tokenprune.backbones.backbone import Backbone
-from tokenprune.backbones.interception import Interception
-from tokenprune.pruning.attention_scopes import AttentionScopes
 from tokenprune.pruning.checks import (
     check_attended,
     check_grad,
@@ -31,50 +28,28 @@ from tokenprune.pruning.checks import (
     refuse_recomputing_inside,
     refuse_training_in_place,
 )
-from tokenprune.pruning.executions import AUTO, Execution, default_execution, execution_class
-from tokenprune.pruning.places import Place, places, stage_before, stage_into, stands_inside
-from tokenprune.pruning.plan import Plan
+from tokenprune.pruning.current_pass import CurrentPass
+from tokenprune.pruning.executions import AUTO, Execution, Whole, default_execution, execution_class
+from tokenprune.pruning.places import Place, places, stage_before
 from tokenprune.pruning.recomputation import State, recomputing, remember
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.stage import Stage
 from tokenprune.pruning.token_sum import TokenSum
 from tokenprune.pruning.trace import Trace, image_size_of
 from tokenprune.scorers import Scorer
-from tokenprune.tokens import Layout, find_tokens, output_tokens, replace_output_tokens, replace_tokens
+from tokenprune.tokens import find_tokens, output_tokens, replace_output_tokens, replace_tokens
 
 
-class PruningHooks(nn.Module):
+class PruningHooks(CurrentPass):
     """Stages, and the hooks that ask them while a model runs.
 
     The hooks are bound methods of this module, which is a part of the model, so that copies and pickles of the model
-    have hooks of their own. It is the `RunningModel` of the backbone's adaptations.
-
-    Attributes:
-        stages: The stages, each with its scorer and its reduction.
-        backbone: What the model looks like.
-        trace: The record of the last forward pass; ``None`` before the first one and after an unpruned one.
-        enabled: Whether the model runs pruned.
+    have hooks of their own.
     """
-
-    def __init__(self, plan: Plan, backbone: Backbone, stages: Sequence[Stage]) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(stages)
-        self.backbone = backbone
-        self.trace: Trace | None = None
-        self.enabled = True
-        self._plan = plan
-        self._execution = AUTO
-        self._inside = stands_inside(stages)
-        self._prepare()
-
-    @property
-    def restores(self) -> bool:
-        """Whether pruned tokens are restored behind every block: the reduction does so, or the model needs them."""
-        return self._restores
 
     def _install_hooks(self, tower: nn.Module) -> Iterator[RemovableHandle]:
         """Put the hooks into the module that embeds images and runs the blocks, one after the other."""
-        blocks, first = self.backbone.blocks, self._plan.stages[0]
+        blocks, first = [self.backbone.blocks[index] for index in self.backbone.reach], self._plan.stages[0]
         for adaptation in self.backbone.adaptations:
             yield from adaptation.install_outside(blocks, self)
         yield tower.register_forward_pre_hook(self._before_tower, with_kwargs=True)
@@ -85,7 +60,7 @@ class PruningHooks(nn.Module):
                 yield block.register_forward_pre_hook(partial(self._before_block, place), with_kwargs=True)
                 # In front of hooks that collect hidden states, so that these see what the next block sees.
                 yield block.register_forward_hook(partial(self._after_block, place), prepend=True)
-            if place.block >= first or place.awaited_by is not None:
+            if (place.block >= first and not self._whole) or place.awaited_by is not None:
                 for attention in self.backbone.attention_modules(place.block):
                     yield attention.register_forward_pre_hook(partial(self._before_attention, place))
                     yield attention.register_forward_hook(partial(self._after_attention, place), always_call=True)
@@ -94,71 +69,12 @@ class PruningHooks(nn.Module):
             yield self.backbone.final_norm.register_forward_hook(self._after_final_norm)
         for adaptation in self.backbone.adaptations:
             yield from adaptation.install_inside(blocks, self)
-
-    # State of one forward pass. Decisions are kept by stage: activation checkpointing runs a block
-    # again, in the backward pass, and must then find what was in force when it ran first.
+        for stage in self.stages:
+            yield from cast(Stage, stage).reduction.install(self)
 
     def _prepare(self) -> None:
-        backbone = self.backbone
-        self._restores = backbone.downstream == "all tokens" or any(
-            cast(Stage, stage).reduction.restores for stage in self.stages
-        )
-        self._executions: dict[str, Execution] = {}
-        self._running: Execution | None = None
-        self._scopes = AttentionScopes(backbone)
+        super()._prepare()
         self._sum = TokenSum(self._prune_inside)
-        self._tail: Interception | None = None
-        self._in_tower = False
-        self._open = False
-        self._attended = False
-        self._image_size: tuple[int, int] | None = None
-        self._grad_enabled = False
-        self._everything: Tensor | None = None
-        self._entry = State()
-        self._state = State()
-        self.recomputed = State()
-
-    _LIVE: ClassVar[list[str]] = [
-        "trace", "_executions", "_running", "_scopes", "_sum", "_tail", "_everything", "_entry", "_state", "recomputed"
-    ]  # fmt: skip
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in self._LIVE}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.trace = None
-        self._prepare()
-
-    def _selection(self, stage: int) -> Selection | None:
-        """What is in force behind a stage; ``None`` in front of the first one, and in a pass without pruning."""
-        selections = (self.recomputed if recomputing() else self._state).selections
-        return selections[stage] if self._running is not None and 0 <= stage < len(selections) else None
-
-    def _full_layout(self, block: int) -> Layout:
-        """The sequence that a block would get had nothing been pruned."""
-        assert self.trace is not None
-        return self.backbone.layout_at(self.trace.start.layout, block)
-
-    # What adaptations ask
-
-    def kept_indices(self, block: int) -> Tensor | None:
-        """(B, n) int64, the positions in the grid of the patch tokens that a block gets; ``None`` if all."""
-        selection = self._selection(stage_into(self._plan, block, inside=self._inside))
-        return None if selection is None or selection.all_kept else selection.indices
-
-    def full_length(self) -> int | None:
-        """L, where tokens are removed in this pass; ``None`` where all stay."""
-        running, trace = self._running, self.trace
-        return None if running is None or trace is None or not running.removes else trace.start.layout.length
-
-    def mask_weights(self, weights: Tensor) -> Tensor | None:
-        """Finished attention weights (B, K, K, H) with those of pruned tokens at 0; ``None`` where all are seen."""
-        return None if self._running is None or not self._scopes.entered else self._running.mask_weights(weights)
-
-    def drops(self) -> bool:
-        """Whether tokens are missing behind a block, for good."""
-        return self.enabled and not self._restores and any(ratio < 1 for ratio in self._plan.keep_ratios)
 
     # Hooks
 
@@ -193,7 +109,8 @@ class PruningHooks(nn.Module):
         layout = layout_of(block, tokens, backbone)
         name = default_execution(training=self.training) if self._execution == AUTO else self._execution
         if name not in self._executions:
-            self._executions[name] = execution_class(name)(backbone)
+            execution = execution_class(name)(backbone)
+            self._executions[name] = Whole(execution) if self._whole else execution
         running = self._executions[name]
         if running.trains and self.training and self._hands_on_kept():
             refuse_training_in_place()
@@ -206,6 +123,8 @@ class PruningHooks(nn.Module):
             num_prefix_tokens=backbone.num_prefix_at(len(backbone.blocks)),
             grid=backbone.grid_of(layout.num_patches, self._image_size),
             restored=self._restores,
+            whole=self._whole,
+            anew=self._anew,
         )
         self._open = True
 
@@ -217,13 +136,13 @@ class PruningHooks(nn.Module):
         if not (again or self._is_next(place, block)) or running is None or trace is None:
             return None
         check_recomputed(running, trace.execution, block)
-        if not place.starts and not self._restores:
+        if not place.starts and not self._restoring:
             return self._side_inputs(place, running, args, kwargs)
         given = tokens = find_tokens(block, args, kwargs)  # (B, K, C)
         state = self.recomputed if again else self._state
-        passed = place.stage - place.starts
-        before = trace.start if passed < 0 else state.selections[passed]
-        if self._restores:
+        passed, alone = place.stage - place.starts, place.starts and self._anew
+        before = trace.start if passed < 0 or alone else state.selections[passed]
+        if self._restoring:
             tokens = self._resume(place, running, tokens, before, state)
         if place.starts:
             if running.trains:
@@ -243,8 +162,8 @@ class PruningHooks(nn.Module):
             running,
             trace,
             num_keep=counts[stage],
-            num_reached=counts[stage - 1] if stage else trace.num_patches,
-            probability=self._plan.keep_probabilities[stage],
+            num_reached=trace.num_patches if stage == 0 or self._anew else counts[stage - 1],
+            probability=self.keep_probabilities[stage],
             recorded=self.recomputed.selections[stage].recorded if again else self._scopes.take_recorded(),
         )
         if not again:
@@ -289,7 +208,7 @@ class PruningHooks(nn.Module):
         if running is None or trace is None:
             return
         selection, layouts = self._selection(place.stage), self.backbone.attention_layouts
-        seen = trace.start if selection is None else selection
+        seen = trace.start if selection is None or self._whole else selection
         if not (running.intercepts or place.awaited_by is not None or self._scopes.adapting or seen.sizes is not None):
             return
         if place.inside is not None:
@@ -319,20 +238,20 @@ class PruningHooks(nn.Module):
     def _asker(self, place: Place) -> Scorer | None:
         """The scorer that will ask what the attention of a block was; what is recorded is kept for recomputations."""
         stage = place.awaited_by
-        if stage is None or self._plan.keep_probabilities[stage] == 1 or recomputing():
+        if stage is None or self.keep_probabilities[stage] == 1 or recomputing():
             return None
         return cast(Stage, self.stages[stage]).scorer
 
     def _after_block(self, place: Place, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._sum.end(block)
         running = self._running
-        if running is None or not (self._restores or running.trains or running.intercepts):
+        if running is None or not (self._restoring or running.trains or running.intercepts):
             return None
         masked, selection = self._selection(place.stage), self._selection(place.behind)
         if selection is None:
             return None
         given = tokens = output_tokens(output)
-        if self._restores:
+        if self._restoring:
             if self._everything is None:  # a block that somebody called by itself
                 return None
             tokens = self._restore(place, running, tokens, selection)
@@ -341,7 +260,7 @@ class PruningHooks(nn.Module):
             self._attended = False
         if running.trains and not torch.compiler.is_compiling():
             state = self.recomputed if recomputing() else self._state
-            found = State(state.selections[: place.stage + 1], self._entry.summaries if self._restores else None)
+            found = State(state.selections[: place.stage + 1], self._entry.summaries if self._restoring else None)
             remember(self, tokens, found)
         return None if tokens is given else replace_output_tokens(output, tokens)
 

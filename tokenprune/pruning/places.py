@@ -40,10 +40,11 @@ class Place(NamedTuple):
 
 
 def places(plan: Plan, backbone: Backbone, stages: Sequence[nn.Module]) -> list[Place]:
-    """The place of every block."""
+    """The place of every block, in a hierarchy of those in the level of the stages."""
     inside = stands_inside(stages)
     found = []
-    for index, block in enumerate(backbone.blocks):
+    for index in backbone.reach:
+        block = backbone.blocks[index]
         stage, behind = (stage_into(plan, one, inside=inside) for one in (index, index + 1))
         here = behind > stage and inside
         asks = behind > stage and cast(Stage, stages[behind]).scorer.needs_recording

@@ -40,24 +40,41 @@ class Plan:
         object.__setattr__(self, "keep_ratios", tuple(float(ratio) for ratio in ratios))
 
     @classmethod
-    def build(cls, *, depth: int, stages: Sequence[int] | None, keep_ratio: float | Sequence[float]) -> Plan:
+    def build(
+        cls,
+        *,
+        depth: int,
+        stages: Sequence[int] | None,
+        keep_ratio: float | Sequence[float],
+        level: range | None = None,
+    ) -> Plan:
         """Resolve arguments into a plan for a model of ``depth`` blocks.
 
         Args:
             depth: Number of blocks of the model.
-            stages: Block indices, or ``None`` for the multiples of ``depth // 4`` (12 blocks: 3, 6, 9).
+            stages: Block indices, or ``None`` for the multiples of ``depth // 4`` (12 blocks: 3, 6, 9); in a hierarchy
+                see `level_stages`.
             keep_ratio: One number ρ means ρ, ρ², ρ³ … of the original patch tokens; a sequence
                 gives one cumulative fraction a stage.
+            level: Of a hierarchy the blocks in front of which stages may stand; ``None`` means all.
 
         Raises:
             PlanError: The arguments do not fit together or do not fit the depth.
         """
-        chosen = default_stages(depth) if stages is None else _as_tuple(stages, "stages")
+        if stages is not None:
+            chosen = _as_tuple(stages, "stages")
+        else:
+            chosen = default_stages(depth) if level is None else level_stages(level)
         _check_stages(chosen)
         if int(chosen[-1]) >= depth:
             raise PlanError(
                 f"stages={tuple(chosen)}: stage {chosen[-1]} is out of range; the model has {depth} blocks, "
                 f"so stages lie in 0 … {depth - 1}."
+            )
+        if level is not None and not {*map(int, chosen)} <= {*level}:
+            raise PlanError(
+                f"stages={tuple(chosen)}: in this hierarchy, stages in the level of blocks {level.start} … "
+                f"{level.stop - 1} stand in front of these alone."
             )
         return cls(stages=chosen, keep_ratios=cumulative_ratios(keep_ratio, len(chosen)))
 
@@ -112,6 +129,16 @@ def default_stages(depth: int) -> tuple[int, ...]:
     if step < 1:
         raise PlanError(f"a model of {depth} blocks has no default stages (it takes 4); pass stages=(…) yourself.")
     return step, 2 * step, 3 * step
+
+
+def level_stages(level: range) -> tuple[int, ...]:
+    """Up to three stages in a level of a hierarchy, at the multiples of a ninth of its blocks.
+
+    Those of DynamicViT's authors: 1, 2, 3 of the 6 blocks of Swin-T, 2, 4, 6 of 18, 3, 6, 9 of 27; counted from the
+    level's first block. In a level of three blocks or fewer, there is one in front of each.
+    """
+    step = max(1, len(level) // 9)
+    return tuple(level) if len(level) < 4 else (level[step], level[2 * step], level[3 * step])
 
 
 def cumulative_ratios(keep_ratio: float | Sequence[float], num_stages: int) -> tuple[float, ...]:

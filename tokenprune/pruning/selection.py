@@ -24,6 +24,8 @@ class Selection(NamedTuple):
         indices: (B, n) int64, ascending positions of the kept tokens in the image's row-major patch grid.
         keep: (B, N), 1 = kept, 0 = pruned; in training a gradient reaches it.
         all_kept: Whether nothing has been pruned yet, so that there is nothing to carry out.
+        others: (B, N − n) int64, ascending positions of the others in the grid, where these stay in the sequence and
+            ``indices`` is set.
         chosen: (B, n) int64, the kept ones' positions among those that reached the stage, where ``indices`` is set.
         summaries: (B, S), 0 for a summary token that holds nothing; ``None`` if all hold something.
         hosts: (B, N) int64, for each patch token of the grid the one whose state it takes when it is restored;
@@ -40,6 +42,7 @@ class Selection(NamedTuple):
     indices: Tensor | None = None
     keep: Tensor | None = None
     all_kept: bool = False
+    others: Tensor | None = None
     chosen: Tensor | None = None
     summaries: Tensor | None = None
     hosts: Tensor | None = None

@@ -62,14 +62,14 @@ class Stage(nn.Module):
         if execution.keeps_all(num_keep, num_reached, probability=probability, sampled=sampled):
             return tokens, execution.pass_all(before, tokens).replace(**recorded._asdict())
         candidates = Candidates(
-            patches=before.layout.patches(tokens),
+            patches=execution.reached(before.layout.patches(tokens), before),
             prefix=before.layout.prefix(tokens),
             keep=before.keep,
             indices=before.indices,
             num_patches=trace.num_patches,
             grid=trace.grid,
-            attention=recorded.attention,
-            keys=recorded.keys,
+            attention=None if recorded.attention is None else execution.reached(recorded.attention, before),
+            keys=None if recorded.keys is None else execution.reached(recorded.keys, before),
             num_left=num_reached,
             num_keep=num_keep,
             notes=before.notes,

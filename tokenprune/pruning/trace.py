@@ -26,7 +26,9 @@ class Trace:
         num_prefix_tokens: P, those that join on the way included.
         grid: Rows and columns of patches, ``None`` where the image's size was not seen.
         selections: What each stage has decided, one a stage that was reached.
-        restored: Whether pruned tokens were restored behind every block.
+        restored: Whether pruned tokens were restored behind every block, or never left the sequence.
+        whole: Whether they never left it, and went on by another path.
+        anew: Whether every stage decided on all patch tokens, whatever the one before had decided.
         tokens: The final normalised tokens, laid out as `layout` says, (B, L, C); recorded for losses in training
             mode, and in executions that train, while gradients are enabled.
     """
@@ -37,6 +39,8 @@ class Trace:
     grid: tuple[int, int] | None = None
     selections: list[Selection] = field(default_factory=list)
     restored: bool = False
+    whole: bool = False
+    anew: bool = False
     tokens: Tensor | None = None
 
     @property
@@ -75,7 +79,7 @@ class Trace:
 
         ``None`` for a stage that keeps all it gets, and does not ask its scorer.
         """
-        before = (self.start, *self.selections)
+        before = [self.start] * len(self.selections) if self.anew else [self.start, *self.selections]
         return tuple(
             selection.grid_scores(reached, self.num_patches)
             for selection, reached in zip(self.selections, before, strict=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokenprune.api import sparsifier_of, sparsify
 from tokenprune.backbones.adapters import model_of
 from tokenprune.errors import CheckpointError, PlanError
+from tokenprune.saving.dynamicvit_hierarchies import has_fast_paths, load_hierarchy
 from tokenprune.saving.state_files import read_state
 from tokenprune.saving.weights import alike
 from tokenprune.scorers import Predictor
@@ -37,17 +38,18 @@ def load_dynamicvit(
 
     Sizes are read from the weights: width, depth, classes, patches, image size and number of stages. Every
     weight is loaded, and none is left over. The predictors' two outputs are kept as they are, so the
-    decisions are those of the official code.
+    decisions are those of the official code. Of hierarchies (DynamicSwin, DynamicConvNeXt, arXiv 2207.01580) the fast
+    paths are loaded too, a ConvNeXt's with its layer scale in the linear layer.
 
     Args:
         source: The file, a PyTorch or .safetensors one, or what was loaded from it. The state dict may be
             nested under ``model``, ``state_dict``, ``model_ema`` or ``state_dict_ema`` (averaged
             weights go first) and its keys may start with ``module.``. No code in a file is ever run.
-        keep_ratio: As for `sparsify`; it is not in the weights, and 0.7 is the authors' default.
+        keep_ratio: As for `sparsify`; it is not in the weights, and 0.7 is the authors' default. For a hierarchy, a
+            number ρ means the authors' ρ, ρ − 0.2, ρ − 0.4.
         num_heads: Heads of the attention, which are not in the weights either; ``None`` means those of the
             published models, which is width // 64 for most.
-        stages: As for `sparsify`; ``None`` for the multiples of depth // 4, which is where the
-            authors' three stages are.
+        stages: As for `sparsify`; ``None`` for where the authors' three stages are, as `sparsify` has them too.
 
     Returns:
         The model, in eval mode, on the CPU, in float32.
@@ -65,6 +67,8 @@ def load_dynamicvit(
             "this is the state dict of a model that tokenprune sparsified, not one in the authors' layout; sparsify a "
             "model as that one was, and call model.load_state_dict(state)."
         )
+    if has_fast_paths(state):
+        return load_hierarchy(state, keep_ratio=keep_ratio, stages=stages)
     dense = {name: tensor for name, tensor in state.items() if not name.startswith(_PREDICTORS)}
     model = model_of(dense, num_heads=num_heads)
     num_stages = _num_stages(state)

@@ -148,7 +148,7 @@ def _scorers_into(
 ) -> nn.Module:
     if base:
         raise CheckpointError(f"a folder of scorers alone holds other weights: {weights.shortened(list(base))}.")
-    described = describe(model) if backbone is None else backbone
+    described = (describe(model) if backbone is None else backbone).for_stages(manifest.record.plan.stages)
     expected, found = (manifest.depth, manifest.embed_dim), (len(described.blocks), described.embed_dim)
     if expected != found:
         raise CheckpointError(

@@ -8,6 +8,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch import nn
 from tokenprune.api import sparsifier_of, unwrap
 from tokenprune.backbones.adaptations import Setting
 from tokenprune.errors import CheckpointError, TokenpruneError, UnsupportedModelError
+from tokenprune.pruning.parts import parts_behind
 from tokenprune.pruning.reductions import ReductionContext, reduction_builder
 from tokenprune.pruning.sparsifier import Sparsifier
 from tokenprune.pruning.stage import Stage
@@ -134,15 +136,18 @@ def _manifest(model: nn.Module, sparsifier: Sparsifier, scorers_only: bool) -> M
 
 def _scorers_fit(sparsifier: Sparsifier, name: str) -> bool:
     """Whether the registered scorer of that name makes scorers like those in the stages, which users may replace."""
-    backbone, probabilities = sparsifier.backbone, sparsifier.plan.keep_probabilities
+    backbone, probabilities = sparsifier.backbone, sparsifier.keep_probabilities
     contexts = [ScorerContext(backbone.embed_dim, probability, backbone.grid_size) for probability in probabilities]
     return _are_like([stage.scorer for stage in _stages(sparsifier)], scorer_builder, name, contexts)
 
 
 def _reductions_fit(sparsifier: Sparsifier, name: str) -> bool:
     """Whether the registered reduction of that name makes reductions like those in the stages."""
-    width, probabilities = sparsifier.backbone.embed_dim, sparsifier.plan.keep_probabilities
-    contexts = [ReductionContext(width, probability) for probability in probabilities]
+    plan, backbone = sparsifier.plan, sparsifier.backbone
+    contexts = [
+        ReductionContext(backbone.embed_dim, probability, partial(parts_behind, backbone, plan, stage))
+        for stage, probability in enumerate(plan.keep_probabilities)
+    ]
     return _are_like([stage.reduction for stage in _stages(sparsifier)], reduction_builder, name, contexts)
 
 

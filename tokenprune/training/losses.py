@@ -32,7 +32,8 @@ class DynamicViTLoss(nn.Module):
     - ``classification``: the criterion on the logits.
     - ``kl``: KL(student ‖ teacher) of the class probabilities, mean over the batch.
     - ``distill``: squared error between the student's and the teacher's final patch tokens, mean
-      over channels and over the tokens kept at the last stage; 0 if none is.
+      over channels and over the tokens kept at the last stage; 0 if none is. Where pruned tokens stay in the sequence,
+      mean over all positions of the final map.
     - ``ratio``: squared difference between a stage's keep ratio and the share of tokens an image
       keeps there, mean over images and stages.
 
@@ -138,7 +139,9 @@ class DynamicViTLoss(nn.Module):
                 student, teacher = _patches(tokens, teacher_tokens, trace)
                 errors = self._token_errors(model, student, teacher)
                 parts["distill"] = (
-                    _mean_over_kept(errors, keep[-1]) if errors.shape == keep[-1].shape else errors.mean()
+                    errors.mean()
+                    if trace.whole or errors.shape != keep[-1].shape
+                    else _mean_over_kept(errors, keep[-1])
                 )
         if self.ratio_weight and execution_class(trace.execution).trains:
             parts["ratio"] = _ratio(keep, sparsifier.plan.keep_ratios)
@@ -188,7 +191,7 @@ def _trained_trace(sparsifier: Sparsifier) -> Trace:
         )
     learns = any(
         parameter.requires_grad
-        for stage, probability in zip(sparsifier.stages, sparsifier.plan.keep_probabilities, strict=True)
+        for stage, probability in zip(sparsifier.stages, sparsifier.keep_probabilities, strict=True)
         if probability < 1  # one that keeps all it gets does not ask its scorer
         for parameter in stage.parameters()
     )
@@ -288,8 +291,14 @@ def _divergences(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _patches(student: Tensor, teacher: Tensor | None, trace: Trace) -> tuple[Tensor, Tensor]:
-    """The patch tokens that are there in the end, (B, n, C) each, of the final tokens of student and teacher."""
+    """The patch tokens that are there in the end, (B, n, C) each, of the final tokens of student and teacher.
+
+    Where every token stays in the sequence, of a hierarchy its final maps.
+    """
     layout, dense = trace.layout, trace.full_layout
+    is_map = student.dim() != 3 or student.shape[1] != layout.length
+    if trace.whole and is_map and teacher is not None and student.shape == teacher.shape:
+        return student, teacher
     if teacher is None or student.shape[1] != layout.length or teacher.shape[1:] != (dense.length, student.shape[2]):
         got = None if teacher is None else tuple(teacher.shape)
         raise ValueError(

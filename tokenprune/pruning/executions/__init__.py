@@ -14,12 +14,16 @@ from tokenprune.pruning.executions.base import (
 )
 from tokenprune.pruning.executions.gather import Gather
 from tokenprune.pruning.executions.mask import Mask
+from tokenprune.pruning.executions.paths import Paths
+from tokenprune.pruning.executions.whole import Whole
 
 __all__ = [
     "AUTO",
     "Execution",
     "Gather",
     "Mask",
+    "Paths",
+    "Whole",
     "check_execution",
     "default_execution",
     "execution_class",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from tokenprune.backbones.interception import Interception
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.trace import Trace
 from tokenprune.tokens import Layout
+
+if TYPE_CHECKING:
+    from tokenprune.pruning.executions.paths import Paths
 
 
 class Execution(ABC):
@@ -97,6 +100,22 @@ class Execution(ABC):
             full: The layout of all tokens.
         """
 
+    # Two paths, where every token stays in the sequence
+
+    def others(self, tokens: Tensor, selection: Selection, full: Layout) -> Tensor:
+        """Of all tokens (B, L, C) those that take the other path than what `resume` gives; all of them by default."""
+        return tokens
+
+    def join(self, kept: Tensor, others: Tensor, selection: Selection, full: Layout) -> Tensor:
+        """All tokens (B, L, C) of both paths: of those that `resume` gave, and of those that `others` gave."""
+        return self.restore(kept, selection, others, full)
+
+    def paths(self, selection: Selection, full: Layout) -> Paths | None:
+        """The two paths that a block's tokens take; ``None`` where they take one."""
+        return None
+
+    # What the model does besides
+
     def side_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], selection: Selection, full: Layout
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -134,6 +153,10 @@ class Execution(ABC):
             layouts: Of the sequence behind the last block, and of those that the tail may make of it.
         """
         return None
+
+    def reached(self, values: Tensor, before: Selection) -> Tensor:
+        """Of values of all patch tokens in the sequence (B, N, …) those of what reached a stage: (B, m, …)."""
+        return values
 
     def gathered(self) -> tuple[Tensor, ...]:
         """Side inputs that were gathered for the block that is running, each image's own."""

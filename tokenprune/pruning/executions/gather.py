@@ -17,7 +17,7 @@ from tokenprune.pruning.executions.base import Execution, register_execution
 from tokenprune.pruning.sampling import top_k
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.side_inputs import SideInputs
-from tokenprune.tokens import Layout, restore, select
+from tokenprune.tokens import Layout, restore, rows, select, sizes
 
 
 @register_execution("gather")
@@ -65,6 +65,22 @@ class Gather(Execution):
         if selection.hosts is None:
             return restored
         return full.with_patches(restored, select(full.patches(restored), selection.hosts))
+
+    def others(self, tokens: Tensor, selection: Selection, full: Layout) -> Tensor:
+        assert selection.others is not None
+        return select(tokens, selection.others + full.num_prefix)
+
+    def join(self, kept: Tensor, others: Tensor, selection: Selection, full: Layout) -> Tensor:
+        assert selection.indices is not None and selection.others is not None
+        batch, length, width = kept.shape[0], full.length, sizes(kept)[2]
+        # Into a fresh tensor: each token is written once.
+        joined = kept.new_empty(batch * length, width)
+        for part, positions in (
+            (kept, full.positions(selection.indices)),
+            (others, selection.others + full.num_prefix),
+        ):
+            joined.index_copy_(0, rows(positions, length), part.flatten(0, 1))
+        return joined.view(batch, length, width)
 
     def side_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], selection: Selection, full: Layout

@@ -5,14 +5,17 @@ Shapes: B images, m patch tokens that reach a stage, S summary tokens, C channel
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.token_wise import TokenWise
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.pruning.executions.paths import Paths
 
 
 class Split(NamedTuple):
@@ -59,16 +62,31 @@ class Reduced(NamedTuple):
     sizes: Tensor | None = None
 
 
+def _no_parts() -> Sequence[tuple[int, TokenWise]]:
+    return ()
+
+
 class ReductionContext(NamedTuple):
     """What is known of a stage when its reduction is built.
 
     Attributes:
         embed_dim: Width C of the tokens.
         keep_probability: Fraction of the tokens reaching the stage that it is to keep, in (0, 1].
+        parts: Gives the parts that treat tokens one by one, of the blocks from the stage to the next one, each with the
+            number of its block. They may have to be found first, by running the model.
     """
 
     embed_dim: int
     keep_probability: float
+    parts: Callable[[], Sequence[tuple[int, TokenWise]]] = _no_parts
+
+
+class WholeModel(Protocol):
+    """What a reduction that keeps the sequence whole may ask of a model while it runs."""
+
+    def paths(self, block: int) -> Paths | None:
+        """How a block's tokens are split into two paths; ``None`` where all of them are kept."""
+        ...
 
 
 class Reduction(nn.Module):
@@ -82,9 +100,15 @@ class Reduction(nn.Module):
             case.
         num_summary: S, how many tokens it adds at every stage; the same for all stages.
         looks_at_pruned: Whether `forward` is to be called; ``False`` where kept tokens go on as they are.
+        whole: Whether every token stays in the sequence, in every execution, and what becomes of pruned ones is up to
+            the hooks of `install`. All stages of a model must agree on it.
+        anew: Where the sequence stays whole, whether a stage scores all patch tokens, and not only those that the stage
+            before it has kept.
     """
 
     restores: bool = False
+    whole: bool = False
+    anew: bool = False
     num_summary: int = 0
     looks_at_pruned: bool = True
 
@@ -104,6 +128,10 @@ class Reduction(nn.Module):
                 f"but in this model {'; '.join(backbone.summary_obstacles)}. Choose a reduction that adds no token, "
                 "such as 'merge', 'drop' or 'preserve'."
             )
+
+    def install(self, model: WholeModel) -> Iterator[RemovableHandle]:
+        """Install hooks of its own in the blocks behind its stage."""
+        yield from ()
 
     def forward(self, split: Split) -> Reduced:
         """What goes on, of the patch tokens that reached the stage.
