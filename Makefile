@@ -44,6 +44,7 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.varlen
 
 benchmarks-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

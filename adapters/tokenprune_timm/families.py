@@ -30,6 +30,7 @@ class TalkingHeads(Adaptation):
     """
 
     mixes_weights = True
+    packing_obstacle = "attention mixes finished weights over the heads"
 
     def __init__(self, mixers: Sequence[nn.Module]) -> None:
         self.mixers = tuple(mixers)

@@ -17,6 +17,7 @@ from tokenprune_timm.hierarchies import describe_hierarchy
 
 # Rotary tables: one for all images and heads, one a head, or one an image.
 _ROPE = ("n d -> b 1 n d", "h n d -> b h n d", "b h n d -> b h n d")
+_NO_ROTATION = (0.0, 1.0)  # a rotary table holds sines, then cosines
 _GRID_METHODS = ("forward_intermediates", "get_intermediate_layers", "prune_intermediate_layers")
 
 
@@ -57,10 +58,12 @@ def _flat(model: nn.Module) -> Backbone:
         options = {**structure._asdict(), **options, "adaptations": (*structure.adaptations, *family)}
     methods = tuple(method for method in _GRID_METHODS if callable(getattr(type(model), method, None)))
     given = {name: _ROPE if name == "rope" else None for name in options.get("token_inputs", ())}
+    neutral = {name: _NO_ROTATION for name in given if name == "rope"}
     norm, patch_size = getattr(model, "norm", None), _patch_size(model)
     return Backbone(
         **{"final_norm": norm, **{name: value for name, value in options.items() if value is not None},
-           "token_inputs": given, "adaptations": (*adaptations, *options["adaptations"], GridMethods(model, methods))},
+           "token_inputs": given, "neutral_inputs": neutral,
+           "adaptations": (*adaptations, *options["adaptations"], GridMethods(model, methods))},
         patch_size=patch_size,
         grid_size=None if patch_size is None else _grid(image_size(model), patch_size),
         class_token=any(name.endswith("cls_token") for name, _ in model.named_parameters()),

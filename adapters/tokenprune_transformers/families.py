@@ -81,6 +81,8 @@ class FullLength(Adaptation):
 class FrameMessage(Adaptation):
     """A message of the whole video stands behind each frame's tokens while a block attends (X-CLIP, 2208.02816)."""
 
+    packing_obstacle = "blocks mix the frames of a video"
+
     def attention_layouts(self, layout: Layout) -> tuple[Layout, ...]:
         return (layout.replace(num_suffix=layout.num_suffix + 1),)
 

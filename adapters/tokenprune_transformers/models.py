@@ -33,6 +33,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "pixtral": {"token_inputs": {"position_embeddings": ("n d -> n d",)}},
     # Positions are added to all tokens between the blocks (YOLOS, arXiv 2106.00666).
     "yolos": {"downstream": "all tokens"},
+    # Rotary tables, cosines and sines, without an entry for prefix tokens.
+    **{family: {"neutral_inputs": {"position_embeddings": (1.0, 0.0)}} for family in ("dinov3_vit", "sapiens2")},
     # Heads are given a mask of the original patches, pool by positions, merge neighbours or take the first patch.
     **{
         family: {"downstream": "all tokens"}
@@ -163,6 +165,7 @@ def _flat(model: nn.Module) -> Backbone:
     }
     return Backbone(
         **found,
+        neutral_inputs=family.get("neutral_inputs", {}),
         downstream=downstream,
         patch_size=patch_size,
         grid_size=None if patch_size is None else (size[0] // patch_size[0], size[1] // patch_size[1]),

@@ -29,3 +29,11 @@ OFFICIAL = 1e-5
 
 TOME = 1e-5
 """Tokens of about 1 behind the final norm against ToMe written out, in single precision, through 12 blocks."""
+
+VARLEN = {
+    # Of one sequence for all images and of each by itself: sums of as many numbers, which a product over more rows may
+    # add up in another order.
+    torch.float32: 1e-5,
+    # The same in double precision.
+    torch.float64: 1e-9,
+}

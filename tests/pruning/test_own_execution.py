@@ -145,7 +145,7 @@ def test_a_block_that_is_never_intercepted_is_an_error(monkeypatch: pytest.Monke
 
 def test_its_name_is_offered() -> None:
     model = BY_NAME["timm class token"].sparsified()
-    with pytest.raises(ValueError, match="choose 'auto', 'gather', 'mask' or 'bias'"):
+    with pytest.raises(ValueError, match="choose 'auto', 'gather', 'mask', 'varlen' or 'bias'"):
         model.tokenprune.execution = "flash"
     assert math.isclose(model.tokenprune.keep_ratio[0], 0.6)
 

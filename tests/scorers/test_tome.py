@@ -20,6 +20,7 @@ from tests.helpers.saved import save
 from tests.helpers.tolerances import TOME
 from tests.helpers.tome import tome_tokens
 from tests.helpers.zoo import BY_NAME, DEPTH, EMBED_DIM, NUM_PATCHES, Case, hook_counts, models
+from tokenprune.pruning.executions import execution_class, executions
 from tokenprune.scorers import Candidates, ToMe
 
 MLPS = {
@@ -37,7 +38,12 @@ def tome(case: Case, r: int = R, **options: Any) -> nn.Module:
     return tokenprune.sparsify(case.model(), EVERY_BLOCK, ratios, **{**COMBINED, **options})
 
 
-@pytest.mark.parametrize("execution", ["gather", "mask"])
+def executions_of(model: nn.Module) -> list[str]:
+    """The executions in which a sparsified model can run."""
+    return [name for name in executions() if not execution_class(name).obstacles(model.tokenprune.backbone)]
+
+
+@pytest.mark.parametrize("execution", ["gather", "mask", "varlen"])
 @pytest.mark.parametrize("r", [8, 13])
 @torch.no_grad()
 def test_it_is_the_papers_algorithm_at_the_size_of_deit_s(r: int, execution: str) -> None:
@@ -82,16 +88,17 @@ def test_it_is_the_papers_algorithm_at_the_size_of_deit_s(r: int, execution: str
     "torchvision",
 )
 @torch.no_grad()
-def test_mask_equals_gather(case: Case) -> None:
+def test_executions_agree(case: Case) -> None:
     model, images = tome(case), case.images()
     before = hook_counts(case.model())
     gathered, kept = case.run(model, images), model.tokenprune.trace.keep
     assert [int(keep[0].sum()) for keep in kept] == [*model.tokenprune.plan.num_keep(NUM_PATCHES)]
-    model.tokenprune.execution = "mask"
-    masked = case.run(model, images)
-    assert all(torch.equal(one, other) for one, other in zip(kept, model.tokenprune.trace.keep, strict=True))
-    for name in gathered:
-        torch.testing.assert_close(masked[name], gathered[name], rtol=0, atol=1e-4)
+    for execution in executions_of(model):
+        model.tokenprune.execution = execution
+        other = case.run(model, images)
+        assert all(torch.equal(one, two) for one, two in zip(kept, model.tokenprune.trace.keep, strict=True))
+        for name in gathered:
+            torch.testing.assert_close(other[name], gathered[name], rtol=0, atol=1e-4)
     with tokenprune.dense(model):
         dense = case.run(model, images)
     expected = case.run(case.model(), images)
@@ -127,10 +134,11 @@ def test_sizes_go_with_other_scorers(case: Case, scorer: str, pruned: str) -> No
     gathered = case.run(model, images)
     sizes = model.tokenprune.trace.selections[-1].sizes
     assert sizes.shape == (3, 12) and torch.equal(sizes.sum(dim=1), torch.full((3,), 36.0))
-    model.tokenprune.execution = "mask"
-    masked = case.run(model, images)
-    for name in gathered:
-        torch.testing.assert_close(masked[name], gathered[name], rtol=0, atol=1e-4)
+    for execution in executions_of(model):
+        model.tokenprune.execution = execution
+        other = case.run(model, images)
+        for name in gathered:
+            torch.testing.assert_close(other[name], gathered[name], rtol=0, atol=1e-4)
     plain = case.run(case.sparsified(scorer=scorer, pruned="merge"), images)
     assert any(not torch.allclose(plain[name], gathered[name], atol=1e-3) for name in gathered)
 
@@ -344,4 +352,5 @@ def test_hosts_of_the_scorer_are_those_that_other_reductions_take() -> None:
 
 def test_reductions_that_leave_all_tokens_are_refused() -> None:
     case = BY_NAME["timm class token"]
-    refused(case.model(), tokenprune.PlanError, "this reduction leaves all tokens", scorer="tome", pruned="fast")
+    options = {"scorer": "tome", "pruned": "fast", "stages": (1, 2), "keep_ratio": (0.8, 0.7)}
+    refused(case.model(), tokenprune.PlanError, "this reduction leaves all tokens", **options)

@@ -120,7 +120,7 @@ def _prove_invariants(model: nn.Module, arguments: Mapping[str, Any], name: str)
         model(**arguments)
     trace = sparsifier.trace
     assert trace is not None
-    kept, planned = [indices.shape[1] for indices in trace.indices], sparsifier.plan.num_keep(trace.num_patches)
+    kept, planned = [len(indices[0]) for indices in trace.indices], sparsifier.plan.num_keep(trace.num_patches)
     if kept != [*planned]:
         failures.append(f"stages keep {kept} tokens, and the plan says {[*planned]}")
     if failures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.api import dense, sparsifier_of
 from tokenprune.backbones.probing import call, eval_mode, kept_modes, named_outputs
+from tokenprune.errors import InterceptionError, StateError, UnsupportedModelError
 from tokenprune.pruning.executions import default_execution, executions
 from tokenprune.pruning.sparsifier import Sparsifier
 from tokenprune.pruning.trace import Trace
@@ -39,6 +40,7 @@ class VerificationReport:
         not_compared: Names of those that could not be, since neither all tokens nor those left explain
             their shape.
         tolerance: Up to which difference the two invariants hold.
+        cannot_run: Executions, besides those of training and inference, in which the model cannot run, with the reason.
     """
 
     identity: float
@@ -48,6 +50,7 @@ class VerificationReport:
     compared: int
     not_compared: tuple[str, ...]
     tolerance: float
+    cannot_run: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -83,6 +86,7 @@ class VerificationReport:
             f"effect of pruning {self.effect:.1e}, over {self.compared} outputs",
             "largest gradient of each scorer: " + ", ".join(f"{gradient:.1e}" for gradient in self.gradients),
         ]
+        lines += [f"not in {name!r} execution: {reason}" for name, reason in self.cannot_run.items()]
         return "\n".join([*lines, *(f"FAILED: {failure}" for failure in self.failures)])
 
 
@@ -114,11 +118,7 @@ def verify(model: nn.Module, inputs: Any, *, tolerance: float = 1e-4) -> Verific
             sparsifier.keep_ratio = ratios
             with _hashed_scores(sparsifier):
                 reference, gathered = _in_execution(default_execution(training=False), model, sparsifier, inputs)
-                others = [
-                    _in_execution(name, model, sparsifier, inputs)
-                    for name in executions()
-                    if name != reference.execution
-                ]
+                others, cannot_run = _in_other_executions(reference.execution, model, sparsifier, inputs)
         # What follows such a tower cannot be trained through it.
         trains = sparsifier.backbone.downstream != "any number" or sparsifier.restores
         gradients = _gradients(model, sparsifier, inputs) if trains else ()
@@ -140,6 +140,7 @@ def verify(model: nn.Module, inputs: Any, *, tolerance: float = 1e-4) -> Verific
         compared=len(comparable),
         not_compared=tuple(sorted(unpruned.keys() ^ gathered.keys() | gathered.keys() - set(comparable))),
         tolerance=tolerance,
+        cannot_run=cannot_run,
     )
 
 
@@ -214,6 +215,23 @@ def _in_execution(name: str, model: nn.Module, sparsifier: Sparsifier, inputs: A
     outputs = _run(model, inputs)
     assert sparsifier.trace is not None
     return sparsifier.trace, outputs
+
+
+def _in_other_executions(
+    done: str, model: nn.Module, sparsifier: Sparsifier, inputs: Any
+) -> tuple[list[tuple[Trace, dict[str, Tensor]]], dict[str, str]]:
+    """The same of all executions but the one that is ``done``, and why others refuse the model."""
+    passes, cannot_run = [], {}
+    for name in executions():
+        if name == done:
+            continue
+        try:
+            passes.append(_in_execution(name, model, sparsifier, inputs))
+        except (UnsupportedModelError, InterceptionError, StateError) as error:
+            if name == default_execution(training=True):
+                raise
+            cannot_run[name] = str(error)
+    return passes, cannot_run
 
 
 def _run(model: nn.Module, inputs: Any) -> dict[str, Tensor]:

@@ -76,11 +76,14 @@ class Adaptation:
     Attributes:
         summary_obstacle: Why a token that stands for several others has no place in such a model; ``None`` if nothing
             speaks against it.
+        packing_obstacle: Why the tokens of several images cannot be given to a block as one sequence, with attention
+            split by image; ``None`` if nothing speaks against it.
         mixes_weights: Whether attention weights are changed after the softmax, so that they do not say what a token
             receives.
     """
 
     summary_obstacle: str | None = None
+    packing_obstacle: str | None = None
     mixes_weights: bool = False
 
     def modules(self) -> Iterable[nn.Module]:
@@ -216,6 +219,7 @@ class TokenTable(Adaptation):
     """
 
     summary_obstacle = "attention keeps a table with an entry for each token"
+    packing_obstacle = "attention keeps a table with an entry for each token"
 
     def __init__(self, *, owner: nn.Module, name: str, pattern: str, build: Callable[[int], Tensor]) -> None:
         self.owner, self.name, self.pattern, self.build = owner, name, pattern, build
@@ -248,6 +252,12 @@ class _Swap:
         """Nothing is expected."""
 
 
+class WrittenOutAttention(Adaptation):
+    """Attention with a softmax of its own, instead of `F.scaled_dot_product_attention`."""
+
+    packing_obstacle = "attention is written out, so that it could only be split by image as one large matrix"
+
+
 class AttentionBias(Adaptation):
     """Attention adds a bias of its own over all tokens to the scores, which is gathered for those left."""
 
@@ -274,6 +284,8 @@ class _BiasGather(Interception):
 
     def attention(self, call: AttentionCall) -> Tensor:
         bias, removed = call.attn_mask, self.removed
-        if removed is None or bias is None or not sizes(bias)[-1] == removed.length != sizes(call.key)[-2]:
+        if removed is None or bias is None or sizes(bias)[-1] != removed.length:
+            return call.run()
+        if sizes(removed.positions)[1] == removed.length:  # all of them
             return call.run()
         return call._replace(attn_mask=gather_mask(bias, removed.positions)).run()

@@ -69,6 +69,10 @@ class Backbone:
             what the model gives and what each image gets: patterns such as ``"n d -> b 1 n d"``, one for each
             number of dimensions (see `tokenprune.backbones.patterns`), or ``None`` to have them inferred from
             their shapes. Those that are not named are inferred as well.
+        neutral_inputs: For such parameters as have an entry for each patch token and none for the others, as rotary
+            tables do, the numbers of an entry that changes nothing, one for each equal share of its width; those of
+            a tuple of tables one after the other, such as (1, 0) for a cosine and a sine table. Without them the
+            model cannot run in `varlen` execution.
         adaptations: What the model's family needs besides, one object each.
         tower: The part of the model whose forward pass runs the blocks and pools their tokens, where
             the model is more than that; ``None`` means the model itself.
@@ -93,6 +97,7 @@ class Backbone:
     downstream: Downstream = "pooled"
     attentions: Sequence[Sequence[nn.Module]] | None = None
     token_inputs: Mapping[str, Sequence[str] | None] = field(default_factory=dict)
+    neutral_inputs: Mapping[str, Sequence[float]] = field(default_factory=dict)
     adaptations: Sequence[Adaptation] = field(default=())
     tower: nn.Module | None = None
     token_wise: Sequence[Sequence[TokenWise]] | None = None
@@ -180,6 +185,12 @@ class Backbone:
         """Why a token that stands for several others has no place in this model; empty if it has one."""
         found = [f"its blocks are given {name!r}, with an entry for each token" for name in self.token_inputs]
         found += [one.summary_obstacle for one in self.adaptations if one.summary_obstacle is not None]
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def packing_obstacles(self) -> tuple[str, ...]:
+        """Why blocks cannot be given the tokens of several images as one sequence; empty if they can."""
+        found = [one.packing_obstacle for one in self.adaptations if one.packing_obstacle is not None]
         return tuple(dict.fromkeys(found))
 
     def input_size(self, model: nn.Module) -> tuple[int, int, int]:

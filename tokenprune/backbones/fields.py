@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, get_args
 
 from torch import nn
@@ -38,6 +38,7 @@ def check_fields(values: Mapping[str, Any], downstream: Any) -> None:
         "downstream": (lambda value: isinstance(value, str) and value in choices, f"choose from {listed}"),
         "attentions": (_are_attentions, "expected for each block a sequence of modules, or None to have them found"),
         "token_inputs": (_are_inputs, "expected for names of parameters patterns such as ('b n d -> b n d',), or None"),
+        "neutral_inputs": (_are_neutral, "expected for names of parameters numbers such as (0.0, 1.0)"),
         "adaptations": (_are_adaptations, "expected a sequence of tokenprune.Adaptation objects"),
         "tower": (_is_module_or_none, "expected a module of the model, or None"),
         "token_wise": (_are_parts, "expected for each block a sequence of tokenprune.TokenWise, or None"),
@@ -90,6 +91,13 @@ def _are_inputs(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(name, str) and (patterns is None or (_is_sequence(patterns) and all(map(is_pattern, patterns))))
         for name, patterns in value.items()
+    )
+
+
+def _are_neutral(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and _is_sequence(numbers) and all(isinstance(one, Real) for one in numbers)
+        for name, numbers in value.items()
     )
 
 

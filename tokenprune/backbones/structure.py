@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenprune.backbones.adaptations import Adaptation, AttentionBias, Setting
+from tokenprune.backbones.adaptations import Adaptation, AttentionBias, Setting, WrittenOutAttention
 from tokenprune.backbones.backbone import outermost_attention
 from tokenprune.backbones.interception import SOFTMAXES, AttentionCall, Interception
 from tokenprune.backbones.patterns import besides_tokens, names_with_entries
@@ -39,7 +39,8 @@ class Structure(NamedTuple):
         attentions: For each block the modules in which it attends over all tokens; the block itself
             where none is named after attention.
         token_inputs: The names of the blocks' parameters, besides tokens, that have an entry for each token.
-        adaptations: An `AttentionBias`, where attention adds a bias for each pair of tokens by itself.
+        adaptations: An `AttentionBias`, where attention adds a bias for each pair of tokens by itself, and a
+            `WrittenOutAttention`, where its softmax is its own.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -64,6 +65,7 @@ class _List:
     num_keys: list[set[int]] = field(default_factory=list)
     besides: list[dict[str, Any]] = field(default_factory=list)
     biases: list[Tensor] = field(default_factory=list)
+    written_out: bool = False
     first: Tensor | None = None
     last: Tensor | None = None
     attention_before: bool = False
@@ -174,7 +176,10 @@ def observe(
         ),
         attentions=tuple(_attentions(block, blocks, observer.attended) for block in blocks.modules),
         token_inputs=dict.fromkeys(name for names in named for name in names),
-        adaptations=(AttentionBias(),) if _has_bias(blocks) else (),
+        adaptations=(
+            *((AttentionBias(),) if _has_bias(blocks) else ()),
+            *((WrittenOutAttention(),) if blocks.written_out else ()),
+        ),
     )
 
 
@@ -234,6 +239,8 @@ class _Observer(Interception):
         tensor = args[0] if args else kwargs.get("input")
         if func in SOFTMAXES and isinstance(tensor, Tensor) and tensor.dim() > 2:
             self._note(tensor.shape[-1])
+            for blocks in self.blocks:
+                blocks.written_out |= tensor.shape[-1] == tensor.shape[-2]
         return func(*args, **kwargs)
 
     def _note(self, num_keys: int) -> None:

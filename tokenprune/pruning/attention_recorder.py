@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokenprune.backbones.interception import SOFTMAXES, AttentionCall, Interception, for_each_query_head
 from tokenprune.errors import InterceptionError
 from tokenprune.functional import additive, compute_dtype, mask_block, masked_weights, score_blocks
+from tokenprune.pruning.executions.packed_attention import split
 from tokenprune.pruning.selection import Selection
 from tokenprune.tokens import Layout, of_length, sizes
 
@@ -58,6 +59,13 @@ class AttentionRecorder(Interception):
             )
 
     def attention(self, call: AttentionCall) -> Tensor:
+        assert self._selection is not None
+        packing = self._selection.packing
+        if packing is not None:  # each image's tokens attend to one another alone
+            received = [self._received(part, self._layouts[0], keep=None) for part in split(call, packing)]
+            rows = packing.unpack(torch.cat([part.flatten() for part in received]).unsqueeze(0))  # (B, L)
+            self.recorded.append(self._layouts[0].patches(rows))
+            return call.run()
         query = call.query
         layout = of_length(self._layouts, sizes(call.key)[-2])
         if layout is None or call.is_causal or query.dim() != 4 or sizes(query)[-2] != layout.length:
@@ -66,17 +74,20 @@ class AttentionRecorder(Interception):
                 f"all tokens of an image, of which {self._layouts[0].num_patches} are patches; a scorer that needs "
                 "attention scores cannot take it. Move the stage, or take another scorer."
             )
-        key = for_each_query_head(call.key, query) if call.enable_gqa else call.key
+        keep = self._visible(layout, compute_dtype(query))
+        self.recorded.append(layout.patches(self._received(call, layout, keep=keep)))
+        return call.run()
+
+    def _received(self, call: AttentionCall, layout: Layout, *, keep: Tensor | None) -> Tensor:
+        """What each token receives in a call over those of one image, (B, L)."""
+        query, key = call.query, for_each_query_head(call.key, call.query) if call.enable_gqa else call.key
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             dtype = compute_dtype(query)
             bias = None if call.attn_mask is None else additive(call.attn_mask, query).to(dtype)
-            keep = self._visible(layout, dtype)
             only = 1 if self._from_class_token(layout) else None
-            received = received_attention(
+            return received_attention(
                 query[..., :only, :].to(dtype), key.to(dtype), keep=keep, bias=bias, scale=call.scale
             )
-            self.recorded.append(layout.patches(received))
-        return call.run()
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)

@@ -50,7 +50,7 @@ class AttentionScopes:
         if asker is not None and asker.needs_attention:
             scopes.append(self._recorder.prepare(selection, layouts))
         if asker is not None and asker.needs_keys:
-            scopes.append(self._key_recorder.prepare(layouts))
+            scopes.append(self._key_recorder.prepare(selection, layouts))
         if selection.sizes is not None:
             scopes.append(self._proportional.prepare(selection, layouts))
         return scopes

@@ -5,6 +5,7 @@ Shapes: B images, P prefix tokens, N patch tokens, Q suffix tokens, L = P + N + 
 
 from __future__ import annotations
 
+import warnings
 from typing import NoReturn
 
 from torch import Tensor, nn
@@ -125,3 +126,13 @@ def check_grad(module: nn.Module, *, expected: bool, enabled: bool) -> None:
             f"{type(module).__name__} runs without gradients inside a forward pass with them: re-entrant "
             "activation checkpointing loses the gradients of the keep decisions. Use use_reentrant=False."
         )
+
+
+def warn_of_pruned() -> None:
+    """Warn of pruned tokens behind the last block, where no forward pass of the model is there to hide them."""
+    warnings.warn(
+        "a method of a sparsified model was called in an execution in which all tokens stay, without calling "
+        "the model itself: its tokens include pruned ones, which model.tokenprune.trace.keep[-1] tells apart "
+        "before they are pooled.",
+        stacklevel=3,
+    )

@@ -111,7 +111,7 @@ class CurrentPass(nn.Module):
     def kept_indices(self, block: int) -> Tensor | None:
         """(B, n) int64, the positions in the grid of the patch tokens that a block gets; ``None`` if all."""
         selection = self._selection(stage_into(self._plan, block, inside=self._inside))
-        return None if selection is None or selection.all_kept else selection.indices
+        return None if selection is None or selection.all_kept else selection.indices_in_blocks
 
     def full_length(self) -> int | None:
         """L, where tokens are removed in this pass; ``None`` where all stay."""

@@ -8,7 +8,6 @@ pruning, K tokens of the sequence as it is, C channels.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
@@ -18,16 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.backbones.adaptations import Removed, Scope
-from tokenprune.pruning.checks import (
-    check_attended,
-    check_grad,
-    check_no_replica,
-    check_recomputed,
-    layout_of,
-    refuse_order,
-    refuse_recomputing_inside,
-    refuse_training_in_place,
-)
+from tokenprune.pruning import checks
+from tokenprune.pruning.budget import Threshold
 from tokenprune.pruning.current_pass import CurrentPass
 from tokenprune.pruning.executions import AUTO, Execution, Whole, default_execution, execution_class
 from tokenprune.pruning.places import Place, places, stage_before
@@ -79,7 +70,7 @@ class PruningHooks(CurrentPass):
     # Hooks
 
     def _before_tower(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        check_no_replica(model)
+        checks.check_no_replica(model)
         self._close()
         self._in_tower = True
         self._grad_enabled = torch.is_grad_enabled()
@@ -89,11 +80,13 @@ class PruningHooks(CurrentPass):
         self._in_tower, self._image_size = False, None
         running, trace = self._running, self.trace
         self._close()
-        if output is None or running is None or trace is None or not self._hands_on_kept():
+        if output is None or running is None or trace is None or self._restores or not trace.selections:
             return None
-        counts = self._plan.num_keep(trace.num_patches)
         stages = [stage_before(self._plan, index) for index in range(len(self.backbone.blocks))]
-        return running.output(output, trace, counts, stages)
+        output = running.hidden(output, trace, stages)
+        if self._hands_on_kept():
+            output = running.output(output, trace, self._plan.num_keep(trace.num_patches), stages)
+        return output
 
     def _hands_on_kept(self) -> bool:
         """Whether the vision tower hands on the kept tokens alone."""
@@ -106,14 +99,14 @@ class PruningHooks(CurrentPass):
         if not self.enabled:
             return
         backbone, tokens = self.backbone, find_tokens(block, args, kwargs)
-        layout = layout_of(block, tokens, backbone)
+        layout = checks.layout_of(block, tokens, backbone)
         name = default_execution(training=self.training) if self._execution == AUTO else self._execution
         if name not in self._executions:
             execution = execution_class(name)(backbone)
             self._executions[name] = Whole(execution) if self._whole else execution
         running = self._executions[name]
         if running.trains and self.training and self._hands_on_kept():
-            refuse_training_in_place()
+            checks.refuse_training_in_place()
         running.begin()
         self._scopes.close()
         self._running = running
@@ -135,7 +128,7 @@ class PruningHooks(CurrentPass):
         again, running, trace = recomputing(), self._running, self.trace
         if not (again or self._is_next(place, block)) or running is None or trace is None:
             return None
-        check_recomputed(running, trace.execution, block)
+        checks.check_recomputed(running, trace.execution, block)
         if not place.starts and not self._restoring:
             return self._side_inputs(place, running, args, kwargs)
         given = tokens = find_tokens(block, args, kwargs)  # (B, K, C)
@@ -144,15 +137,19 @@ class PruningHooks(CurrentPass):
         before = trace.start if passed < 0 or alone else state.selections[passed]
         if self._restoring:
             tokens = self._resume(place, running, tokens, before, state)
+        elif place.starts:
+            tokens = before.unpack(tokens)
+        now = before
         if place.starts:
             if running.trains:
-                check_grad(block, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
-            tokens = self._prune(place.stage, place.block, tokens, before)
+                self._check_grad(block)
+            tokens, now = self._prune(place.stage, place.block, tokens, before)
+        tokens = now.pack(tokens)
         if tokens is not given:
             args, kwargs = replace_tokens(args, kwargs, tokens)
         return self._side_inputs(place, running, args, kwargs) or (args, kwargs)
 
-    def _prune(self, stage: int, block: int, tokens: Tensor, before: Selection) -> Tensor:
+    def _prune(self, stage: int, block: int, tokens: Tensor, before: Selection) -> tuple[Tensor, Selection]:
         """Of the sequence (B, K, C) that reaches a stage, in front of a block or inside it, what goes on."""
         again, running, trace = recomputing(), cast(Execution, self._running), cast(Trace, self.trace)
         counts = self._plan.num_keep(trace.num_patches)
@@ -165,17 +162,25 @@ class PruningHooks(CurrentPass):
             num_reached=trace.num_patches if stage == 0 or self._anew else counts[stage - 1],
             probability=self.keep_probabilities[stage],
             recorded=self.recomputed.selections[stage].recorded if again else self._scopes.take_recorded(),
+            threshold=self._threshold(stage),
         )
+        selection = running.lay_out(selection)
         if not again:
             self._state = self._state.replace(selections=(*self._state.selections, selection))
             trace.selections.append(selection)
-        return tokens
+        return tokens, selection
 
     def _prune_inside(self, place: Place, tokens: Tensor) -> Tensor:
-        """Of the tokens (B, K, C) between attention and MLP of a block what goes on."""
+        """Of the tokens that a block has between attention and MLP what goes on."""
         assert place.inside is not None and self.trace is not None
         before = self._selection(place.stage)
-        return self._prune(place.inside, place.block, tokens, self.trace.start if before is None else before)
+        before = self.trace.start if before is None else before
+        tokens, selection = self._prune(place.inside, place.block, before.unpack(tokens), before)
+        return selection.pack(tokens)
+
+    def _threshold(self, stage: int) -> Threshold | None:
+        """By which a stage keeps different numbers of tokens; ``None`` where it keeps the same of all images."""
+        return None
 
     def _is_next(self, place: Place, block: nn.Module) -> bool:
         """Whether the pass has come to a block; one that somebody calls by itself runs as it is."""
@@ -183,7 +188,7 @@ class PruningHooks(CurrentPass):
         if decided == place.stage + (0 if place.starts else 1):
             return True
         if self._in_tower and self.enabled:
-            refuse_order(block, place.block)
+            checks.refuse_order(block, place.block)
         return False
 
     def _resume(self, place: Place, running: Execution, tokens: Tensor, before: Selection, state: State) -> Tensor:
@@ -212,17 +217,17 @@ class PruningHooks(CurrentPass):
         if not (running.intercepts or place.awaited_by is not None or self._scopes.adapting or seen.sizes is not None):
             return
         if place.inside is not None:
-            refuse_recomputing_inside(attention)
+            checks.refuse_recomputing_inside(attention)
         scopes: list[Scope] = []
         if selection is not None:
             masking = running.attention(selection, layouts(selection.layout, place.block))
             if masking is not None:
-                check_grad(attention, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
+                self._check_grad(attention)
                 self._attended = True
                 scopes.append(masking)
         scopes += self._scopes.of_selection(seen, layouts(seen.layout, place.block), self._asker(place))
         if self._scopes.adapting and selection is not None and selection.indices is not None and running.removes:
-            check_recomputed(running, trace.execution, attention)
+            checks.check_recomputed(running, trace.execution, attention)
             full = self._full_layout(place.block)
             removed = Removed(full.positions(selection.indices), full.length, running.gathered())
             scopes += self._scopes.of_adaptations(attention, removed)
@@ -242,6 +247,9 @@ class PruningHooks(CurrentPass):
             return None
         return cast(Stage, self.stages[stage]).scorer
 
+    def _check_grad(self, module: nn.Module) -> None:
+        checks.check_grad(module, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
+
     def _after_block(self, place: Place, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._sum.end(block)
         running = self._running
@@ -251,12 +259,14 @@ class PruningHooks(CurrentPass):
         if selection is None:
             return None
         given = tokens = output_tokens(output)
+        if self._restoring or place.block == self.backbone.reach[-1]:
+            tokens = selection.unpack(tokens)
         if self._restoring:
             if self._everything is None:  # a block that somebody called by itself
                 return None
             tokens = self._restore(place, running, tokens, selection)
         if running.intercepts and masked is not None and not masked.all_kept and not torch.compiler.is_compiling():
-            check_attended(block, self._attended)
+            checks.check_attended(block, self._attended)
             self._attended = False
         if running.trains and not torch.compiler.is_compiling():
             state = self.recomputed if recomputing() else self._state
@@ -293,20 +303,14 @@ class PruningHooks(CurrentPass):
             self._tail = tail
             tail.enter()
         else:
-            warnings.warn(
-                "a method of a sparsified model was called in an execution in which all tokens stay, without calling "
-                "the model itself: its tokens include pruned ones, which model.tokenprune.trace.keep[-1] tells apart "
-                "before they are pooled.",
-                stacklevel=2,
-            )
+            checks.warn_of_pruned()
 
     def _after_final_norm(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._record_tokens(output)
 
     def _record_tokens(self, tokens: Tensor) -> None:
         running, trace = self._running, self.trace
-        wanted = running is not None and (running.trains or self.training)
-        if wanted and trace is not None and torch.is_grad_enabled():
+        if running is not None and trace is not None and torch.is_grad_enabled() and (running.trains or self.training):
             trace.tokens = tokens
 
     def _close(self) -> None:

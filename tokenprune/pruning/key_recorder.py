@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tokenprune.backbones.interception import AttentionCall, Interception
 from tokenprune.errors import InterceptionError
 from tokenprune.functional import compute_dtype
+from tokenprune.pruning.packing import Packing
+from tokenprune.pruning.selection import Selection
 from tokenprune.tokens import Layout, of_length, sizes
 
 
@@ -28,12 +30,13 @@ class KeyRecorder(Interception):
 
     def __init__(self) -> None:
         super().__init__()
+        self._packing: Packing | None = None
         self._layouts: tuple[Layout, ...] = ()
         self.recorded: list[Tensor] = []
 
-    def prepare(self, layouts: Sequence[Layout]) -> KeyRecorder:
-        """Itself, for sequences of these layouts."""
-        self._layouts, self.recorded = tuple(layouts), []
+    def prepare(self, selection: Selection, layouts: Sequence[Layout]) -> KeyRecorder:
+        """Itself, for what is in force, in sequences of these layouts."""
+        self._packing, self._layouts, self.recorded = selection.packing, tuple(layouts), []
         return self
 
     def check(self, module: nn.Module) -> None:
@@ -45,9 +48,13 @@ class KeyRecorder(Interception):
             )
 
     def attention(self, call: AttentionCall) -> Tensor:
-        layout = of_length(self._layouts, sizes(call.key)[-2]) if call.key.dim() == 4 else None
-        if layout is not None:
+        length, packing = sizes(call.key)[-2], self._packing
+        packed = packing is not None and length == packing.length
+        layout = self._layouts[0] if packed else of_length(self._layouts, length)
+        if layout is not None and call.key.dim() == 4:
             with torch.no_grad():
                 keys = call.key.to(compute_dtype(call.key)).mean(dim=1)  # (B, L, D)
+                if packing is not None and packed:
+                    keys = packing.unpack(keys)
                 self.recorded.append(layout.patches(keys))
         return call.run()

@@ -52,7 +52,13 @@ class ProportionalAttention(Interception):
         if log_sizes is None:
             return call.run()
         if call.attn_mask is not None:
-            log_sizes = log_sizes + additive(call.attn_mask, call.query)
+            mask = additive(call.attn_mask, call.query)
+            if sizes(mask)[-1] != sizes(log_sizes)[-1]:  # one for each image, of images that stand in one sequence
+                raise InterceptionError(
+                    "tokens cannot count by their sizes beside an attention mask or bias where all images stand in one "
+                    "sequence; run this model in another execution."
+                )
+            log_sizes = log_sizes + mask
         return replaced(call, {"attn_mask": log_sizes}).run()
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -64,10 +70,20 @@ class ProportionalAttention(Interception):
         return func(*args, **kwargs)
 
     def _log_sizes(self, num_keys: int, like: Tensor) -> Tensor | None:
-        """Log s of so many keys, (B, 1, 1, K) in the dtype of ``like``; ``None`` where there are not so many tokens."""
-        layout, selection = of_length(self._layouts, num_keys), self._selection
-        if layout is None or selection is None or selection.sizes is None:
+        """Log s of so many keys, (B, 1, 1, K) in the dtype of ``like``; ``None`` where there are not so many tokens.
+
+        Of images that stand in one sequence (1, 1, 1, T).
+        """
+        selection = self._selection
+        if selection is None or selection.sizes is None:
+            return None
+        packing = selection.packing
+        packed = packing is not None and num_keys == packing.length
+        layout = self._layouts[0] if packed else of_length(self._layouts, num_keys)
+        if layout is None:
             return None
         self._hits += 1
         everything = layout.with_others(selection.sizes)  # (B, K)
+        if packing is not None and packed:
+            everything = packing.pack(everything)  # (1, T)
         return everything.log().to(like.dtype)[:, None, None, :]

@@ -35,6 +35,23 @@ def sample(log_odds: Tensor, keep: Tensor | None) -> Tensor:
     return (hard + (soft - soft.detach())) * left
 
 
+def counted(scores: Tensor, keep: Tensor | None, counts: Tensor) -> Tensor:
+    """The best tokens of each image that are still there, as many as it is to keep.
+
+    Args:
+        scores: (B, n); higher = keep.
+        keep: (B, n), 1 = still there; ``None`` means all are.
+        counts: (B,) int64, how many of each image to keep; at least so many must be there.
+
+    Returns:
+        (B, n), 0 or 1 in the dtype of ``scores``.
+    """
+    order = there_first(scores, keep).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    rank = torch.empty_like(order).scatter(1, order, places)
+    return (rank < counts.unsqueeze(1)).to(scores.dtype)
+
+
 def top_k(scores: Tensor, keep: Tensor | None, k: int) -> Tensor:
     """The positions of the ``k`` best tokens that are still there, in ascending order.
 
@@ -46,6 +63,11 @@ def top_k(scores: Tensor, keep: Tensor | None, k: int) -> Tensor:
     Returns:
         (B, k) int64.
     """
-    if keep is not None:  # a token that is still there comes before those that are not, though its score be −∞
-        scores = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(keep == 0, -math.inf)
-    return scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    return there_first(scores, keep).topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def there_first(scores: Tensor, keep: Tensor | None) -> Tensor:
+    """Scores (B, n) by which a token that is still there comes before those that are not, though its own be −∞."""
+    if keep is None:
+        return scores
+    return scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(keep == 0, -math.inf)

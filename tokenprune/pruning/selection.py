@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenprune.pruning.packing import Packing
 from tokenprune.pruning.recording import Recorded
 from tokenprune.tokens import Layout, replaced
 
@@ -21,7 +22,10 @@ class Selection(NamedTuple):
     Attributes:
         layout: Of the sequence that goes on: with n patch tokens where the others were removed, with all N where
             they stay.
-        indices: (B, n) int64, ascending positions of the kept tokens in the image's row-major patch grid.
+        indices: (B, n) int64, ascending positions of the kept tokens in the image's row-major patch grid; where images
+            keep different numbers, n is the largest of them, and further positions, of pruned tokens, stand behind.
+        present: (B, n), 1 for a kept token, 0 for one of those behind, where images keep different numbers; ``None``
+            where all keep n.
         keep: (B, N), 1 = kept, 0 = pruned; in training a gradient reaches it.
         all_kept: Whether nothing has been pruned yet, so that there is nothing to carry out.
         others: (B, N − n) int64, ascending positions of the others in the grid, where these stay in the sequence and
@@ -36,10 +40,12 @@ class Selection(NamedTuple):
         sizes: (B, n), or (B, N) where all stay: how many patches each patch token stands for; ``None`` where each
             stands for one.
         notes: In the same shape, what the scorer has noted for the next stage; ``None`` if nothing.
+        packing: How the images stand in one sequence while blocks run; ``None`` where each has a row of its own.
     """
 
     layout: Layout
     indices: Tensor | None = None
+    present: Tensor | None = None
     keep: Tensor | None = None
     all_kept: bool = False
     others: Tensor | None = None
@@ -51,6 +57,7 @@ class Selection(NamedTuple):
     keys: Tensor | None = None
     sizes: Tensor | None = None
     notes: Tensor | None = None
+    packing: Packing | None = None
 
     def replace(self, **changes: Any) -> Selection:
         """A selection with other entries."""
@@ -63,9 +70,26 @@ class Selection(NamedTuple):
 
     def visible(self, layout: Layout) -> Tensor | None:
         """Which tokens of a sequence (B, L) others may see; ``None`` if all."""
-        if self.all_kept or self.keep is None:
-            return None
-        return layout.with_others(self.keep, self.summaries)
+        left = self.left
+        return None if self.all_kept or left is None else layout.with_others(left, self.summaries)
+
+    def pack(self, tokens: Tensor) -> Tensor:
+        """Of the sequences (B, K, C) that go on what blocks run on: the same, or one for all images."""
+        return tokens if self.packing is None else self.packing.pack(tokens)
+
+    def unpack(self, tokens: Tensor) -> Tensor:
+        """Of what blocks run on the sequences (B, K, C) again."""
+        return tokens if self.packing is None else self.packing.unpack(tokens)
+
+    @property
+    def indices_in_blocks(self) -> Tensor | None:
+        """The positions in the grid of the patch tokens that blocks get: (B, n), or (1, T) in one sequence."""
+        return self.indices if self.indices is None or self.packing is None else self.packing.pack(self.indices)
+
+    @property
+    def left(self) -> Tensor | None:
+        """(B, n), 1 = a patch token that is left in the sequence that goes on, 0 = none; ``None`` if all are."""
+        return self.present if self.keep is None else self.keep
 
     def of_kept(self, values: Tensor | None) -> Tensor | None:
         """Values (B, m) of what reached the stage, as those of the patch tokens in the sequence that goes on."""
@@ -77,7 +101,13 @@ class Selection(NamedTuple):
             return self.keep
         assert self.indices is not None
         keep = torch.zeros(self.indices.shape[0], num_patches, device=self.indices.device)
-        return keep.scatter_(1, self.indices, 1.0)
+        return keep.scatter_(1, self.indices, 1.0 if self.present is None else self.present.to(keep.dtype))
+
+    def indices_by_image(self) -> Tensor | tuple[Tensor, ...] | None:
+        """The kept tokens' positions, (B, n), or (n,) for each image; ``None`` where they are not known by number."""
+        if self.indices is None or self.present is None:
+            return self.indices
+        return tuple(row[kept > 0] for row, kept in zip(self.indices, self.present, strict=True))
 
     def indices_of_grid(self, num_keep: int) -> Tensor:
         """(B, n), the positions of the ``num_keep`` kept tokens that every image has, whichever way it was decided."""
@@ -90,16 +120,17 @@ class Selection(NamedTuple):
         """Those that reached the stage, after ``before``, as kept and as pruned by it: (B, m) of 0 and 1 each."""
         if self.keep is not None:
             keep = self.keep.to(dtype)
-            return keep, (1.0 if before.keep is None else before.keep.to(dtype)) - keep
-        assert self.chosen is not None
-        batch, reached = self.chosen.shape[0], before.layout.num_patches
-        keep = torch.zeros(batch, reached, device=self.chosen.device, dtype=dtype).scatter(1, self.chosen, 1.0)
-        return keep, 1 - keep
+        else:
+            assert self.chosen is not None
+            batch, reached = self.chosen.shape[0], before.layout.num_patches
+            kept = 1.0 if self.present is None else self.present.to(dtype)
+            keep = torch.zeros(batch, reached, device=self.chosen.device, dtype=dtype).scatter(1, self.chosen, kept)
+        return keep, (1.0 if before.left is None else before.left.to(dtype)) - keep
 
     def with_summaries(self, number: int, pruned: Tensor) -> Selection:
         """The selection of a sequence with so many further summary tokens, made of the ``pruned`` (B, m)."""
         layout = self.layout.replace(num_summary=self.layout.num_summary + number)
-        if self.keep is None:  # tokens are removed by their number, so that there always are some to be summed up
+        if self.left is None:  # tokens are removed by their number, so that there always are some to be summed up
             return self.replace(layout=layout)
         holds = (pruned.detach().amax(dim=1, keepdim=True) > 0).to(pruned.dtype).expand(-1, number)  # (B, number)
         summaries = holds if self.summaries is None else torch.cat([self.summaries, holds], dim=1)
@@ -110,8 +141,8 @@ class Selection(NamedTuple):
         if self.scores is None:
             return None
         scores = self.scores.detach().float()
-        if before.keep is not None:
-            return scores.masked_fill(before.keep == 0, torch.nan)
+        if before.left is not None:
+            scores = scores.masked_fill(before.left == 0, torch.nan)
         if before.indices is not None:
             return scores.new_full((len(scores), num_patches), torch.nan).scatter(1, before.indices, scores)
         return scores

@@ -8,7 +8,7 @@ Shapes: B images, H heads, L tokens before any pruning, D numbers a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,11 @@ class SideInputs:
 
     Attributes:
         patterns: What is known of them; for others it is inferred from names and shapes.
+        neutral: See `Backbone.neutral_inputs`.
     """
 
-    def __init__(self, patterns: AxisPatterns) -> None:
-        self.patterns = patterns
+    def __init__(self, patterns: AxisPatterns, neutral: Mapping[str, Sequence[float]]) -> None:
+        self.patterns, self.neutral = patterns, neutral
         self._gathered: list[tuple[Tensor, Tensor]] = []
 
     def forget(self) -> None:
@@ -73,24 +74,35 @@ class SideInputs:
             for name, value in kwargs.items()
         }
 
-    def _gather(self, value: Any, name: str, selection: Selection, full: Layout) -> Any:
+    def _gather(
+        self, value: Any, name: str, selection: Selection, full: Layout, place: tuple[int, int] = (0, 1)
+    ) -> Any:
+        """What there is of an input, which is the first, second … of so many of its name, for the tokens left."""
         if isinstance(value, (tuple, list)):
-            return type(value)(self._gather(item, name, selection, full) for item in value)
+            return type(value)(
+                self._gather(item, name, selection, full, (index, len(value))) for index, item in enumerate(value)
+            )
         if not isinstance(value, Tensor):
             return value
         for source, result in self._gathered:
             if source is value:
                 return result
-        result = self._entries(value, name, selection, full)
+        result = self._entries(value, name, selection, full, place)
         self._gathered.append((value, result))
         return result
 
-    def _entries(self, value: Tensor, name: str, selection: Selection, full: Layout) -> Tensor:
+    def _entries(self, value: Tensor, name: str, selection: Selection, full: Layout, place: tuple[int, int]) -> Tensor:
         indices = selection.indices
         decided = selection.keep if indices is None else indices
         assert decided is not None
-        pattern = pattern_of(value, name, self.patterns, full, sizes(decided)[0])
+        num_images = sizes(decided)[0]
+        pattern = pattern_of(value, name, self.patterns, full, num_images)
         if pattern is None:
+            if selection.packing is not None and value.dim() > 1 and 1 < num_images == sizes(value)[0]:
+                raise StateError(
+                    f"the blocks are given {name!r}, of shape {tuple(value.shape)}, with an entry for each image, and "
+                    "all images in one sequence; run this model in another execution."
+                )
             return value
         if selection.layout.num_summary:
             _check_open(value, name, pattern)
@@ -102,7 +114,41 @@ class SideInputs:
         if indices is None:
             return value
         for_all = sizes(value)[token_axis(axes(pattern)[0])] == full.length
-        return gather_tokens(value, pattern, full.positions(indices) if for_all else indices)
+        gathered = gather_tokens(value, pattern, full.positions(indices) if for_all else indices)
+        if selection.packing is None:
+            return gathered
+        numbers, (index, number) = self.neutral.get(name, ()), place
+        share = len(numbers) // number
+        return _packed(gathered, name, pattern, selection, numbers[index * share : (index + 1) * share])
+
+
+def _packed(gathered: Tensor, name: str, pattern: str, selection: Selection, neutral: Sequence[float]) -> Tensor:
+    """An entry for each token of a packed sequence, of those for each token of an image's row.
+
+    Where only patch tokens have one, a block takes it that the first P tokens have none. In a packed sequence that is
+    true of one image alone, so that the prefix tokens of the others are given one that is neutral.
+
+    Raises:
+        StateError: What is neutral is unknown.
+    """
+    packing, layout, (_, right) = selection.packing, selection.layout, axes(pattern)
+    assert packing is not None
+    if "b" not in right:  # one image, and one row of tokens
+        return gathered
+    axis, width = token_axis(right), sizes(gathered)[-1]
+    if sizes(gathered)[axis] == packing.shape[1]:
+        return packing.pack(gathered, axis)
+    if not neutral or width % len(neutral) or layout.num_prefix + layout.num_patches != layout.length:
+        raise StateError(
+            f"the blocks are given {name!r}, with an entry for each patch token and none for the others, and all "
+            "images in one sequence; run this model in another execution, or say in Backbone.neutral_inputs which "
+            "entry changes nothing."
+        )
+    shape = [*sizes(gathered)]
+    shape[axis] = layout.num_prefix
+    entry = gathered.new_tensor(neutral).repeat_interleave(width // len(neutral))
+    packed = packing.pack(torch.cat([entry.expand(shape), gathered], dim=axis), axis)
+    return packed.narrow(axis, layout.num_prefix, packing.length - layout.num_prefix)
 
 
 def _check_open(value: Tensor, name: str, pattern: str) -> None:

@@ -71,18 +71,19 @@ class Sparsifier(PruningHooks):
 
     @property
     def execution(self) -> str:
-        """How decisions are carried out: ``"mask"``, ``"gather"``, or ``"auto"``.
+        """How decisions are carried out: ``"mask"``, ``"gather"``, ``"varlen"``, or ``"auto"``.
 
         The last means mask in training mode and gather in eval mode.
 
         Raises:
             ValueError: On setting anything else.
+            UnsupportedModelError: On setting an execution in which this model cannot run.
         """
         return self._execution
 
     @execution.setter
     def execution(self, execution: str) -> None:
-        check_execution(execution)
+        check_execution(execution, self.backbone)
         self._execution = execution
 
     @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import StateError
+from tokenprune.pruning.budget import Threshold
 from tokenprune.pruning.executions import Execution
 from tokenprune.pruning.recording import Recorded
 from tokenprune.pruning.reductions import Drop, Reduction, Split, check_reduced
@@ -45,6 +46,7 @@ class Stage(nn.Module):
         num_reached: int,
         probability: float,
         recorded: Recorded,
+        threshold: Threshold | None = None,
     ) -> tuple[Tensor, Selection]:
         """Score, decide and apply: the sequence that goes on, and the selection behind the stage.
 
@@ -57,6 +59,7 @@ class Stage(nn.Module):
             num_reached: m, how many the stage before has kept; N in front of the first one.
             probability: The fraction that is to be kept of those that reach the stage.
             recorded: What was recorded of attention for the scorer.
+            threshold: By which images keep different numbers, n of them on average; ``None`` where all keep n.
         """
         sampled = execution.trains and self.training and self.scorer.probabilistic
         if execution.keeps_all(num_keep, num_reached, probability=probability, sampled=sampled):
@@ -64,7 +67,7 @@ class Stage(nn.Module):
         candidates = Candidates(
             patches=execution.reached(before.layout.patches(tokens), before),
             prefix=before.layout.prefix(tokens),
-            keep=before.keep,
+            keep=before.left,
             indices=before.indices,
             num_patches=trace.num_patches,
             grid=trace.grid,
@@ -75,7 +78,8 @@ class Stage(nn.Module):
             notes=before.notes,
         )
         scored = self.score(candidates)
-        selection = execution.decide(scored.scores, before, num_keep, sampled=sampled)
+        counts = num_keep if threshold is None else threshold.num_keep(scored.scores, before.left)
+        selection = execution.decide(scored.scores, before, counts, sampled=sampled)
         selection = selection.replace(scores=scored.scores, **recorded._asdict())
         selection = selection.replace(sizes=selection.of_kept(before.sizes), notes=selection.of_kept(scored.notes))
         if not self.reduction.looks_at_pruned:

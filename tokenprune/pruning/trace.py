@@ -66,12 +66,15 @@ class Trace:
         return tuple(selection.keep_of_grid(self.num_patches) for selection in self.selections)
 
     @property
-    def indices(self) -> tuple[Tensor, ...]:
+    def indices(self) -> tuple[Tensor | tuple[Tensor, ...], ...]:
         """Where tokens are removed, one (B, n) int64 tensor a stage: the kept tokens' positions in the grid.
 
-        Positions count in the original row-major patch grid, ascending. Empty in executions in which all tokens stay.
+        Where images keep different numbers, a stage has a tuple of B tensors (n,) instead, so that
+        ``indices[stage][image]`` is the same either way. Positions count in the original row-major patch grid,
+        ascending. Empty in executions in which all tokens stay.
         """
-        return tuple(selection.indices for selection in self.selections if selection.indices is not None)
+        found = (selection.indices_by_image() for selection in self.selections)
+        return tuple(indices for indices in found if indices is not None)
 
     @property
     def scores(self) -> tuple[Tensor | None, ...]:

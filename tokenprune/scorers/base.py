@@ -17,9 +17,11 @@ class Candidates(NamedTuple):
     """The patch tokens that a scorer is to score.
 
     Attributes:
-        patches: (B, n, C). In `gather` execution the tokens that are left, in `mask` execution all.
+        patches: (B, n, C). In `gather` execution the tokens that are left, in `mask` execution all, in `varlen`
+            execution those that are left and, of images with fewer than others, further ones to fill the row.
         prefix: (B, P, C), the class, distillation and register tokens, for reference only.
-        keep: (B, n), 1 = not pruned yet, 0 = pruned by an earlier stage; ``None`` means all are left.
+        keep: (B, n), 1 = not pruned yet, 0 = pruned by an earlier stage or there to fill the row; ``None`` means
+            all are left.
         indices: (B, n) int64, each token's position in the image's row-major order; ``None`` means
             all N in order.
         num_patches: N, the patch tokens of the image before any pruning.

@@ -133,8 +133,9 @@ class Comparison:
         scale = taught.square().mean()
         if trace.restored:
             return (patches - taught).square().mean() / scale
-        if trace.indices:
-            return (patches - select(taught, trace.indices[-1])).square().mean() / scale
+        indices = trace.selections[-1].indices
+        if indices is not None:
+            return (patches - select(taught, indices)).square().mean() / scale
         kept = trace.keep[-1].detach()
         errors = (patches - taught).square().mean(dim=-1)  # (B, N)
         return (errors * kept).sum() / kept.sum() / scale

@@ -306,8 +306,9 @@ def _patches(student: Tensor, teacher: Tensor | None, trace: Trace) -> tuple[Ten
             "for a teacher of another architecture, and do not drop patches in training while distilling tokens."
         )
     taught = dense.patches(teacher)
-    if trace.indices and not trace.restored:
-        taught = select(taught, trace.indices[-1])
+    indices = trace.selections[-1].indices if trace.selections else None
+    if indices is not None and not trace.restored:
+        taught = select(taught, indices)
     return layout.patches(student), taught
 
 

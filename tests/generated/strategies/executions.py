@@ -14,7 +14,9 @@ _BROKEN_IMAGES = st.sampled_from([
     None, [], "picture", torch.zeros(2, 3, 32), torch.zeros(2, 5, 32, 32), torch.zeros(2, 3, 3, 3), torch.zeros(3),
 ])  # fmt: skip
 STEPS = st.one_of(
-    st.tuples(st.just("execution"), mixed(st.sampled_from(["mask", "gather", "auto"]), st.one_of(ODD, st.text()))),
+    st.tuples(
+        st.just("execution"), mixed(st.sampled_from(["mask", "gather", "varlen", "auto"]), st.one_of(ODD, st.text()))
+    ),
     st.tuples(st.sampled_from(["ratio", "train", "eval", "dense"]), st.none()),
     st.tuples(st.sampled_from(["run", "copy"]), st.booleans()),
     st.tuples(st.just("broken"), _BROKEN_IMAGES),

@@ -15,6 +15,7 @@ from tokenprune.pruning.executions.base import (
 from tokenprune.pruning.executions.gather import Gather
 from tokenprune.pruning.executions.mask import Mask
 from tokenprune.pruning.executions.paths import Paths
+from tokenprune.pruning.executions.varlen import Varlen
 from tokenprune.pruning.executions.whole import Whole
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Gather",
     "Mask",
     "Paths",
+    "Varlen",
     "Whole",
     "check_execution",
     "default_execution",

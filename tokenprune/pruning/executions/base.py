@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
+from tokenprune.errors import UnsupportedModelError
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.trace import Trace
 from tokenprune.tokens import Layout
@@ -35,14 +36,21 @@ class Execution(ABC):
         removes: Whether pruned tokens are removed, so that blocks run on shorter sequences.
         intercepts: Whether attention has to be intercepted in every block behind a stage that has pruned; a block that
             does not call its attention modules is then an error.
+        by_image: Whether images may keep different numbers of tokens where decisions are not sampled.
     """
 
     trains: ClassVar[bool] = False
     removes: ClassVar[bool] = False
     intercepts: ClassVar[bool] = False
+    by_image: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
+
+    @classmethod
+    def obstacles(cls, backbone: Backbone) -> tuple[str, ...]:
+        """Why a model cannot run in this execution; empty if it can."""
+        return ()
 
     def begin(self) -> None:  # noqa: B027 - most executions keep nothing
         """Forget what belongs to an earlier pass."""
@@ -67,13 +75,14 @@ class Execution(ABC):
         """The selection behind a stage that prunes nothing of the sequence (B, K, C)."""
 
     @abstractmethod
-    def decide(self, scores: Tensor, before: Selection, num_keep: int, *, sampled: bool) -> Selection:
+    def decide(self, scores: Tensor, before: Selection, num_keep: int | Tensor, *, sampled: bool) -> Selection:
         """The selection behind a stage.
 
         Args:
             scores: (B, m), higher = keep; log-odds where ``sampled``.
             before: What reached the stage.
-            num_keep: n, how many of each image to keep where decisions are not sampled.
+            num_keep: n, how many of each image to keep where decisions are not sampled; or, in an execution
+                ``by_image``, (B,) int64.
             sampled: Whether the scorer's decisions are to be sampled, which an execution that trains does.
         """
 
@@ -82,6 +91,10 @@ class Execution(ABC):
     @abstractmethod
     def remove(self, tokens: Tensor, before: Selection, selection: Selection) -> Tensor:
         """Of the sequence (B, K, C) that reached a stage what goes on; summary tokens are added later."""
+
+    def lay_out(self, selection: Selection) -> Selection:
+        """The selection with its ``packing``, where blocks are to run on one sequence for all images."""
+        return selection
 
     @abstractmethod
     def resume(self, tokens: Tensor, selection: Selection, full: Layout) -> Tensor:
@@ -162,6 +175,16 @@ class Execution(ABC):
         """Side inputs that were gathered for the block that is running, each image's own."""
         return ()
 
+    def hidden(self, value: Any, trace: Trace, stages: Sequence[int]) -> Any:
+        """What the vision tower returns, with a row for each image in what blocks gave.
+
+        Args:
+            value: A tensor, or tensors in tuples and mappings.
+            trace: The pass that made it.
+            stages: For each block the last stage in front of it, -1 if there is none.
+        """
+        return value
+
     def output(self, value: Any, trace: Trace, num_keep: Sequence[int], stages: Sequence[int]) -> Any:
         """What the vision tower returns, cut down to the tokens left, for a model that takes any number of them.
 
@@ -204,12 +227,16 @@ def default_execution(*, training: bool) -> str:
     return next(name for name, execution in _EXECUTIONS.items() if execution.trains is training)
 
 
-def check_execution(name: str) -> None:
-    """Refuse a name that is none.
+def check_execution(name: str, backbone: Backbone) -> None:
+    """Refuse a name that is none, and an execution in which a model cannot run.
 
     Raises:
         ValueError: It is neither ``"auto"`` nor the name of an execution.
+        UnsupportedModelError: The message says what is in the way.
     """
     if not isinstance(name, str) or name not in (AUTO, *_EXECUTIONS):
         *others, last = (repr(choice) for choice in (AUTO, *_EXECUTIONS))
         raise ValueError(f"execution={name!r}: choose {', '.join(others)} or {last}.")
+    obstacles = () if name == AUTO else _EXECUTIONS[name].obstacles(backbone)
+    if obstacles:
+        raise UnsupportedModelError(f"this model cannot run in {name!r} execution: {'; '.join(obstacles)}.")

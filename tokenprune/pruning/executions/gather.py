@@ -28,7 +28,7 @@ class Gather(Execution):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
-        self._inputs = SideInputs(backbone.token_inputs)
+        self._inputs = SideInputs(backbone.token_inputs, backbone.neutral_inputs)
 
     def begin(self) -> None:
         self._inputs.forget()
@@ -42,7 +42,8 @@ class Gather(Execution):
         everything = torch.arange(before.layout.num_patches, device=tokens.device).expand(tokens.shape[0], -1)
         return before.replace(indices=everything)
 
-    def decide(self, scores: Tensor, before: Selection, num_keep: int, *, sampled: bool) -> Selection:
+    def decide(self, scores: Tensor, before: Selection, num_keep: int | Tensor, *, sampled: bool) -> Selection:
+        assert isinstance(num_keep, int)
         chosen = top_k(scores.detach(), None, num_keep)  # (B, n)
         self._inputs.forget()
         indices = chosen if before.indices is None else before.indices.gather(1, chosen)

@@ -18,7 +18,7 @@ from tokenprune.pruning.executions.masked_attention import BlockAttention
 from tokenprune.pruning.executions.masked_output import without_pruned
 from tokenprune.pruning.executions.masked_tail import MaskedTail
 from tokenprune.pruning.recomputation import recomputing
-from tokenprune.pruning.sampling import sample, top_k
+from tokenprune.pruning.sampling import counted, sample, top_k
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.side_inputs import SideInputs
 from tokenprune.pruning.trace import Trace
@@ -34,12 +34,13 @@ class Mask(Execution):
 
     trains = True
     intercepts = True
+    by_image = True
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         self._attention = BlockAttention()
         self._tail = MaskedTail()
-        self._inputs = SideInputs(backbone.token_inputs)
+        self._inputs = SideInputs(backbone.token_inputs, backbone.neutral_inputs)
 
     def begin(self) -> None:
         self._inputs.forget()
@@ -52,9 +53,11 @@ class Mask(Execution):
             return before.replace(scores=None, attention=None)
         return before.replace(keep=tokens.new_ones(tokens.shape[0], before.layout.num_patches))
 
-    def decide(self, scores: Tensor, before: Selection, num_keep: int, *, sampled: bool) -> Selection:
+    def decide(self, scores: Tensor, before: Selection, num_keep: int | Tensor, *, sampled: bool) -> Selection:
         if sampled:
             keep = sample(scores, before.keep)
+        elif isinstance(num_keep, Tensor):
+            keep = counted(scores.detach(), before.keep, num_keep)
         else:
             chosen = top_k(scores.detach(), before.keep, num_keep)
             keep = torch.zeros_like(scores).scatter(1, chosen, 1.0)

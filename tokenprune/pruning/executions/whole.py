@@ -43,7 +43,7 @@ class Whole(Execution):
     def pass_all(self, before: Selection, tokens: Tensor) -> Selection:
         return self.inner.pass_all(before, tokens)
 
-    def decide(self, scores: Tensor, before: Selection, num_keep: int, *, sampled: bool) -> Selection:
+    def decide(self, scores: Tensor, before: Selection, num_keep: int | Tensor, *, sampled: bool) -> Selection:
         selection = self.inner.decide(scores, before, num_keep, sampled=sampled)
         selection = selection.replace(layout=before.layout)
         if selection.indices is None:

@@ -21,9 +21,9 @@ from tokenprune.pruning.executions.paths import Paths
 class Split(NamedTuple):
     """The patch tokens that reached a stage, and what it has decided on them.
 
-    Some of them may have been pruned by earlier stages and be there all the same: those have 0 in ``keep`` and in
-    ``pruned``, and must leave no trace in what is returned for the others. Shapes are the same in every execution,
-    so that one implementation serves all.
+    Some of them may have been pruned by earlier stages, or be no tokens of the image at all where images have different
+    numbers of them, and be there all the same: those have 0 in ``keep`` and in ``pruned``, and must leave no trace in
+    what is returned for the others. Shapes are the same in every execution, so that one implementation serves all.
 
     Attributes:
         patches: (B, m, C).
