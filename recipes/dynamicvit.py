@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import tokenprune
+from recipes import gathered
 from recipes.dense import SMOKE as SMOKE_DENSE
 from recipes.dense import criterion
 from recipes.engine.fitting import Job, Outcome, fit
@@ -38,6 +40,8 @@ def fine_tune(
 ) -> Outcome:
     """Sparsify the dense model and fine-tune it, with the dense model as its teacher.
 
+    With ``schedule="gathered"`` its scorers are calibrated first, and held; see `recipes.gathered`.
+
     Args:
         settings: Everything that decides the run.
         heads: The two heads of a model that also classifies its patch tokens; see `tokenprune.DynamicViTLoss`.
@@ -55,6 +59,8 @@ def fine_tune(
         sparsifier = attached(sparse)
         freeze_embeddings(sparse)
         scorers = set(sparsifier.parameters())
+        if is_gathered:
+            gathered.begin(sparse, settings, stack)
         return Job(
             model=sparse,
             loss_function=Objective(teacher, settings, heads),
@@ -65,17 +71,21 @@ def fine_tune(
                 slow=[parameter for parameter in sparse.parameters() if parameter not in scorers],
                 slow_factor=settings.backbone_factor,
             ),
-            frozen_epochs=settings.frozen_epochs,
-            find_unused_parameters=1.0 in sparsifier.plan.keep_probabilities,
+            frozen_epochs=0.0 if is_gathered else settings.frozen_epochs,
+            find_unused_parameters=not is_gathered and 1.0 in sparsifier.plan.keep_probabilities,
         )
 
-    return fit(
-        settings,
-        prepare,
-        description=description or f"{settings.model}, ρ {settings.ratio}",
-        model_options=model_options,
-        console=console,
-    )
+    is_gathered = settings.schedule == "gathered"
+    with ExitStack() as stack:
+        outcome = fit(
+            settings,
+            prepare,
+            description=description or f"{settings.model}, ρ {settings.ratio}",
+            model_options=model_options,
+            console=console,
+        )
+    attached(outcome.model).execution = "auto"  # an average of the weights is a copy, made while tokens were removed
+    return outcome
 
 
 class Objective(nn.Module):

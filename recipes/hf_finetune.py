@@ -121,7 +121,7 @@ def _trainer(model: Any, settings: HfSettings, options: dict[str, Any]) -> Train
     freeze_embeddings(model)
     tokenprune.sparsify(model, settings.stages, settings.ratio, scorer=settings.scorer)
     # A stage that keeps all it gets does not call its scorer.
-    unused = 1.0 in model.tokenprune.plan.keep_probabilities
+    unused = settings.schedule == "masked" and 1.0 in model.tokenprune.plan.keep_probabilities
     arguments = training_arguments(
         settings, len(options["train_dataset"]), ddp_find_unused_parameters=True if unused else None
     )
@@ -134,6 +134,9 @@ def _trainer(model: Any, settings: HfSettings, options: dict[str, Any]) -> Train
         ratio_weight=settings.ratio_weight,
         backbone_learning_rate_scale=settings.backbone_factor,
         freeze_epochs=settings.frozen_epochs,
+        schedule=settings.schedule,
+        calibration_steps=settings.calibration_steps,
+        calibration_rate=settings.calibration_rate,
         evaluate_dense=True,
         **options,
     )

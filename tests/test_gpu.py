@@ -57,6 +57,21 @@ def test_a_training_step_in_half_precision(case: Case, dtype: torch.dtype) -> No
 
 
 @some_models
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+def test_calibration(case: Case, dtype: torch.dtype | None) -> None:
+    model = case.sparsified().to(DEVICE)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state() if DEVICE == "cpu" else torch.get_device_module(DEVICE).get_rng_state()
+    images = [case.images(4) + index for index in range(4)]  # on the CPU, as a loader's
+    report = tokenprune.calibrate(model, images, steps=3, autocast=dtype, progress=False)
+    assert report.steps == 3 and torch.tensor(report.losses).isfinite().all()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert all(name.startswith("tokenprune.") for name in changed)
+    after = torch.get_rng_state() if DEVICE == "cpu" else torch.get_device_module(DEVICE).get_rng_state()
+    assert torch.equal(random, after)
+
+
+@some_models
 def test_what_is_measured_and_proven(case: Case) -> None:
     model, images = case.sparsified().to(DEVICE), case.images().to(DEVICE)
     named = {"pixel_values": images} if case.name.startswith("transformers") else images

@@ -94,6 +94,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "seed": (0, None),
     "log_every": (1, None),
     "backbone_factor": (0, None),
+    "calibration_steps": (1, None),
+    "calibration_rate": (0, None),
     "frozen_epochs": (0, None),
     "kl_weight": (0, None),
     "distill_weight": (0, None),

@@ -8,6 +8,7 @@ from tokenprune.analysis.benchmark import ThroughputReport, throughput
 from tokenprune.analysis.flop_counter import FlopReport, flops
 from tokenprune.analysis.kept_tokens import KeptTokens, kept_tokens
 from tokenprune.analysis.overlays import animate, show
+from tokenprune.analysis.planning import plan_for
 from tokenprune.analysis.proof import prove
 from tokenprune.analysis.report import report
 from tokenprune.analysis.verification import VerificationReport, verify
@@ -110,6 +111,7 @@ __all__ = [
     "gathered",
     "kept_tokens",
     "load_dynamicvit",
+    "plan_for",
     "prove",
     "push_to_hub",
     "register_reduction",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -15,28 +13,15 @@ from recipes.digits.demo import run_demo
 from recipes.digits.dense import train_digits
 from recipes.digits.model import WEIGHTS
 from recipes.digits.presets import DATA
-from recipes.digits.study import run_study
-from recipes.engine.checkpoints import Interrupted
+from recipes.digits.study import SCORERS, run_study
+from recipes.small.command_line import resumable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console()
 
 Data = Annotated[Path, typer.Option(help="The image folder, made if missing.")]
 Output = Annotated[Path, typer.Option(help="Where results and checkpoints go.")]
-Steps = Annotated[int, typer.Option(min=10, help="Fine-tuning steps of each scorer.")]
-
-
-@contextmanager
-def _resumable() -> Iterator[None]:
-    """Ctrl-C is no error: it ends the command, and the next call continues."""
-    try:
-        yield
-    except (Interrupted, KeyboardInterrupt) as interrupted:
-        console.print(f"\n[yellow]Interrupted.[/] {interrupted}".rstrip())
-        console.print("Nothing is half-written. Run the same command again to go on from there.")
-        raise typer.Exit(130) from None
-    except FileExistsError as error:
-        raise typer.BadParameter(str(error), param_hint="--data") from None
+Steps = Annotated[int, typer.Option(min=10, help="Steps of each training.")]
 
 
 @app.command()
@@ -50,8 +35,8 @@ def demo(
         bool, typer.Option("--from-scratch", help="Train the dense model first (about 45 min), once.")
     ] = False,
 ) -> None:
-    """Sparsify the trained dense model with three scorers, fine-tune, and compare."""
-    with _resumable():
+    """Sparsify the trained dense model, calibrate it without labels, fine-tune it, and compare."""
+    with resumable(console):
         weights = WEIGHTS
         if from_scratch:
             output = output / "from-scratch"
@@ -77,7 +62,7 @@ def dense(
     seed: int = 0,
 ) -> None:
     """Train the dense model from scratch and write the weights that the project ships."""
-    with _resumable():
+    with resumable(console):
         accuracy = train_digits(data, output, epochs=epochs, seed=seed)
         console.print(f"dense accuracy {accuracy:.2%}")
 
@@ -89,11 +74,22 @@ def study(
     keep_ratio: Annotated[list[float] | None, typer.Option(help="ρ; give it several times.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
     steps: Steps = 100,
+    scorer: Annotated[list[str] | None, typer.Option(help="Give it several times. Default: all of the demo's.")] = None,
+    schedule: Annotated[Literal["masked", "gathered"], typer.Option(help="How they are trained.")] = "masked",
 ) -> None:
     """Compare the scorers over several seeds and keep ratios."""
     ratios = keep_ratio or [0.7, 0.5]
-    with _resumable():
-        run_study(data=data, output=output, keep_ratios=ratios, seeds=range(seeds), steps=steps, console=console)
+    with resumable(console):
+        run_study(
+            data=data,
+            output=output,
+            keep_ratios=ratios,
+            seeds=range(seeds),
+            steps=steps,
+            console=console,
+            scorers=scorer or SCORERS,
+            schedule=schedule,
+        )
 
 
 @app.command()
@@ -107,7 +103,7 @@ def calibrate(
 ) -> None:
     """Train the predictors alone, without labels, once for all keep ratios."""
     ratios = keep_ratio or [0.7, 0.5, 0.35]
-    with _resumable():
+    with resumable(console):
         run_calibration(
             data=data,
             output=output,

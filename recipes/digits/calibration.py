@@ -15,7 +15,7 @@ from recipes.digits.data import make_digits
 from recipes.digits.model import WEIGHTS, load_dense_model
 from recipes.digits.sparse import SparseConfig
 from recipes.dynamicvit import SparseSettings
-from recipes.engine.checkpoints import write_json
+from recipes.engine.checkpoints import Interrupted, write_json, write_whole
 from recipes.engine.data import class_indices, loader, open_images
 from recipes.engine.fitting import evaluate_dense, evaluate_model
 from recipes.engine.models import data_config
@@ -57,30 +57,58 @@ def run_calibration(
     for seed in seeds:
         seed_everything(seed)
         model: Any = tokenprune.sparsify(load_dense_model(), keep_ratio=KEEP_RATIO)
-        images = _images(settings, model, seed)
+        images = images_of(settings, model, seed)
         report = tokenprune.calibrate(model, images, steps=steps, seed=seed)
         calibrated = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         console.print(f"seed {seed}: {report}")
         for ratio in keep_ratios:
             model.load_state_dict(calibrated)
             model.tokenprune.keep_ratio = ratio
-            row = {"seed": seed, "keep_ratio": ratio, "calibrated": _accuracy(model, settings)}
+            row = {"seed": seed, "keep_ratio": ratio, "calibrated": accuracy_of(model, settings)}
             if backbone_steps:
                 tokenprune.calibrate(model, images, steps=0, train="all", backbone_steps=backbone_steps, seed=seed)
-                row["gathered"] = _accuracy(model, settings)
+                row["gathered"] = accuracy_of(model, settings)
             rows.append(row)
     write_json(output / "calibration.json", {"dense": dense, "steps": steps, "rows": rows})
     console.print(table(rows, dense, keep_ratios).rich())
     return rows
 
 
-def _images(settings: SparseSettings, model: nn.Module, seed: int) -> Any:
+def calibrated_model(config: SparseConfig, data: Path, output: Path, dense_weights: Path = WEIGHTS) -> nn.Module:
+    """The dense model with predictors that were calibrated without labels, or what an earlier call has saved of it.
+
+    Args:
+        config: Of the run; its scorer is trained alone.
+        data: The digits image folder.
+        output: The model gets a folder of its own in it.
+        dense_weights: The dense model.
+
+    Raises:
+        Interrupted: Ctrl-C was pressed; the same call begins again.
+    """
+    settings = config.settings(data, output, dense_weights)
+    folder = settings.output.with_name(f"calibrated-{settings.output.name}")
+    dense = load_dense_model(dense_weights)
+    if folder.exists():
+        return tokenprune.from_pretrained(folder, model=dense)
+    seed_everything(config.seed)
+    model: nn.Module = tokenprune.sparsify(dense, keep_ratio=config.keep_ratio, scorer=config.scorer)
+    report = tokenprune.calibrate(model, images_of(settings, model, config.seed), steps=config.steps, seed=config.seed)
+    if report.stopped == "interrupted":
+        raise Interrupted(f"the calibration was stopped after step {report.steps} of {config.steps}.")
+    write_whole(folder, lambda partial: tokenprune.save_pretrained(model, partial))
+    return model
+
+
+def images_of(settings: SparseSettings, model: nn.Module, seed: int) -> Any:
+    """Shuffled batches of training images, with labels that nobody looks at."""
     images = open_images(settings, training=True)
     images.set_epoch(seed)
     return loader(images, settings, data_config(settings, model), training=True)
 
 
-def _accuracy(model: nn.Module, settings: SparseSettings) -> float:
+def accuracy_of(model: nn.Module, settings: SparseSettings) -> float:
+    """Validation accuracy of a model, as a fraction."""
     classes = class_indices(open_images(settings, training=True))
     return evaluate_model(model.eval(), settings, classes=classes)["top1"]
 

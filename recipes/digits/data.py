@@ -8,8 +8,7 @@ The folder is an ordinary image folder (``train/3/00012.png``), read like any us
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,9 @@ from PIL import Image
 from rich.progress import track
 from sklearn.datasets import load_digits
 
-from recipes.engine.checkpoints import write_whole
+from recipes.small.folder import make_folder
+from recipes.small.model import IMAGE_SIZE
 
-IMAGE_SIZE = 64
 DIGIT_SCALE = 3
 DIGIT_SIZE = 8 * DIGIT_SCALE
 
@@ -82,9 +81,7 @@ def _write_split(
 
 
 def make_digits(root: Path, config: DigitsConfig | None = None) -> Path:
-    """Write the image folder once, or reuse the one that is there.
-
-    An interrupted call leaves nothing that a later one could mistake for a complete folder.
+    """Write the image folder once, or reuse the one that is there; see `recipes.small.folder.make_folder`.
 
     Args:
         root: The folder to make, with ``train/``, ``validation/`` and ``digits.json``.
@@ -97,17 +94,10 @@ def make_digits(root: Path, config: DigitsConfig | None = None) -> Path:
         FileExistsError: The folder holds something that was not made here; it is left as it is.
     """
     config = config or DigitsConfig()
-    description = json.dumps(asdict(config), indent=2) + "\n"
-    marker = root / "digits.json"
-    if marker.exists() and marker.read_text() == description:
-        return root
-    if root.exists() and not marker.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise FileExistsError(f"{root} holds something else; name a folder that is empty or does not exist yet.")
-    write_whole(root, lambda partial: _write(partial, config, description))
-    return root
+    return make_folder(root, config, "digits.json", lambda folder: _write(folder, config))
 
 
-def _write(folder: Path, config: DigitsConfig, description: str) -> None:
+def _write(folder: Path, config: DigitsConfig) -> None:
     digits = load_digits()
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(digits.images))
@@ -118,4 +108,3 @@ def _write(folder: Path, config: DigitsConfig, description: str) -> None:
         ("validation", held_out, config.num_validation),
     ):
         _write_split(folder / name, digits.images[chosen], digits.target[chosen], count, config, rng)
-    (folder / "digits.json").write_text(description)

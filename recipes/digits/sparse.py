@@ -6,17 +6,18 @@ import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 import tokenprune
 from recipes.digits.model import WEIGHTS, build_model
-from recipes.digits.presets import DIGITS_SPARSE, learning_rates
+from recipes.digits.presets import DIGITS_SPARSE
 from recipes.dynamicvit import SparseSettings
 from recipes.dynamicvit import fine_tune as fine_tune_sparse
 from recipes.engine.fitting import run_once
 from recipes.engine.logbook import read_log
+from recipes.small.presets import learning_rates
 
 STEPS_PER_EPOCH = 100
 
@@ -30,12 +31,14 @@ class SparseConfig:
         keep_ratio: ρ; the three stages keep ρ, ρ², ρ³ of the patch tokens.
         steps: Optimisation steps; more than 100 are rounded up to epochs of equal length.
         seed: Seed of the scorers' weights, the order of images and the sampled decisions.
+        schedule: ``"masked"``, or ``"gathered"``: calibrated first, for 100 steps without labels.
     """
 
     scorer: str
     keep_ratio: float
     steps: int
     seed: int = 0
+    schedule: Literal["masked", "gathered"] = "masked"
 
     def settings(self, data: Path, output: Path, dense_weights: Path) -> SparseSettings:
         """The settings of the run, in a folder of its own in ``output``."""
@@ -43,7 +46,8 @@ class SparseConfig:
         digest = hashlib.sha256(dense_weights.read_bytes() + (data / "digits.json").read_bytes()).hexdigest()
         chosen: dict[str, Any] = {
             **DIGITS_SPARSE,
-            **learning_rates(self.scorer),
+            **learning_rates(self.scorer, self.schedule),
+            "schedule": self.schedule,
             "data_dir": data,
             "checkpoint": dense_weights,
             "keep_ratio": [self.keep_ratio],
@@ -53,9 +57,14 @@ class SparseConfig:
             "warmup_epochs": epochs / 10,
             "log_every": 1,
             "seed": self.seed,
-            "output": output / f"{self.scorer}-{self.keep_ratio:g}-{self.steps}-seed{self.seed}-{digest[:8]}",
+            "output": output / f"{self._name}-seed{self.seed}-{digest[:8]}",
         }
         return SparseSettings(**chosen, resume=True)
+
+    @property
+    def _name(self) -> str:
+        name = f"{self.scorer}-{self.keep_ratio:g}-{self.steps}"
+        return name if self.schedule == "masked" else f"{name}-{self.schedule}"
 
 
 @dataclass(frozen=True, kw_only=True)

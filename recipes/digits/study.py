@@ -5,20 +5,31 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from recipes.digits.data import make_digits
-from recipes.digits.demo import LABELS, SCORERS
 from recipes.digits.model import WEIGHTS
 from recipes.digits.sparse import SparseConfig, fine_tune
 from recipes.engine.checkpoints import write_json
 from recipes.engine.fitting import evaluate_dense
 
+SCORERS = ("predictor", "random", "static")
+LABELS = {"predictor": "learned", "random": "random", "static": "static"}
+
 
 def run_study(
-    *, data: Path, output: Path, keep_ratios: Sequence[float], seeds: Sequence[int], steps: int, console: Console
+    *,
+    data: Path,
+    output: Path,
+    keep_ratios: Sequence[float],
+    seeds: Sequence[int],
+    steps: int,
+    console: Console,
+    scorers: Sequence[str] = SCORERS,
+    schedule: Literal["masked", "gathered"] = "masked",
 ) -> dict[str, dict[str, list[float]]]:
     """Run every scorer at every ratio with every seed, print the table and write ``study.json``.
 
@@ -35,12 +46,16 @@ def run_study(
     for ratio in keep_ratios:
         accuracies[f"{ratio:g}"] = {
             scorer: [
-                fine_tune(SparseConfig(scorer=scorer, keep_ratio=ratio, steps=steps, seed=seed), data, output).accuracy
+                fine_tune(
+                    SparseConfig(scorer=scorer, keep_ratio=ratio, steps=steps, seed=seed, schedule=schedule),
+                    data,
+                    output,
+                ).accuracy
                 for seed in seeds
             ]
-            for scorer in SCORERS
+            for scorer in scorers
         }
-    report = {"steps": steps, "seeds": list(seeds), "accuracies": accuracies}
+    report = {"steps": steps, "schedule": schedule, "seeds": list(seeds), "accuracies": accuracies}
     write_json(output / "study.json", report)
     console.print(study_table(accuracies))
     return accuracies

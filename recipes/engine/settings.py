@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 import yaml
 
 from recipes.engine.options import Augmentation, Data, Machine, Model, Optimisation, Pruning, Run, violations
@@ -182,16 +183,40 @@ class PruningSettings(RunSettings):
     scorer: Annotated[
         str, Pruning(help="Token scorer: predictor, cls_attention, redundancy, informative, random, static.")
     ] = "predictor"
+    schedule: Annotated[
+        Literal["masked", "gathered"],
+        Pruning(
+            help="masked: scorers and backbone learn together, on all tokens. gathered: scorers are calibrated first, "
+            "without labels; then the backbone learns with tokens removed."
+        ),
+    ] = "masked"
+    calibration_steps: Annotated[int, Pruning(min=1, help="Gathered: steps that train the scorers.")] = 100
+    calibration_rate: Annotated[float, Pruning(min=0, help="Gathered: their learning rate in these steps.")] = 3e-3
     backbone_factor: Annotated[float, Pruning(min=0, help="The backbone's learning rate ÷ the predictors'.")] = 0.01
-    frozen_epochs: Annotated[float | None, Pruning(min=0, help="Epochs in which only the predictors are trained.")]
+    frozen_epochs: Annotated[
+        float | None, Pruning(min=0, help="Masked: epochs in which only the predictors are trained.")
+    ]
     kl_weight: Annotated[float, Pruning(min=0, help="λ_KL, the weight of the KL loss.")] = 0.5
     distill_weight: Annotated[float, Pruning(min=0, help="λ_distill, the weight of token distillation.")] = 0.5
-    ratio_weight: Annotated[float, Pruning(min=0, help="λ_ratio, the weight of the ratio loss.")] = 2.0
+    ratio_weight: Annotated[float, Pruning(min=0, help="Masked: λ_ratio, the weight of the ratio loss.")] = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.frozen_epochs or 0) > self.epochs:
             raise SettingsError(f"frozen_epochs={self.frozen_epochs} is more than epochs={self.epochs}.")
+        if self.schedule == "gathered" and self.activation_checkpointing:
+            raise SettingsError(
+                "activation_checkpointing: blocks that are run again would not find which tokens were removed; leave "
+                "it out, or take schedule='masked'."
+            )
+        for name in ("backbone_factor", "calibration_rate"):
+            if self.schedule == "gathered" and getattr(self, name) == 0:
+                raise SettingsError(f"{name}=0 leaves a phase of schedule='gathered' nothing to train.")
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of ``mixed_precision``, as `tokenprune.calibrate` takes it."""
+        return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.mixed_precision]
 
     @property
     def ratio(self) -> float | list[float]:

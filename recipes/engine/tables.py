@@ -31,7 +31,7 @@ class Table:
         """The table for a terminal."""
         table = rich.table.Table(title=self.title)
         for index, name in enumerate(self.columns):
-            table.add_column(name, justify="right" if index else "left")
+            table.add_column(name, justify="right" if index else "left", no_wrap=not index)
         for row in self.rows:
             table.add_row(*row)
         return table

@@ -30,6 +30,9 @@ OFFICIAL = 1e-5
 TOME = 1e-5
 """Tokens of about 1 behind the final norm against ToMe written out, in single precision, through 12 blocks."""
 
+INTERPOLATED_COST = 5e-3
+"""Of a plan, beside the counted one, relative: half of what `plan_for` promises, and it counts what it returns."""
+
 VARLEN = {
     # Of one sequence for all images and of each by itself: sums of as many numbers, which a product over more rows may
     # add up in another order.

@@ -16,13 +16,15 @@ from typer.testing import CliRunner
 from recipes.digits import __main__ as command_line
 from recipes.digits import data as digits_data
 from recipes.digits.__main__ import app
-from recipes.digits.data import IMAGE_SIZE, DigitsConfig, make_digits
+from recipes.digits.data import DigitsConfig, make_digits
 from recipes.digits.demo import Row, run_demo
 from recipes.digits.dense import train_digits
 from recipes.digits.model import WEIGHTS, build_model, load_dense_model, save_dense_model
 from recipes.digits.sparse import SparseConfig, fine_tune
 from recipes.engine.checkpoints import Interrupted
+from recipes.small.model import IMAGE_SIZE
 
+NAMES = ["dense", "calibrated, no labels", "fine-tuned, labels", "training-free", "static, fine-tuned", "random"]
 SMALL = DigitsConfig(num_train=260, num_validation=24)
 
 
@@ -90,12 +92,12 @@ def test_the_demo_end_to_end(folder: Path, tmp_path: Path) -> None:
         )
 
     rows = demo()
-    assert [row.name for row in rows] == ["dense", "learned", "random", "static"]
+    assert [row.name for row in rows] == NAMES
     assert rows[0].gmac_ratio == 1 and rows[1].gmac_ratio > 1.3
     text = console.export_text()
     assert "accuracy" in text and "speed-up ÷ GMAC ratio" in text
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [row["name"] for row in results["rows"]] == ["dense", "learned", "random", "static"]
+    assert [row["name"] for row in results["rows"]] == NAMES
     run = results["runs"][0]
     assert len(run["kept"]) == 2
     with Image.open(tmp_path / "kept_tokens.png") as picture:
@@ -103,9 +105,10 @@ def test_the_demo_end_to_end(folder: Path, tmp_path: Path) -> None:
     weights = Path(run["folder"]) / "tokenprune.safetensors"
     assert "tokenprune.stages.0.scorer.out_conv.4.weight" in load_file(weights)
     # A second call finds the runs made, and trains nothing.
-    stamp = weights.stat().st_mtime_ns
+    trained = [weights, *tmp_path.glob("calibrated-*/tokenprune.safetensors")]
+    stamps = [file.stat().st_mtime_ns for file in trained]
     demo()
-    assert weights.stat().st_mtime_ns == stamp
+    assert len(stamps) == 2 and [file.stat().st_mtime_ns for file in trained] == stamps
 
 
 def test_a_run_made_from_another_dense_model_is_made_anew(folder: Path, tmp_path: Path) -> None:

@@ -70,6 +70,16 @@ def sparse(folder: Path, dense: Path, tmp_path_factory: pytest.TempPathFactory) 
     return output
 
 
+def test_the_gathered_schedule(folder: Path, dense: Path, tmp_path: Path) -> None:
+    options = ("--schedule", "gathered", "--calibration-steps", 2, "--keep-ratio", 0.6, "--learning-rate", 0.3)
+    result = invoke(*SMOKE, "--model", dense, *options, "--data-dir", folder, "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "59% / 36% / 20%" in result.output
+    assert results(tmp_path / "run")["settings"]["schedule"] == "gathered"
+    result = invoke(*SMOKE, "--model", dense, *options, "--frozen-epochs", 1, "--data-dir", folder)
+    assert result.exit_code == 2 and "freeze_epochs=1" in result.output
+
+
 def settings(folder: Path, **changes: Any) -> HfSettings:
     return HfSettings(**{"data_dir": folder, "tiny_model": True, "num_workers": 0, "tracker": "none", **changes})
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,31 +120,51 @@ def flops(
         StateError: The model is not sparsified.
         CountingError: An operator that may do multiply-adds has no handler; the message names it.
     """
-    sparsifier = sparsifier_of(model)
     inner = unwrap(model)
-    names = {module: name for name, module in inner.named_modules()}
-    block_names = [names[block] for block in sparsifier.backbone.blocks]
-    stage_names = [names[stage] for stage in sparsifier.stages]
-    image = random_inputs(inner, image=(1, *input_size))["image"]
-
-    with (
-        eval_mode(inner),
-        sparsifier.executing(default_execution(training=False)),
-        _called_with(inner, forward_kwargs or {}),
-    ):
+    blocks = _names(inner, sparsifier_of(model).backbone.blocks)
+    with _counting(model, forward_kwargs or {}):
+        image = random_inputs(inner, image=(1, *input_size))["image"]
         with dense(inner):
-            dense_counts = count(inner, image)
-        sparse_counts = count(inner, image)
-    return FlopReport(
-        input_size=tuple(input_size),
-        keep_ratios=sparsifier.plan.keep_ratios,
-        dense=dense_counts[""],
-        sparse=sparse_counts[""],
-        dense_blocks=tuple(dense_counts[name] for name in block_names),
-        sparse_blocks=tuple(sparse_counts[name] for name in block_names),
-        stages=tuple(sparse_counts[name] for name in stage_names),
-        stage_blocks=sparsifier.plan.stages,
-    )
+            counts = count(inner, image)
+        report = FlopReport(
+            input_size=tuple(input_size),
+            dense=counts[""],
+            dense_blocks=tuple(counts[name] for name in blocks),
+            **_pruned(model, image),
+        )
+    return report
+
+
+def recount(model: nn.Module, report: FlopReport) -> FlopReport:
+    """The report of a model whose keep ratios have changed since: its dense part is not counted again."""
+    with _counting(model, {}):
+        image = random_inputs(unwrap(model), image=(1, *report.input_size))["image"]
+        return replace(report, **_pruned(model, image))
+
+
+@contextmanager
+def _counting(model: nn.Module, forward_kwargs: Mapping[str, Any]) -> Iterator[None]:
+    inner, execution = unwrap(model), default_execution(training=False)
+    with eval_mode(inner), sparsifier_of(model).executing(execution), _called_with(inner, forward_kwargs):
+        yield
+
+
+def _pruned(model: nn.Module, image: torch.Tensor) -> dict[str, Any]:
+    """What a report says of the pruned pass."""
+    sparsifier, inner = sparsifier_of(model), unwrap(model)
+    counts = count(inner, image)
+    return {
+        "keep_ratios": sparsifier.plan.keep_ratios,
+        "sparse": counts[""],
+        "sparse_blocks": tuple(counts[name] for name in _names(inner, sparsifier.backbone.blocks)),
+        "stages": tuple(counts[name] for name in _names(inner, sparsifier.stages)),
+        "stage_blocks": sparsifier.plan.stages,
+    }
+
+
+def _names(model: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
+    names = {module: name for name, module in model.named_modules()}
+    return [names[module] for module in modules]
 
 
 def count(model: nn.Module, inputs: torch.Tensor) -> Counter[str]:

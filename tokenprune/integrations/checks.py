@@ -11,6 +11,8 @@ from tokenprune.errors import StateError
 from tokenprune.pruning.sparsifier import Sparsifier
 
 PAPER_LEARNING_RATE_SCALE = 0.01
+# The second is what older versions of transformers call it.
+_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 
 
 def check_arguments(args: Any, options: Mapping[str, Any], criterion: Any, backbone_learning_rate_scale: float) -> None:
@@ -40,14 +42,41 @@ def check_arguments(args: Any, options: Mapping[str, Any], criterion: Any, backb
         )
 
 
+def check_schedule(
+    schedule: str, args: Any, options: Mapping[str, Any], freeze_epochs: float | None, calibration_steps: int
+) -> None:
+    """Refuse what a schedule does not go together with.
+
+    Raises:
+        ValueError: It says what.
+    """
+    if schedule not in ("masked", "gathered"):
+        raise ValueError(f"schedule={schedule!r}: choose 'masked' or 'gathered'.")
+    if calibration_steps < 1:
+        raise ValueError(f"calibration_steps={calibration_steps}: expected at least 1.")
+    if schedule == "masked":
+        return
+    if freeze_epochs:
+        raise ValueError(
+            f"freeze_epochs={freeze_epochs}: in the gathered schedule the scorers learn before the first epoch, and "
+            "the backbone in all of them; leave it out."
+        )
+    if options.get("model_init") is not None:
+        raise ValueError("schedule='gathered' calibrates the model that it is given; pass model instead of model_init.")
+    if any(getattr(args, name, False) for name in _CHECKPOINTING):
+        raise ValueError(
+            "activation checkpointing would run blocks again that cannot know which tokens were removed; leave it out, "
+            "or take schedule='masked'."
+        )
+
+
 def use_non_reentrant_checkpointing(args: Any) -> None:
     """Have activation checkpointing, if it is on, keep the gradients of the keep decisions.
 
     Raises:
         ValueError: Re-entrant checkpointing is asked for.
     """
-    # The second is what older versions of transformers call it.
-    for name in ("activation_checkpointing", "gradient_checkpointing"):
+    for name in _CHECKPOINTING:
         if getattr(args, name, False):
             options = dict(getattr(args, f"{name}_kwargs") or {})
             if options.setdefault("use_reentrant", False):

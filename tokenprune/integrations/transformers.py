@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,18 @@ from tokenprune.integrations.checks import (
     PAPER_LEARNING_RATE_SCALE,
     check_arguments,
     check_classifies,
+    check_schedule,
     check_sparsified,
     use_non_reentrant_checkpointing,
 )
 from tokenprune.pruning.trace import Trace
+from tokenprune.training.calibration import calibrate
+from tokenprune.training.gathered import gathered
 from tokenprune.training.losses import DynamicViTLoss, logits_of
 
 PAPER_FROZEN_SHARE = 5 / 30
+
+logger = logging.getLogger(__name__)
 
 
 class SparseTrainer(Trainer):  # type: ignore[misc]
@@ -67,7 +73,12 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         backbone_learning_rate_scale: The backbone's learning rate as a fraction of
             ``args.learning_rate``; 0 trains the predictors alone.
         freeze_epochs: Epochs, from the first, in which the backbone does not learn; ``None`` means a
-            sixth of all steps, the paper's 5 of 30 epochs.
+            sixth of all steps, the paper's 5 of 30 epochs. Not of the gathered schedule.
+        schedule: ``"masked"``: scorers and backbone learn together, on all tokens. ``"gathered"``: a training that is
+            not resumed begins with `tokenprune.calibrate` on the training images, without their labels; then the
+            scorers are held, and the backbone learns with tokens really removed, as in `tokenprune.gathered`.
+        calibration_steps: Steps of that calibration, a batch each.
+        calibration_rate: Its learning rate.
         evaluate_dense: Whether an evaluation also runs the model unpruned, under ``eval_dense_…``.
         options: What else `transformers.Trainer` takes, such as datasets and ``compute_metrics``.
 
@@ -92,6 +103,9 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         ratio_weight: float = 2.0,
         backbone_learning_rate_scale: float = PAPER_LEARNING_RATE_SCALE,
         freeze_epochs: float | None = None,
+        schedule: Literal["masked", "gathered"] = "masked",
+        calibration_steps: int = 100,
+        calibration_rate: float = 3e-3,
         evaluate_dense: bool = False,
         **options: Any,
     ) -> None:
@@ -103,6 +117,9 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher={type(teacher).__name__}: expected the dense model, a torch.nn.Module.")
         check_arguments(args, options, criterion, backbone_learning_rate_scale)
+        check_schedule(schedule, args, options, freeze_epochs, calibration_steps)
+        self.schedule = schedule
+        self.calibration_steps, self.calibration_rate = calibration_steps, calibration_rate
         self.backbone_learning_rate_scale = backbone_learning_rate_scale
         self.freeze_epochs = freeze_epochs
         self.evaluate_dense = evaluate_dense
@@ -175,10 +192,26 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         predictors = {id(parameter) for parameter in self.model.tokenprune.parameters()}
         return (parameter for parameter in self.model.parameters() if id(parameter) not in predictors)
 
-    def train(self, *args: Any, **options: Any) -> Any:
-        """Train, with averages that start anew."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
+        """Train, with averages that start anew; in the gathered schedule calibrate first, unless resuming."""
         self._training_averages = Averages()
-        return super().train(*args, **options)
+        if self.schedule == "masked":
+            return super().train(resume_from_checkpoint, *args, **options)
+        if not resume_from_checkpoint and any(True for _ in self.model.tokenprune.parameters()):
+            report = calibrate(
+                self.model,
+                self.get_train_dataloader(),
+                steps=self.calibration_steps,
+                learning_rate=self.calibration_rate,
+                autocast=torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None,
+                seed=self.args.seed,
+                progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+            )
+            if report.stopped == "interrupted":
+                raise KeyboardInterrupt
+            logger.info("calibrated: %s", report)
+        with gathered(self.model):
+            return super().train(resume_from_checkpoint, *args, **options)
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
         """One forward and backward pass; while the backbone is frozen, its gradients are dropped."""
@@ -191,6 +224,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         return loss
 
     def _in_frozen_epochs(self) -> bool:
+        if self.schedule == "gathered":
+            return False
         if self.freeze_epochs is None:
             return bool(self.state.global_step < self.state.max_steps * PAPER_FROZEN_SHARE)
         return bool((self.state.epoch or 0.0) + 1e-9 < self.freeze_epochs)
@@ -255,6 +290,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             self._training_averages = Averages()
             if self._groups_are_ours and "learning_rate" in logs:
                 scale = 0.0 if self._backbone_frozen else self.backbone_learning_rate_scale
+                if self.schedule == "gathered":  # the backbone is all that learns, so that it is what was logged
+                    scale = 1.0
                 logs["backbone_learning_rate"] = scale * logs["learning_rate"]
         super().log(logs, start_time)
 

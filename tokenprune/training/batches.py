@@ -38,7 +38,6 @@ class Batches:
     """
 
     def __init__(self, images: Any, *, num_held_back: int, device: torch.device, dtype: torch.dtype) -> None:
-        _check_iterable(images)
         self._images, self._device, self._dtype = images, device, dtype
         self._reads_again = not isinstance(images, Iterator)
         self._iterator = self._read()
@@ -63,15 +62,30 @@ class Batches:
         return batch
 
     def _read(self) -> Iterator[Inputs]:
-        for batch in self._images:
-            inputs = inputs_of(batch)
-            if num_images(inputs):
-                yield self._moved(inputs)
+        return all_inputs(self._images, device=self._device, dtype=self._dtype)
 
-    def _moved(self, inputs: Inputs) -> Inputs:
-        if isinstance(inputs, Tensor):
-            return inputs.to(self._device, self._dtype if inputs.is_floating_point() else None, non_blocking=True)
-        return {name: self._moved(value) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+def all_inputs(images: Any, *, device: torch.device, dtype: torch.dtype) -> Iterator[Inputs]:
+    """Inputs for a model out of every batch that has an image in it, read one after the other.
+
+    Args:
+        images: Any iterable of batches; see `inputs_of`.
+        device: Where inputs go.
+        dtype: What floating-point inputs become.
+
+    Raises:
+        TypeError: ``images`` is no iterable of batches; or, later, a batch has nothing that a model could be given.
+    """
+    _check_iterable(images)
+    return (_moved(inputs, device, dtype) for inputs in map(inputs_of, images) if num_images(inputs))
+
+
+def _moved(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, dtype if inputs.is_floating_point() else None, non_blocking=True)
+    return {
+        name: _moved(value, device, dtype) if isinstance(value, Tensor) else value for name, value in inputs.items()
+    }
 
 
 def inputs_of(batch: Any) -> Inputs:

@@ -38,7 +38,7 @@ def calibrate(
     steps: int = 100,
     train: Literal["scorers", "all"] = "scorers",
     backbone_steps: int = 150,
-    keep_ratio_range: tuple[float, float] | None = (0.35, 0.7),
+    keep_ratio_range: tuple[float, float] | None = (0.4, 0.7),
     learning_rate: float = 3e-3,
     backbone_learning_rate: float = 2e-4,
     autocast: torch.dtype | None = None,

@@ -113,7 +113,7 @@ def checked_range(keep_ratio_range: Sequence[float]) -> tuple[float, float]:
     if not isinstance(keep_ratio_range, (tuple, list)) or len(keep_ratio_range) != 2:
         raise PlanError(
             f"keep_ratio_range={keep_ratio_range!r}: expected the lowest and the highest keep ratio, as in "
-            "(0.35, 0.7), or None for the model's own."
+            "(0.4, 0.7), or None for the model's own."
         )
     low, high = keep_ratio_range
     for ratio in (low, high):

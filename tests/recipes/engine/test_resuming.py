@@ -87,13 +87,15 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(tm
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_that_accumulates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", ["masked", "gathered"])
+def test_two_processes_are_one_that_accumulates(schedule: str, tmp_path: Path) -> None:
     folder = make_digits(tmp_path / "digits", DigitsConfig(num_train=70, num_validation=24))
-    one = command("deit", folder, tmp_path / "one", "--accumulation", "2")
+    options = ("--schedule", schedule, "--calibration-steps", "2", "--backbone-factor", "1")
+    one = command("deit", folder, tmp_path / "one", "--accumulation", "2", *options)
     subprocess.run([sys.executable, *one], check=True)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    two = command("deit", folder, tmp_path / "two")
+    two = command("deit", folder, tmp_path / "two", *options)
     subprocess.run([sys.executable, *launch, *two], check=True, env=environment)
     first, second = (read_log(tmp_path / name, "training") for name in ("one", "two"))
     assert len(first) == len(second) == 8

@@ -75,7 +75,7 @@ def calibrate(
             "--keep-ratio-range",
             help="Lowest and highest ρ, one of which is drawn in each step; 'own' trains at the model's ratios alone.",
         ),
-    ] = "0.35,0.7",
+    ] = "0.4,0.7",
     learning_rate: Annotated[float, typer.Option(help="Of the scorers.")] = 3e-3,
     backbone_learning_rate: Annotated[float, typer.Option(help="Of the rest.")] = 2e-4,
     autocast: Annotated[Autocast, typer.Option(help="Run the model in this dtype.")] = Autocast.none,
@@ -160,5 +160,5 @@ def _bounds(text: str) -> tuple[float, float] | None:
         return None
     numbers = ratio(text)
     if not isinstance(numbers, tuple) or len(numbers) != 2:
-        raise typer.BadParameter(f"--keep-ratio-range {text}: expected two numbers such as 0.35,0.7, or 'own'.")
+        raise typer.BadParameter(f"--keep-ratio-range {text}: expected two numbers such as 0.4,0.7, or 'own'.")
     return numbers

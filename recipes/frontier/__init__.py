@@ -1,0 +1,1 @@
+"""Accuracy at a cost: which scorer, reduction and training give what, on two data sets."""

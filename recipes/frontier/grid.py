@@ -1,0 +1,83 @@
+"""What is compared: methods, costs and seeds, in the order in which they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Training = Literal["none", "calibrated", "gathered", "masked"]
+TRAININGS: dict[Training, str] = {
+    "none": "no training",
+    "calibrated": "calibrated",
+    "gathered": "calibrated, then fine-tuned gathered",
+    "masked": "fine-tuned masked",
+}
+REDUCTIONS = ("drop", "fuse", "merge")
+TRAINING_FREE = ("random", "cls_attention", "redundancy", "informative")
+
+COSTS = (0.60, 0.48, 0.40, 0.35)
+"""Multiply-adds as fractions of the dense model's: those of ρ about 0.66, 0.5, 0.35 and 0.22."""
+LOW_COSTS = COSTS[-2:]
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to make a dense model cheaper.
+
+    Attributes:
+        scorer: The registered name of the scorer.
+        pruned: The registered name of the reduction.
+        training: What is trained.
+    """
+
+    scorer: str
+    pruned: str
+    training: Training
+
+    @property
+    def stages(self) -> range | None:
+        """Blocks in front of which it prunes: ToMe's in front of each, others' at a quarter, half, three quarters."""
+        return range(12) if self.scorer == "tome" else None
+
+    @property
+    def label(self) -> str:
+        """How tables name it."""
+        return f"{self.scorer}, {self.pruned}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measurement: a method at a cost, with a seed.
+
+    Attributes:
+        method: The method.
+        cost: Multiply-adds as a fraction of the dense model's, at most.
+        seed: Seed of what is random.
+    """
+
+    method: Method
+    cost: float
+    seed: int = 0
+
+
+def points(seeds: int = len(SEEDS)) -> Iterator[Point]:
+    """Every point: what needs no training before what does, low costs first, one seed before the others."""
+    free = [Method(scorer=scorer, pruned=pruned, training="none") for scorer in TRAINING_FREE for pruned in REDUCTIONS]
+    free.append(Method(scorer="tome", pruned="merge_sizes", training="none"))
+    for cost in sorted(COSTS):
+        yield from (Point(method=method, cost=cost) for method in free)
+    for seed in SEEDS[:seeds]:
+        if seed:  # everything else that is not trained is the same for every seed
+            random = Method(scorer="random", pruned="drop", training="none")
+            yield from (Point(method=random, cost=cost, seed=seed) for cost in COSTS)
+        for scorer, pruned in (*(("predictor", one) for one in REDUCTIONS), ("static", "drop")):
+            method = Method(scorer=scorer, pruned=pruned, training="calibrated")
+            yield from (Point(method=method, cost=cost, seed=seed) for cost in COSTS)
+        for pruned in ("drop", "fuse"):
+            method = Method(scorer="predictor", pruned=pruned, training="gathered")
+            yield from (Point(method=method, cost=cost, seed=seed) for cost in LOW_COSTS)
+    for seed in SEEDS[:seeds]:
+        method = Method(scorer="predictor", pruned="drop", training="masked")
+        yield from (Point(method=method, cost=cost, seed=seed) for cost in LOW_COSTS)

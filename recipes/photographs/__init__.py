@@ -1,0 +1,1 @@
+"""Photographs and textures, to be told apart by crops of regions that were never seen."""
