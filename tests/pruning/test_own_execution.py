@@ -29,7 +29,8 @@ class _MinusInfinity(Interception):
         self.bias = bias
 
     def attention(self, call: AttentionCall) -> Tensor:
-        return call._replace(attn_mask=self.bias).run()
+        bias = self.bias if call.attn_mask is None else self.bias + call.attn_mask
+        return call._replace(attn_mask=bias).run()
 
 
 class Bias(Execution):
