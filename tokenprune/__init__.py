@@ -44,7 +44,7 @@ from tokenprune.pruning.trace import Trace
 from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.saving.dynamicvit import load_dynamicvit
 from tokenprune.saving.export import ExportReport, export
-from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
+from tokenprune.scorers import Candidates, Scored, Scorer, ScorerContext, register_scorer, tome_keep_ratios
 from tokenprune.training.calibration import calibrate
 from tokenprune.training.calibration_report import CalibrationReport
 from tokenprune.training.fast_paths import fit_fast_paths
@@ -83,6 +83,7 @@ __all__ = [
     "Reduced",
     "Reduction",
     "ReductionContext",
+    "Scored",
     "Scorer",
     "ScorerContext",
     "Selection",
@@ -121,6 +122,7 @@ __all__ = [
     "sparsify",
     "supported",
     "throughput",
+    "tome_keep_ratios",
     "unsparsify",
     "verify",
 ]
