@@ -44,7 +44,7 @@ from tokenprune.pruning.trace import Trace
 from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.saving.dynamicvit import load_dynamicvit
 from tokenprune.saving.export import ExportReport, export
-from tokenprune.scorers import Candidates, Scorer, ScorerContext, register_scorer
+from tokenprune.scorers import Candidates, Scored, Scorer, ScorerContext, register_scorer, tome_keep_ratios
 from tokenprune.training.budgets import BudgetReport, calibrate_budget
 from tokenprune.training.calibration import calibrate
 from tokenprune.training.calibration_report import CalibrationReport
@@ -85,6 +85,7 @@ __all__ = [
     "Reduced",
     "Reduction",
     "ReductionContext",
+    "Scored",
     "Scorer",
     "ScorerContext",
     "Selection",
@@ -124,6 +125,7 @@ __all__ = [
     "sparsify",
     "supported",
     "throughput",
+    "tome_keep_ratios",
     "unsparsify",
     "verify",
 ]

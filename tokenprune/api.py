@@ -56,20 +56,22 @@ def sparsify(
         keep_ratio: A number ρ keeps ρ, ρ², ρ³ … of the original patch tokens; a sequence gives one
             such fraction a stage. In (0, 1].
         scorer: ``"predictor"`` (learned, DynamicViT's); with nothing to learn ``"cls_attention"`` (what a token
-            receives in the block before the stage), ``"redundancy"`` (how much it differs from the others) and
-            ``"informative"`` (both); ``"random"``, ``"static"``, or a callable that takes a `ScorerContext` and
+            receives in the block before the stage), ``"redundancy"`` (how much it differs from the others),
+            ``"informative"`` (both) and ``"tome"`` (ToMe's matching, whose stages stand inside of their blocks,
+            between attention and MLP); ``"random"``, ``"static"``, or a callable that takes a `ScorerContext` and
             returns a new `Scorer`.
         pruned: What becomes of pruned tokens. ``"drop"``: they are gone for good. ``"fuse"``: those of a stage go on
             as one token, their mean weighted with their importance (EViT's). ``"merge"``: each is folded into the
-            most similar token that is kept (TPS'). ``"preserve"``: later blocks run without them, but behind every
-            block they are restored at their places, as they were when they were pruned, so that feature maps, hidden
-            states and dense heads get every token; ``"fuse_preserve"`` and ``"merge_preserve"`` do both, and with
-            the latter a pruned token comes back in the state of the one that it was folded into. ``"fast"``: they stay
-            in the sequence, and take a fast path around the MLP of each block, which is all that hierarchies such as
-            Swin and ConvNeXt allow; every stage decides on all tokens anew, and with ``"fast_nested"`` on those that
-            the stage before has kept. Models that need
-            every token by themselves, such as those with a dense head of transformers, get them either way. Or a
-            callable that takes a `ReductionContext` and returns a new `Reduction`.
+            most similar token that is kept (TPS'). ``"merge_sizes"``: the same by means weighted with the number of
+            patches each stands for, to which later attention is in proportion (ToMe's). ``"preserve"``: later blocks
+            run without them, but behind every block they are restored at their places, as they were when they were
+            pruned, so that feature maps, hidden states and dense heads get every token; ``"fuse_preserve"``,
+            ``"merge_preserve"`` and ``"merge_sizes_preserve"`` do both, and with the latter two a pruned token comes
+            back in the state of the one that it was folded into. ``"fast"``: they stay in the sequence, and take a
+            fast path around the MLP of each block, which is all that hierarchies such as Swin and ConvNeXt allow;
+            every stage decides on all tokens anew, and with ``"fast_nested"`` on those that the stage before has
+            kept. Models that need every token by themselves, such as those with a dense head of transformers, get
+            them either way. Or a callable that takes a `ReductionContext` and returns a new `Reduction`.
         backbone: What the model looks like, where no adapter says.
 
     Returns:
@@ -105,8 +107,7 @@ def sparsify(
     for reduction, probability in zip(reductions, scored_shares(plan, reductions), strict=True):
         scorer_context = ScorerContext(backbone.embed_dim, probability, backbone.grid_size)
         built.append(Stage(_built(Scorer, build_scorer, scorer_context, f"scorer={scorer!r}"), reduction))
-    if any(stage.scorer.needs_attention for stage in built):
-        _check_attention(plan, backbone, scorer)
+    _check_scorers(plan, backbone, built, scorer)
     sparsifier = Sparsifier(plan, backbone, built, pruned=reduction_name(pruned), scorer=scorer_name(scorer))
     for adaptation in backbone.adaptations:
         adaptation.check(model, restores=sparsifier.restores)
@@ -188,24 +189,48 @@ def _check_hierarchy(
         )
 
 
-def _check_attention(plan: Plan, backbone: Backbone, scorer: str | ScorerBuilder) -> None:
+def _check_scorers(plan: Plan, backbone: Backbone, stages: Sequence[Stage], scorer: str | ScorerBuilder) -> None:
+    """Refuse scorers that would not get what they need of the model's blocks."""
+    scorers = [stage.scorer for stage in stages]
+    if any(one.inside_block for one in scorers):
+        _check_inside(plan, backbone, stages, scorer)
+    if not any(one.needs_recording for one in scorers):
+        return
     if backbone.levels:
         raise UnsupportedModelError(
             f"scorer={scorer!r} needs attention scores over all tokens, and the blocks of a hierarchy attend within "
             "windows or not at all; take another scorer, such as 'predictor'."
         )
-    if plan.stages[0] == 0:
+    if plan.stages[0] == 0 and not scorers[0].inside_block:
         raise PlanError(
             f"stages={plan.stages}: scorer={scorer!r} needs attention scores of the block before a stage, and there is "
             "none before block 0; move the stage, or take another scorer."
         )
     mixer = next((one for one in backbone.adaptations if one.mixes_weights), None)
-    if mixer is not None:
+    if mixer is not None and any(one.needs_attention for one in scorers):
         modules = ", ".join(sorted({type(module).__name__ for module in mixer.modules()}))
         raise UnsupportedModelError(
             f"scorer={scorer!r} needs attention scores, but this model mixes the weights over the heads after the "
             f"softmax (by {modules}), so what a token receives is unknown; take another scorer."
         )
+
+
+def _check_inside(plan: Plan, backbone: Backbone, stages: Sequence[Stage], scorer: str | ScorerBuilder) -> None:
+    """Refuse stages inside of blocks where tokens cannot be merged there."""
+    if not all(stage.scorer.inside_block for stage in stages):
+        raise PlanError(f"scorer={scorer!r}: stages stand inside of their blocks or in front of them, all alike.")
+    if any(stage.reduction.whole for stage in stages):
+        raise PlanError(
+            f"scorer={scorer!r} has its stages inside of blocks, and this reduction leaves all tokens in them; take "
+            "another scorer, or a reduction such as 'merge_sizes'."
+        )
+    for index in plan.stages:
+        attentions = backbone.attention_modules(index)
+        if len(attentions) != 1 or attentions[0] is backbone.blocks[index]:
+            raise UnsupportedModelError(
+                f"scorer={scorer!r} merges tokens between a block's attention and its MLP, and a block of this model "
+                "has no attention module of its own, or several; take a scorer that prunes in front of blocks."
+            )
 
 
 def _check_model(model: nn.Module) -> None:

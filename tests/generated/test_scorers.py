@@ -15,7 +15,7 @@ from tests.generated.strategies.common import share
 from tests.generated.strategies.plans import good_ratios, good_stages
 from tests.generated.strategies.scorers import BAD_SCORERS, FAILING_SCORERS, GOOD_SCORERS
 
-REDUCTIONS = st.sampled_from(["drop", "fuse", "merge", "preserve", "fuse_preserve", "merge_preserve"])
+REDUCTIONS = st.sampled_from(["drop", "fuse", "merge", "preserve", "fuse_preserve", "merge_preserve", "merge_sizes"])
 
 
 def _plan(data: st.DataObject, kind: str) -> tuple[list[int], Any]:

@@ -27,6 +27,9 @@ CENSUS_MASK_EQUALS_GATHER = 2e-5
 OFFICIAL = 1e-5
 """Logits of about 1 against the official inference written out, in single precision, through up to 16 blocks."""
 
+TOME = 1e-5
+"""Tokens of about 1 behind the final norm against ToMe written out, in single precision, through 12 blocks."""
+
 INTERPOLATED_COST = 5e-3
 """Of a plan, beside the counted one, relative: half of what `plan_for` promises, and it counts what it returns."""
 

@@ -29,7 +29,8 @@ class _MinusInfinity(Interception):
         self.bias = bias
 
     def attention(self, call: AttentionCall) -> Tensor:
-        return call._replace(attn_mask=self.bias).run()
+        bias = self.bias if call.attn_mask is None else self.bias + call.attn_mask
+        return call._replace(attn_mask=bias).run()
 
 
 class Bias(Execution):
@@ -100,7 +101,9 @@ CASES = [BY_NAME[name] for name in ("timm class token", "timm no class token, av
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("pruned", ["drop", "preserve", "fuse", "merge", "fuse_preserve", "merge_preserve"])
+@pytest.mark.parametrize(
+    "pruned", ["drop", "preserve", "fuse", "merge", "fuse_preserve", "merge_preserve", "merge_sizes"]
+)
 @torch.no_grad()
 def test_the_protocol_of_proof(case: Case, pruned: str) -> None:
     model, images = case.model(), case.images()

@@ -27,16 +27,18 @@ from tokenprune.tokens import output_tokens
 
 REDUCTIONS = reduction_names()
 NEW = ("fuse", "merge", "fuse_preserve", "merge_preserve")
+SIZED = ("merge_sizes", "merge_sizes_preserve")
 TOLERANCE = MASK_EQUALS_GATHER[torch.float32]
-every_reduction = pytest.mark.parametrize("pruned", REDUCTIONS)
-every_new_reduction = pytest.mark.parametrize("pruned", NEW)
+_sized = [pytest.param(name, marks=pytest.mark.slow) for name in SIZED]  # as merging, but for attention
+every_reduction = pytest.mark.parametrize("pruned", [*(name for name in REDUCTIONS if name not in SIZED), *_sized])
+every_new_reduction = pytest.mark.parametrize("pruned", [*NEW, *_sized])
 KINDS = ("timm class token", "timm no class token, average", "timm registers alone, average", "timm LV-ViT",
          "transformers ViT classifier", "transformers DINOv2 registers classifier", "torchvision")  # fmt: skip
 some_models = pytest.mark.parametrize("case", [BY_NAME[name] for name in KINDS], ids=str)
 
 
 def test_the_built_in_ones_are_there() -> None:
-    assert set(REDUCTIONS) >= {"drop", "preserve", *NEW}
+    assert set(REDUCTIONS) >= {"drop", "preserve", *NEW, *SIZED}
 
 
 # The protocol of proof

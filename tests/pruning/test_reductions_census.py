@@ -23,7 +23,7 @@ KEEP_RATIO = (0.6, 0.36)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pruned", ["fuse", "merge", "merge_preserve"])
+@pytest.mark.parametrize("pruned", ["fuse", "merge", "merge_preserve", "merge_sizes"])
 @pytest.mark.parametrize("entry", ENTRIES, ids=[f"{entry}-{index}" for index, entry in enumerate(ENTRIES)])
 def test_proved_or_refused(entry: Entry, pruned: str) -> None:
     skip_host_fault(entry)

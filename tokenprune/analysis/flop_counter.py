@@ -40,7 +40,7 @@ class FlopReport:
         dense_blocks: The share of each block, unpruned.
         sparse_blocks: The share of each block, pruned.
         stages: The share of each stage, its scorer and its reduction, in the pruned model.
-        stage_blocks: Index of the block in front of which each stage stands.
+        stage_blocks: Index of the block in front of which, or inside of which, each stage stands.
         by_image: Multiply-adds of each of the given images with pruning, as many tokens as the model keeps of it.
     """
 

@@ -1,7 +1,4 @@
-"""What is switched on while a block's attention runs: masking, recording, and what adaptations need.
-
-Shapes: B images, m patch tokens in the sequence.
-"""
+"""What is switched on while a block's attention runs: masking, recording, sizes, and what adaptations need."""
 
 from __future__ import annotations
 
@@ -14,7 +11,11 @@ from tokenprune.backbones.adaptations import Adaptation, Removed, Scope
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.errors import InterceptionError
 from tokenprune.pruning.attention_recorder import AttentionRecorder
+from tokenprune.pruning.key_recorder import KeyRecorder
+from tokenprune.pruning.proportional_attention import ProportionalAttention
+from tokenprune.pruning.recording import Recorded
 from tokenprune.pruning.selection import Selection
+from tokenprune.scorers import Scorer
 from tokenprune.tokens import Layout
 
 
@@ -35,11 +36,24 @@ class AttentionScopes:
         )
         self.entered: list[Scope] = []
         self._recorder = AttentionRecorder(class_token=backbone.class_token)
-        self._recorded: list[Tensor] = []
+        self._key_recorder = KeyRecorder()
+        self._proportional = ProportionalAttention()
+        self._attention: list[Tensor] = []
+        self._keys: list[Tensor] = []
 
-    def recorder(self, selection: Selection, layouts: Sequence[Layout]) -> Scope:
-        """What records the attention scores of tokens; inside masking, outside of what adaptations need."""
-        return self._recorder.prepare(selection, layouts)
+    def of_selection(self, selection: Selection, layouts: Sequence[Layout], asker: Scorer | None) -> list[Scope]:
+        """What records what a scorer asks for, and lets tokens count by their sizes.
+
+        Recording is to be entered inside masking, sizes inside recording, outside of what adaptations need.
+        """
+        scopes: list[Scope] = []
+        if asker is not None and asker.needs_attention:
+            scopes.append(self._recorder.prepare(selection, layouts))
+        if asker is not None and asker.needs_keys:
+            scopes.append(self._key_recorder.prepare(selection, layouts))
+        if selection.sizes is not None:
+            scopes.append(self._proportional.prepare(selection, layouts))
+        return scopes
 
     def of_adaptations(self, attention: nn.Module, removed: Removed) -> list[Scope]:
         """What adaptations need while ``attention`` runs."""
@@ -70,20 +84,26 @@ class AttentionScopes:
         for scope in () if failed else scopes:
             scope.check(attention)
             if scope is self._recorder:
-                self._recorded += self._recorder.recorded
+                self._attention += self._recorder.recorded
+            if scope is self._key_recorder:
+                self._keys += self._key_recorder.recorded
 
     def close(self) -> None:
         """Leave what is still entered, and forget what was recorded, as after an interrupted pass."""
         self._leave()
-        self._recorded = []
+        self.take_recorded()
 
-    def take_recorded(self) -> Tensor | None:
-        """(B, m), what each patch token received where attention was recorded last; ``None`` where it was not."""
-        recorded, self._recorded = self._recorded, []
-        return torch.stack(recorded).mean(dim=0) if recorded else None
+    def take_recorded(self) -> Recorded:
+        """What was recorded where attention ran last, for the next stage."""
+        attention, keys, self._attention, self._keys = self._attention, self._keys, [], []
+        return Recorded(_mean(attention), _mean(keys))
 
     def _leave(self) -> list[Scope]:
         scopes, self.entered = self.entered, []
         for scope in reversed(scopes):
             scope.leave()
         return scopes
+
+
+def _mean(recorded: list[Tensor]) -> Tensor | None:
+    return torch.stack(recorded).mean(dim=0) if recorded else None

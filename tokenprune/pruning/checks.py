@@ -134,6 +134,19 @@ def check_recomputed(execution: Execution, name: str, module: nn.Module) -> None
         )
 
 
+def refuse_recomputing_inside(attention: nn.Module) -> None:
+    """Refuse that a block inside of which tokens are pruned is run again.
+
+    Raises:
+        StateError: Activation checkpointing does so.
+    """
+    if recomputing():
+        raise StateError(
+            f"activation checkpointing runs {type(attention).__name__} again, in a block inside of which tokens are "
+            "merged; train without checkpointing, or take a scorer that prunes in front of blocks."
+        )
+
+
 def check_grad(module: nn.Module, *, expected: bool, enabled: bool) -> None:
     """Refuse re-entrant activation checkpointing, which runs a module without gradients.
 

@@ -8,62 +8,34 @@ pruning, K tokens of the sequence as it is, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.backbones.adaptations import Removed, Scope
-from tokenprune.backbones.backbone import Backbone
-from tokenprune.backbones.interception import Interception
 from tokenprune.pruning import checks
-from tokenprune.pruning.attention_scopes import AttentionScopes
-from tokenprune.pruning.budget import Thresholds
-from tokenprune.pruning.executions import AUTO, Execution, Paths, Whole, chosen_execution, execution_class
+from tokenprune.pruning.current_pass import CurrentPass
+from tokenprune.pruning.executions import Execution, Whole, chosen_execution, execution_class
 from tokenprune.pruning.places import Place, places, stage_before
-from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.recomputation import State, recomputing, remember
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.stage import Stage
+from tokenprune.pruning.token_sum import TokenSum
 from tokenprune.pruning.trace import Trace, image_size_of
-from tokenprune.tokens import Layout, find_tokens, output_tokens, replace_output_tokens, replace_tokens
+from tokenprune.scorers import Scorer
+from tokenprune.tokens import find_tokens, output_tokens, replace_output_tokens, replace_tokens
 
 
-class PruningHooks(nn.Module):
+class PruningHooks(CurrentPass):
     """Stages, and the hooks that ask them while a model runs.
 
     The hooks are bound methods of this module, which is a part of the model, so that copies and pickles of the model
-    have hooks of their own. It is the `RunningModel` of the backbone's adaptations.
-
-    Attributes:
-        stages: The stages, each with its scorer and its reduction.
-        backbone: What the model looks like.
-        trace: The record of the last forward pass; ``None`` before the first one and after an unpruned one.
-        enabled: Whether the model runs pruned.
+    have hooks of their own.
     """
-
-    def __init__(self, plan: Plan, backbone: Backbone, stages: Sequence[Stage]) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(stages)
-        self.backbone = backbone
-        self.trace: Trace | None = None
-        self.enabled = True
-        self._plan = plan
-        self._execution = AUTO
-        self._prepare()
-
-    @property
-    def restores(self) -> bool:
-        """Whether pruned tokens are restored behind every block: the reduction does so, or the model needs them."""
-        return self._restores
-
-    @property
-    def thresholds_in_force(self) -> Thresholds | None:
-        """By which stages keep different numbers of tokens of images; ``None`` where they keep as many of all."""
-        return None
 
     def _install_hooks(self, tower: nn.Module) -> Iterator[RemovableHandle]:
         """Put the hooks into the module that embeds images and runs the blocks, one after the other."""
@@ -81,7 +53,7 @@ class PruningHooks(nn.Module):
             if (place.block >= first and not self._whole) or place.awaited_by is not None:
                 for attention in self.backbone.attention_modules(place.block):
                     yield attention.register_forward_pre_hook(partial(self._before_attention, place))
-                    yield attention.register_forward_hook(self._after_attention, always_call=True)
+                    yield attention.register_forward_hook(partial(self._after_attention, place), always_call=True)
         yield blocks[-1].register_forward_hook(self._after_last_block)
         if self.backbone.final_norm is not None:
             yield self.backbone.final_norm.register_forward_hook(self._after_final_norm)
@@ -90,82 +62,9 @@ class PruningHooks(nn.Module):
         for stage in self.stages:
             yield from cast(Stage, stage).reduction.install(self)
 
-    # State of one forward pass. Decisions are kept by stage: activation checkpointing runs a block
-    # again, in the backward pass, and must then find what was in force when it ran first.
-
     def _prepare(self) -> None:
-        reductions = [cast(Stage, stage).reduction for stage in self.stages]
-        self._restores = self.backbone.downstream == "all tokens" or any(one.restores for one in reductions)
-        self._whole = any(one.whole for one in reductions)
-        self._anew = self._whole and any(one.anew for one in reductions)
-        self._restoring = self._restores and not self._whole
-        self._executions: dict[str, Execution] = {}
-        self._running: Execution | None = None
-        self._scopes = AttentionScopes(self.backbone)
-        self._tail: Interception | None = None
-        self._in_tower = False
-        self._open = False
-        self._attended = False
-        self._image_size: tuple[int, int] | None = None
-        self._grad_enabled = False
-        self._everything: Tensor | None = None
-        self._entry = State()
-        self._state = State()
-        self.recomputed = State()
-
-    _LIVE: ClassVar[list[str]] = [
-        "trace", "_executions", "_running", "_scopes", "_tail", "_everything", "_entry", "_state", "recomputed",
-    ]  # fmt: skip
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in self._LIVE}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.trace = None
-        self._prepare()
-
-    def _selection(self, stage: int) -> Selection | None:
-        """What is in force behind a stage; ``None`` in front of the first one, and in a pass without pruning."""
-        selections = (self.recomputed if recomputing() else self._state).selections
-        return selections[stage] if self._running is not None and 0 <= stage < len(selections) else None
-
-    def _full_layout(self, block: int) -> Layout:
-        """The sequence that a block would get had nothing been pruned."""
-        assert self.trace is not None
-        return self.backbone.layout_at(self.trace.start.layout, block)
-
-    @property
-    def keep_probabilities(self) -> tuple[float, ...]:
-        """For each stage the fraction that it keeps of the tokens that it scores, in (0, 1]."""
-        return self._plan.keep_ratios if self._anew else self._plan.keep_probabilities
-
-    # What adaptations and reductions ask
-
-    def paths(self, block: int) -> Paths | None:
-        """How a block's tokens are split into two paths; ``None`` where all of them are kept."""
-        selection, running = self._selection(stage_before(self._plan, block)), self._running
-        if selection is None or running is None or selection.all_kept:
-            return None
-        return running.paths(selection, self._full_layout(block))
-
-    def kept_indices(self, block: int) -> Tensor | None:
-        """(B, n) int64, the positions in the grid of the patch tokens that a block gets; ``None`` if all."""
-        selection = self._selection(stage_before(self._plan, block))
-        return None if selection is None or selection.all_kept else selection.indices_in_blocks
-
-    def full_length(self) -> int | None:
-        """L, where tokens are removed in this pass; ``None`` where all stay."""
-        running, trace = self._running, self.trace
-        return None if running is None or trace is None or not running.removes else trace.start.layout.length
-
-    def mask_weights(self, weights: Tensor) -> Tensor | None:
-        """Finished attention weights (B, K, K, H) with those of pruned tokens at 0; ``None`` where all are seen."""
-        return None if self._running is None or not self._scopes.entered else self._running.mask_weights(weights)
-
-    def drops(self) -> bool:
-        """Whether tokens are missing behind a block, for good."""
-        return self.enabled and not self._restores and any(ratio < 1 for ratio in self._plan.keep_ratios)
+        super()._prepare()
+        self._sum = TokenSum(self._prune_inside)
 
     # Hooks
 
@@ -233,9 +132,8 @@ class PruningHooks(nn.Module):
             return self._side_inputs(place, running, args, kwargs)
         given = tokens = find_tokens(block, args, kwargs)  # (B, K, C)
         state = self.recomputed if again else self._state
-        before, alone = trace.start, place.stage == 0 or self._anew
-        if not (place.starts and alone):
-            before = state.selections[place.stage - 1 if place.starts else place.stage]
+        passed, alone = place.stage - place.starts, place.starts and self._anew
+        before = trace.start if passed < 0 or alone else state.selections[passed]
         if self._restoring:
             tokens = self._resume(place, running, tokens, before, state)
         elif place.starts:
@@ -244,27 +142,40 @@ class PruningHooks(nn.Module):
         if place.starts:
             if running.trains:
                 self._check_grad(block)
-            before = before.replace(layout=self.backbone.layout_at(before.layout, place.block))
-            counts = self._plan.num_keep(trace.num_patches)
-            tokens, now = cast(Stage, self.stages[place.stage]).prune(
-                tokens,
-                before,
-                running,
-                trace,
-                num_keep=counts[place.stage],
-                num_reached=trace.num_patches if alone else counts[place.stage - 1],
-                probability=self.keep_probabilities[place.stage],
-                attention=state.selections[place.stage].attention if again else self._scopes.take_recorded(),
-                threshold=trace.threshold(place.stage, counts[place.stage]),
-            )
-            now = running.lay_out(now)
-            if not again:
-                self._state = self._state.replace(selections=(*self._state.selections, now))
-                trace.selections.append(now)
+            tokens, now = self._prune(place.stage, place.block, tokens, before)
         tokens = now.pack(tokens)
         if tokens is not given:
             args, kwargs = replace_tokens(args, kwargs, tokens)
         return self._side_inputs(place, running, args, kwargs) or (args, kwargs)
+
+    def _prune(self, stage: int, block: int, tokens: Tensor, before: Selection) -> tuple[Tensor, Selection]:
+        """Of the sequence (B, K, C) that reaches a stage, in front of a block or inside it, what goes on."""
+        again, running, trace = recomputing(), cast(Execution, self._running), cast(Trace, self.trace)
+        counts = self._plan.num_keep(trace.num_patches)
+        tokens, selection = cast(Stage, self.stages[stage]).prune(
+            tokens,
+            before.replace(layout=self.backbone.layout_at(before.layout, block)),
+            running,
+            trace,
+            num_keep=counts[stage],
+            num_reached=trace.num_patches if stage == 0 or self._anew else counts[stage - 1],
+            probability=self.keep_probabilities[stage],
+            recorded=self.recomputed.selections[stage].recorded if again else self._scopes.take_recorded(),
+            threshold=trace.threshold(stage, counts[stage]),
+        )
+        selection = running.lay_out(selection)
+        if not again:
+            self._state = self._state.replace(selections=(*self._state.selections, selection))
+            trace.selections.append(selection)
+        return tokens, selection
+
+    def _prune_inside(self, place: Place, tokens: Tensor) -> Tensor:
+        """Of the tokens that a block has between attention and MLP what goes on."""
+        assert place.inside is not None and self.trace is not None
+        before = self._selection(place.stage)
+        before = self.trace.start if before is None else before
+        tokens, selection = self._prune(place.inside, place.block, before.unpack(tokens), before)
+        return selection.pack(tokens)
 
     def _is_next(self, place: Place, block: nn.Module) -> bool:
         """Whether the pass has come to a block; one that somebody calls by itself runs as it is."""
@@ -296,9 +207,12 @@ class PruningHooks(nn.Module):
         running, trace = self._running, self.trace
         if running is None or trace is None:
             return
-        if not running.intercepts and place.awaited_by is None and not self._scopes.adapting:
-            return
         selection, layouts = self._selection(place.stage), self.backbone.attention_layouts
+        seen = trace.start if selection is None or self._whole else selection
+        if not (running.intercepts or place.awaited_by is not None or self._scopes.adapting or seen.sizes is not None):
+            return
+        if place.inside is not None:
+            checks.refuse_recomputing_inside(attention)
         scopes: list[Scope] = []
         if selection is not None:
             masking = running.attention(selection, layouts(selection.layout, place.block))
@@ -306,9 +220,7 @@ class PruningHooks(nn.Module):
                 self._check_grad(attention)
                 self._attended = True
                 scopes.append(masking)
-        if place.awaited_by is not None and self._asks(place.awaited_by):
-            seen = trace.start if selection is None or self._whole else selection
-            scopes.append(self._scopes.recorder(seen, layouts(seen.layout, place.block)))
+        scopes += self._scopes.of_selection(seen, layouts(seen.layout, place.block), self._asker(place))
         if self._scopes.adapting and selection is not None and selection.indices is not None and running.removes:
             checks.check_recomputed(running, trace.execution, attention)
             full = self._full_layout(place.block)
@@ -317,23 +229,28 @@ class PruningHooks(nn.Module):
         if scopes:
             self._scopes.enter(scopes)
 
-    def _after_attention(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_attention(self, place: Place, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._scopes.entered:
             self._scopes.leave(attention, failed=output is None)  # None: an exception is passing through
+        if output is not None and self._open and place.inside == len(self._state.selections):
+            self._sum.begin(place, output_tokens(output))
+
+    def _asker(self, place: Place) -> Scorer | None:
+        """The scorer that will ask what the attention of a block was; what is recorded is kept for recomputations."""
+        stage = place.awaited_by
+        if stage is None or self.keep_probabilities[stage] == 1 or recomputing():
+            return None
+        return cast(Stage, self.stages[stage]).scorer
 
     def _check_grad(self, module: nn.Module) -> None:
         checks.check_grad(module, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
 
-    def _asks(self, stage: int) -> bool:
-        """Whether a stage's scorer will be asked in this pass; the attention scores are kept for recomputations."""
-        asked = self.keep_probabilities[stage] < 1 and cast(Stage, self.stages[stage]).scorer.needs_attention
-        return asked and not recomputing()
-
     def _after_block(self, place: Place, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        self._sum.end(block)
         running = self._running
         if running is None or not (self._restoring or running.trains or running.intercepts):
             return None
-        selection = self._selection(place.stage)
+        masked, selection = self._selection(place.stage), self._selection(place.behind)
         if selection is None:
             return None
         given = tokens = output_tokens(output)
@@ -343,7 +260,7 @@ class PruningHooks(nn.Module):
             if self._everything is None:  # a block that somebody called by itself
                 return None
             tokens = self._restore(place, running, tokens, selection)
-        if running.intercepts and not selection.all_kept and not torch.compiler.is_compiling():
+        if running.intercepts and masked is not None and not masked.all_kept and not torch.compiler.is_compiling():
             checks.check_attended(block, self._attended)
             self._attended = False
         if running.trains and not torch.compiler.is_compiling():
@@ -393,6 +310,7 @@ class PruningHooks(nn.Module):
 
     def _close(self) -> None:
         """Leave what is still entered: the tail's as a rule, a block's after an interrupted pass."""
+        self._sum.end(None)
         self._scopes.close()
         tail, self._tail = self._tail, None
         if tail is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.pruning.packing import Packing
+from tokenprune.pruning.recording import Recorded
 from tokenprune.tokens import Layout, replaced
 
 
@@ -35,6 +36,10 @@ class Selection(NamedTuple):
             ``None`` where each takes its own.
         scores: (B, m), higher = keep; ``None`` where the stage did not ask its scorer.
         attention: (B, m), what the scorer was told of the attention in the block before, where it asks for it.
+        keys: (B, m, D), what it was told of the keys.
+        sizes: (B, n), or (B, N) where all stay: how many patches each patch token stands for; ``None`` where each
+            stands for one.
+        notes: In the same shape, what the scorer has noted for the next stage; ``None`` if nothing.
         packing: How the images stand in one sequence while blocks run; ``None`` where each has a row of its own.
     """
 
@@ -49,11 +54,19 @@ class Selection(NamedTuple):
     hosts: Tensor | None = None
     scores: Tensor | None = None
     attention: Tensor | None = None
+    keys: Tensor | None = None
+    sizes: Tensor | None = None
+    notes: Tensor | None = None
     packing: Packing | None = None
 
     def replace(self, **changes: Any) -> Selection:
         """A selection with other entries."""
         return replaced(self, changes)
+
+    @property
+    def recorded(self) -> Recorded:
+        """What the scorer was told of attention."""
+        return Recorded(self.attention, self.keys)
 
     def visible(self, layout: Layout) -> Tensor | None:
         """Which tokens of a sequence (B, L) others may see; ``None`` if all."""
@@ -77,6 +90,10 @@ class Selection(NamedTuple):
     def left(self) -> Tensor | None:
         """(B, n), 1 = a patch token that is left in the sequence that goes on, 0 = none; ``None`` if all are."""
         return self.present if self.keep is None else self.keep
+
+    def of_kept(self, values: Tensor | None) -> Tensor | None:
+        """Values (B, m) of what reached the stage, as those of the patch tokens in the sequence that goes on."""
+        return values if values is None or self.chosen is None else values.gather(1, self.chosen)
 
     def keep_of_grid(self, num_patches: int) -> Tensor:
         """(B, N), 1 = kept, whichever way it was decided."""

@@ -123,6 +123,11 @@ class Sparsifier(PruningHooks):
                     "what follows the vision tower of this model takes equally many tokens of each image, which an "
                     "adaptive budget does not give; sparsify the tower by itself."
                 )
+            if self._inside:
+                raise UnsupportedModelError(
+                    f"scorer={self.scorer!r} prunes inside of blocks by a number that it is given, which an adaptive "
+                    "budget does not give; choose another scorer."
+                )
             if self._whole:
                 raise UnsupportedModelError(
                     f"with pruned={self.pruned!r} every token stays in the sequence, and as many of each image take "

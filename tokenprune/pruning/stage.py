@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from tokenprune.errors import StateError
 from tokenprune.pruning.budget import Threshold
 from tokenprune.pruning.executions import Execution
+from tokenprune.pruning.recording import Recorded
 from tokenprune.pruning.reductions import Drop, Reduction, Split, check_reduced
 from tokenprune.pruning.selection import Selection, compose_hosts
 from tokenprune.pruning.trace import Trace
-from tokenprune.scorers import Candidates, Scorer
+from tokenprune.scorers import Candidates, Scored, Scorer
 from tokenprune.tokens import sizes
 
 
@@ -44,7 +45,7 @@ class Stage(nn.Module):
         num_keep: int,
         num_reached: int,
         probability: float,
-        attention: Tensor | None,
+        recorded: Recorded,
         threshold: Threshold | None = None,
     ) -> tuple[Tensor, Selection]:
         """Score, decide and apply: the sequence that goes on, and the selection behind the stage.
@@ -57,12 +58,12 @@ class Stage(nn.Module):
             num_keep: n, how many patch tokens to keep of each image, where decisions are not sampled.
             num_reached: m, how many the stage before has kept; N in front of the first one.
             probability: The fraction that is to be kept of those that reach the stage.
-            attention: (B, m), what each of them received in the block before; ``None`` where it was not recorded.
+            recorded: What was recorded of attention for the scorer.
             threshold: By which images keep different numbers, n of them on average; ``None`` where all keep n.
         """
         sampled = execution.trains and self.training and self.scorer.probabilistic
         if execution.keeps_all(num_keep, num_reached, probability=probability, sampled=sampled):
-            return tokens, execution.pass_all(before, tokens).replace(attention=attention)
+            return tokens, execution.pass_all(before, tokens).replace(**recorded._asdict())
         candidates = Candidates(
             patches=execution.reached(before.layout.patches(tokens), before),
             prefix=before.layout.prefix(tokens),
@@ -70,15 +71,20 @@ class Stage(nn.Module):
             indices=before.indices,
             num_patches=trace.num_patches,
             grid=trace.grid,
-            attention=None if attention is None else execution.reached(attention, before),
+            attention=None if recorded.attention is None else execution.reached(recorded.attention, before),
+            keys=None if recorded.keys is None else execution.reached(recorded.keys, before),
+            num_left=num_reached,
+            num_keep=num_keep,
+            notes=before.notes,
         )
-        scores = self.score(candidates)
-        counts = num_keep if threshold is None else threshold.num_keep(scores, before.left)
-        selection = execution.decide(scores, before, counts, sampled=sampled)
-        selection = selection.replace(scores=scores, attention=attention)
+        scored = self.score(candidates)
+        counts = num_keep if threshold is None else threshold.num_keep(scored.scores, before.left)
+        selection = execution.decide(scored.scores, before, counts, sampled=sampled)
+        selection = selection.replace(scores=scored.scores, **recorded._asdict())
+        selection = selection.replace(sizes=selection.of_kept(before.sizes), notes=selection.of_kept(scored.notes))
         if not self.reduction.looks_at_pruned:
             return execution.remove(tokens, before, selection), selection
-        return self._reduce(tokens, candidates.patches, before, selection, execution, trace)
+        return self._reduce(tokens, candidates.patches, before, selection, execution, trace, scored.hosts)
 
     def _reduce(
         self,
@@ -88,10 +94,11 @@ class Stage(nn.Module):
         selection: Selection,
         execution: Execution,
         trace: Trace,
+        hosts: Tensor | None,
     ) -> tuple[Tensor, Selection]:
         assert selection.scores is not None
         keep, pruned = selection.split(before, selection.scores.dtype)
-        split = Split(patches, keep, pruned, self.scorer.importance(selection.scores))
+        split = Split(patches, keep, pruned, self.scorer.importance(selection.scores), before.sizes, hosts)
         reduced = check_reduced(self.reduction(split), split, self.reduction)
         if reduced.patches is not patches:
             tokens = before.layout.with_patches(tokens, reduced.patches)
@@ -99,31 +106,47 @@ class Stage(nn.Module):
         if reduced.summary is not None:
             tokens = selection.layout.with_summaries(tokens, reduced.summary)
             selection = selection.with_summaries(sizes(reduced.summary)[1], pruned)
+        if reduced.sizes is not None:
+            selection = selection.replace(sizes=selection.of_kept(reduced.sizes))
         if trace.restored and reduced.hosts is not None:
             selection = selection.replace(hosts=compose_hosts(before, reduced.hosts, trace.num_patches))
         return tokens, selection
 
-    def score(self, candidates: Candidates) -> Tensor:
-        """The scores (B, m) of the candidates, in single precision at least.
+    def score(self, candidates: Candidates) -> Scored:
+        """What the scorer says of the candidates, with scores (B, m) in single precision at least.
 
         Raises:
-            StateError: The scorer needs attention scores, and none were recorded.
+            StateError: The scorer needs something of attention, and nothing was recorded.
             TypeError: The scorer gave no tensor, or one of numbers that have no order.
             ValueError: The scorer gave scores of another shape.
         """
-        if self.scorer.needs_attention and candidates.attention is None:
-            raise StateError(
-                f"{type(self.scorer).__name__} needs attention scores of the block before its stage, but was assigned "
-                "after sparsify(), so they are not recorded; pass it as tokenprune.sparsify(…, scorer=…)."
-            )
-        scores: Any = self.scorer(candidates)
+        for needed, what, given in (
+            (self.scorer.needs_attention, "attention scores", candidates.attention),
+            (self.scorer.needs_keys, "keys", candidates.keys),
+        ):
+            if needed and given is None:
+                raise StateError(
+                    f"{type(self.scorer).__name__} needs {what} of the block before its stage, but was assigned "
+                    "after sparsify(), so they are not recorded; pass it as tokenprune.sparsify(…, scorer=…)."
+                )
+        returned: Any = self.scorer(candidates)
+        scored = returned if isinstance(returned, Scored) else Scored(returned)
+        scores, hosts, notes = scored
         if not isinstance(scores, Tensor) or scores.is_complex():
             got = f"a tensor of {scores.dtype}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise TypeError(f"{type(self.scorer).__name__} returned {got}; expected scores, a tensor of real numbers.")
         expected = candidates.patches.shape[:2]
-        if scores.shape != expected:
-            raise ValueError(
-                f"{type(self.scorer).__name__} returned scores of shape {tuple(scores.shape)}; "
-                f"expected {tuple(expected)}, one for each patch token."
-            )
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+        for what, values in zip(Scored._fields, scored, strict=True):
+            if values is None:
+                continue
+            if not isinstance(values, Tensor) or values.shape != expected:
+                got = (
+                    f"of shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"as a {type(values).__name__}"
+                )
+                raise ValueError(
+                    f"{type(self.scorer).__name__} returned {what} {got}; expected {tuple(expected)}, one for each "
+                    "patch token."
+                )
+        if hosts is not None and hosts.dtype != torch.int64:
+            raise TypeError(f"{type(self.scorer).__name__} returned hosts of {hosts.dtype}; expected torch.int64.")
+        return Scored(scores.to(torch.promote_types(scores.dtype, torch.float32)), hosts, notes)

@@ -44,7 +44,7 @@ def card(model: nn.Module, manifest: Manifest) -> str:
         f"---\n{data.to_yaml()}\n---\n{_MARK}\n",
         f"# {name}, sparsified\n",
         f"{what} {name} that drops the image tokens it does not need, in the way of "
-        "[DynamicViT](https://arxiv.org/abs/2106.02034), made with tokenprune. In front of blocks "
+        "[DynamicViT](https://arxiv.org/abs/2106.02034), made with tokenprune. At blocks "
         f"{before} the scorer ({manifest.record.scorer or 'one of its own'}) chooses the tokens that go on: {kept} of "
         "the original ones.\n",
         "## Use\n",

@@ -2,6 +2,7 @@
 
 from tokenprune.scorers.base import (
     Candidates,
+    Scored,
     Scorer,
     ScorerBuilder,
     ScorerContext,
@@ -15,6 +16,7 @@ from tokenprune.scorers.predictor import Predictor
 from tokenprune.scorers.random import Random
 from tokenprune.scorers.redundancy import Redundancy
 from tokenprune.scorers.static import Static
+from tokenprune.scorers.tome import ToMe, tome_keep_ratios
 
 __all__ = [
     "Candidates",
@@ -23,11 +25,14 @@ __all__ = [
     "Predictor",
     "Random",
     "Redundancy",
+    "Scored",
     "Scorer",
     "ScorerBuilder",
     "ScorerContext",
     "Static",
+    "ToMe",
     "register_scorer",
     "scorer_builder",
     "scorer_name",
+    "tome_keep_ratios",
 ]

@@ -1,7 +1,7 @@
 """What a scorer is, what it is given, and the table of scorers by name.
 
 Shapes: B images, n patch tokens a stage looks at, N patch tokens of the whole image, P prefix
-tokens, C channels.
+tokens, C channels, D channels of a key.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ class Candidates(NamedTuple):
         attention: (B, n), for scorers with ``needs_attention``: what each patch token received in the
             block before, the mean over heads of the class token's attention weights or, where there is
             no class token, of those of all tokens left. Tokens pruned earlier have 0. No gradient.
+        keys: (B, n, D), for scorers with ``needs_keys``: the mean over heads of each patch token's keys in the block
+            before or, for a scorer with ``inside_block``, in that very block. No gradient.
+        num_left: How many of the candidates an image has left, and
+        num_keep: how many of them are to be kept, the same for every image where decisions are not sampled.
+        notes: (B, n), what the scorer of the stage before has noted of each, see `Scored`; ``None`` if nothing.
     """
 
     patches: Tensor
@@ -38,6 +43,10 @@ class Candidates(NamedTuple):
     num_patches: int
     grid: tuple[int, int] | None
     attention: Tensor | None = None
+    keys: Tensor | None = None
+    num_left: int | None = None
+    num_keep: int | None = None
+    notes: Tensor | None = None
 
     def at_candidates(self, values: Tensor) -> Tensor:
         """Values (B, N) for the whole image, in row-major order, as those of the candidates: (B, n)."""
@@ -49,6 +58,22 @@ class Candidates(NamedTuple):
             return values.mean(dim=1, keepdim=True)
         weights = self.keep.to(values.dtype).unsqueeze(-1)  # (B, n, 1)
         return (values * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+class Scored(NamedTuple):
+    """What a scorer may return instead of scores alone.
+
+    Attributes:
+        scores: (B, n), higher = keep.
+        hosts: (B, n) int64, for each candidate the position among them of the one that it is to be merged into if it
+            is pruned, for reductions that merge; it has to be one that is kept. ``None`` leaves it to the reduction.
+        notes: (B, n), a number for each candidate that its stage hands on to the scorer of the next one, with the
+            candidates that are kept.
+    """
+
+    scores: Tensor
+    hosts: Tensor | None = None
+    notes: Tensor | None = None
 
 
 class ScorerContext(NamedTuple):
@@ -72,17 +97,26 @@ class Scorer(nn.Module):
     the token, log p − log(1 − p), and in training decisions are sampled from it, with a gradient.
     With ``False`` scores only rank, and the top k are kept in training too. With
     ``needs_attention = True`` the attention of the block before the stage is recorded, and
-    `Candidates` carries what each token received.
+    `Candidates` carries what each token received; ``needs_keys = True`` does the same with keys. With
+    ``inside_block = True`` a stage does not stand in front of its block but inside, between attention and MLP, where
+    the attention and the keys of that block itself are known.
     """
 
     probabilistic: bool = False
     needs_attention: bool = False
+    needs_keys: bool = False
+    inside_block: bool = False
 
-    def forward(self, candidates: Candidates) -> Tensor:
+    @property
+    def needs_recording(self) -> bool:
+        """Whether it needs something of a block's attention."""
+        return self.needs_attention or self.needs_keys
+
+    def forward(self, candidates: Candidates) -> Tensor | Scored:
         """Score the candidates.
 
         Returns:
-            (B, n) floating point; what it says of tokens that are already pruned is ignored.
+            (B, n) floating point; what it says of tokens that are already pruned is ignored. Or these in a `Scored`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward(candidates)")
 

@@ -18,7 +18,7 @@ class Informative(Scorer):
     tokens one survives; and what most of the image says as well counts less.
 
     The first two factors are those of Clustering by fast search and find of density peaks (Rodriguez and Laio, Science
-    344, 2014), with attention in the place of density; the third is the score of `Redundancy`.
+    344, 2014), with attention in the place of density; the third is a factor of `Redundancy`.
     """
 
     needs_attention = True

@@ -92,7 +92,7 @@ def calibrate(
             each weight stands for itself, take 5e-2.
         backbone_learning_rate: The same for ``backbone_steps``.
         autocast: The dtype in which to run the model, such as ``torch.bfloat16``; ``None`` means its own.
-        validation_batches: How many batches to hold back; fewer if there are not twice as many.
+        validation_batches: How many batches to hold back; where there are no more than that, half of what there is.
         adaptive: Whether to find the thresholds of an adaptive budget afterwards, as `calibrate_budget` does, on the
             batches that are held back and the next ones. A model that has thresholds gets new ones in any case.
         seed: Of what is drawn.

@@ -53,7 +53,7 @@ def _told(make: Callable[[Split], Any], **options: Any) -> Callable[[Any], Reduc
 
 
 GOOD_REDUCTIONS: dict[str, Any] = {
-    **{name: name for name in ("drop", "preserve", "fuse", "merge", "fuse_preserve", "merge_preserve")},
+    **{name: name for name in ("drop", "preserve", "fuse", "merge", "fuse_preserve", "merge_preserve", "merge_sizes")},
     "weighted": lambda context: Weighted(context.embed_dim),
     "as they are": _told(lambda split: Reduced(split.patches)),
     "brighter": _told(lambda split: Reduced(split.patches * (1 + split.pruned.amax(1)[:, None, None] / 2))),

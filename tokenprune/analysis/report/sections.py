@@ -130,7 +130,7 @@ def facts(model: nn.Module) -> list[tuple[str, str]]:
     found = [
         ("Model", f"{type(inner).__module__.partition('.')[0]} {type(inner).__name__}"),
         ("Blocks", f"{len(sparsifier.backbone.blocks)} of width {sparsifier.backbone.embed_dim}"),
-        ("Pruned in front of blocks", ", ".join(map(str, plan.stages))),
+        ("Pruned at blocks", ", ".join(map(str, plan.stages))),
         ("Kept of the original patches", " → ".join(f"{ratio:.1%}" for ratio in plan.keep_ratios)),
     ]
     if trace is not None:

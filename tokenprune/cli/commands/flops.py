@@ -94,7 +94,7 @@ def _table(model: str, reports: list[FlopReport]) -> Table:
 
     size = " × ".join(map(str, reports[0].input_size))
     stages = ", ".join(map(str, reports[0].stage_blocks))
-    table = Table(title=f"{model}: GMACs of one image of {size}, pruned in front of blocks {stages}")
+    table = Table(title=f"{model}: GMACs of one image of {size}, pruned at blocks {stages}")
     for column in ("kept after each stage", "dense", "sparse", "dense ÷ sparse"):
         table.add_column(column, justify="right")
     for report in reports:

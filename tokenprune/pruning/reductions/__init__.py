@@ -17,6 +17,7 @@ from tokenprune.pruning.reductions.drop import Drop
 from tokenprune.pruning.reductions.fast import Fast, FastPath, NestedFast
 from tokenprune.pruning.reductions.fuse import Fuse, FusePreserve
 from tokenprune.pruning.reductions.merge import Merge, MergePreserve
+from tokenprune.pruning.reductions.merge_sizes import MergeSizes, MergeSizesPreserve
 from tokenprune.pruning.reductions.preserve import Preserve
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "FusePreserve",
     "Merge",
     "MergePreserve",
+    "MergeSizes",
+    "MergeSizesPreserve",
     "NestedFast",
     "Preserve",
     "Reduced",

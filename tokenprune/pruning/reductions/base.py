@@ -30,12 +30,18 @@ class Split(NamedTuple):
         keep: (B, m), 1 = kept; in training a gradient reaches it.
         pruned: (B, m), 1 = pruned by this stage; in training a gradient reaches it.
         importance: (B, m), not negative, higher = matters more: what the scorer makes of its scores.
+        sizes: (B, m), how many patches each stands for, in single precision at least; ``None`` where each stands for
+            one.
+        hosts: (B, m) int64, for each the position among them of the one that it is to be merged into if it is pruned,
+            as the scorer chose it; ``None`` where it chose none.
     """
 
     patches: Tensor
     keep: Tensor
     pruned: Tensor
     importance: Tensor
+    sizes: Tensor | None = None
+    hosts: Tensor | None = None
 
 
 class Reduced(NamedTuple):
@@ -46,11 +52,14 @@ class Reduced(NamedTuple):
         summary: (B, S, C), tokens that go on besides; ``None`` for none.
         hosts: (B, m) int64, for each patch token the position among them of the kept one whose state it takes when
             it is restored, its own position if kept or pruned earlier; ``None`` where it takes its own old state.
+        sizes: (B, m), how many patches each kept one stands for now, at least 1: it is attended to in proportion.
+            ``None`` where each counts as one.
     """
 
     patches: Tensor
     summary: Tensor | None = None
     hosts: Tensor | None = None
+    sizes: Tensor | None = None
 
 
 def _no_parts() -> Sequence[tuple[int, TokenWise]]:
@@ -139,7 +148,7 @@ def check_reduced(reduced: Any, split: Split, reduction: Reduction) -> Reduced:
     Raises:
         TypeError, ValueError: It is not what a reduction returns, or not of the shape or number it says.
     """
-    name, (patches, summary, hosts) = type(reduction).__name__, _parts(reduced, reduction)
+    name, (patches, summary, hosts, token_sizes) = type(reduction).__name__, _parts(reduced, reduction)
     shape, number = split.patches.shape, 0 if summary is None else summary.shape[1] if summary.dim() == 3 else -1
     if patches.shape != shape:
         raise ValueError(
@@ -156,8 +165,13 @@ def check_reduced(reduced: Any, split: Split, reduction: Reduction) -> Reduced:
             f"{name} returned hosts of shape {tuple(hosts.shape)} and {hosts.dtype}; expected {tuple(shape[:2])} of "
             "torch.int64, a position for each patch token."
         )
+    if token_sizes is not None and token_sizes.shape != shape[:2]:
+        raise ValueError(
+            f"{name} returned sizes of shape {tuple(token_sizes.shape)}; expected {tuple(shape[:2])}, one for each "
+            "patch token."
+        )
     dtype = split.patches.dtype
-    return Reduced(patches.to(dtype), None if summary is None else summary.to(dtype), hosts)
+    return Reduced(patches.to(dtype), None if summary is None else summary.to(dtype), hosts, token_sizes)
 
 
 def _parts(reduced: Any, reduction: Reduction) -> Reduced:

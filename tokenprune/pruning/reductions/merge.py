@@ -10,10 +10,13 @@ from torch import Tensor
 
 from tokenprune.functional import compute_dtype
 from tokenprune.pruning.reductions.base import Reduced, Reduction, ReductionContext, Split, register_reduction
+from tokenprune.tokens import select
 
 
 class Merge(Reduction):
     """Each pruned token i is folded into its host, the kept token j with the highest cosine similarity c_ij.
+
+    A host that the scorer has chosen is taken as it is.
 
     Joint Token Pruning and Squeezing Towards More Aggressive Compression of Vision Transformers (TPS, arXiv
     2304.10716): y_j = (e·x_j + Σ_{i→j} exp(c_ij)·x_i) / (e + Σ_{i→j} exp(c_ij)). Similarities are those of the tokens
@@ -23,7 +26,9 @@ class Merge(Reduction):
     def forward(self, split: Split) -> Reduced:
         with torch.autocast(split.patches.device.type, enabled=False):
             patches = split.patches.to(compute_dtype(split.patches))
-            hosts, similarity = most_similar_kept(patches, split.keep)
+            hosts, similarity = (
+                most_similar_kept(patches, split.keep) if split.hosts is None else _chosen(patches, split.hosts)
+            )
             shares = similarity.exp() * split.pruned.to(patches.dtype)  # (B, m)
             places = torch.arange(hosts.shape[1], device=hosts.device)
             # A product with the matrix that has a row for each host: deterministic, and counted like any other.
@@ -58,6 +63,11 @@ def most_similar_kept(patches: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     closed = (keep.detach() == 0).unsqueeze(1).logical_or(itself)
     best = similarity.masked_fill(closed, -math.inf).max(dim=2)
     return best.indices, best.values
+
+
+def _chosen(patches: Tensor, hosts: Tensor) -> tuple[Tensor, Tensor]:
+    """Hosts (B, m) that the scorer has chosen, and the cosine similarities (B, m) of the patch tokens to theirs."""
+    return hosts, F.cosine_similarity(patches, select(patches, hosts), dim=-1)
 
 
 @register_reduction("merge")
