@@ -88,6 +88,14 @@ def _transformers(name: str, config: str, **options: Any) -> Callable[[], nn.Mod
     return build
 
 
+def _poolformer() -> nn.Module:
+    """With a norm over all tokens."""
+    from timm.layers import GroupNorm1
+    from timm.models import MetaFormer
+
+    return MetaFormer(num_classes=7, depths=DEPTHS, dims=WIDTHS, norm_layers=GroupNorm1)
+
+
 def _torchvision_convnext() -> nn.Module:
     from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
@@ -112,7 +120,7 @@ ALL = [
         _timm("PyramidVisionTransformerV2", depths=DEPTHS, embed_dims=WIDTHS, num_heads=(1, 1, 2, 2)),
         mixes=True,
     ),
-    Hierarchy("timm PoolFormer", _timm("MetaFormer", depths=DEPTHS, dims=WIDTHS)),
+    Hierarchy("timm PoolFormer", _poolformer),
     Hierarchy(
         "transformers Swin",
         _transformers("SwinForImageClassification", "SwinConfig", image_size=IMAGE_SIDE, patch_size=4, **_SWIN),

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tokenprune
 from tests.helpers.hierarchies import (
+    ALL,
     CONVNEXT,
     KEEP_RATIO,
     LEVEL,
@@ -251,6 +252,14 @@ def test_compiled_and_exported(case: Hierarchy) -> None:
 
 @pytest.mark.slow
 @swin_and_convnext
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_exported_files_agree(case: Hierarchy, suffix: str, tmp_path: Any) -> None:
+    report = tokenprune.export(case.sparsified(), tmp_path / f"model.{suffix}", input_size=(3, 96, 96))
+    assert (tmp_path / f"model.{suffix}").is_file() and report
+
+
+@pytest.mark.slow
+@swin_and_convnext
 def test_compiled_training_step(case: Hierarchy) -> None:
     model = case.sparsified().train()
     torch.compiler.reset()
@@ -297,6 +306,13 @@ def test_what_is_found_in_the_third_level(case: Hierarchy) -> None:
     assert all(len(parts) == 1 and (parts[0].mixing is not None) is case.mixes for parts in backbone.token_wise)
 
 
+def test_a_norm_over_all_tokens_is_no_part() -> None:
+    """Although tokens are so much alike that a few of them have nearly the mean and variance of all."""
+    (case,) = [one for one in ALL if one.name == "timm PoolFormer"]
+    model = tokenprune.sparsify(case.model(), pruned="fast")
+    assert {type(path.part.first).__name__ for path in paths(model)} == {"Mlp"}
+
+
 def test_stages_choose_the_level() -> None:
     model = tokenprune.sparsify(SWIN.model(), stages=(1,), keep_ratio=0.5, pruned="fast")
     assert model.tokenprune.backbone.embed_dim == 16
@@ -307,6 +323,8 @@ def test_stages_choose_the_level() -> None:
         tokenprune.sparsify(fresh, stages=(1, 3), pruned="fast")
     with pytest.raises(tokenprune.PlanError, match="stage 9 is out of range"):
         tokenprune.sparsify(fresh, stages=(9,), pruned="fast")
+    with pytest.raises(tokenprune.PlanError, match="stages=3: expected a sequence"):
+        tokenprune.sparsify(fresh, stages=3, pruned="fast")
     assert not hasattr(fresh, "tokenprune")
 
 

@@ -120,7 +120,11 @@ class Backbone:
         """
         if not self.levels or stages is None:
             return self
-        found = {number for number, level in enumerate(self.levels) if {*stages} & {*range(level.start, level.stop)}}
+        try:
+            named = {*stages}
+        except TypeError:  # no numbers in a sequence, which the plan refuses
+            return self
+        found = {number for number, level in enumerate(self.levels) if named & {*range(level.start, level.stop)}}
         if len(found) > 1:
             listed = ", ".join(f"{level.start} … {level.stop - 1}" for level in self.levels)
             raise PlanError(

@@ -273,8 +273,8 @@ def _clear_cut(model: nn.Module, images: Tensor) -> Tensor:
 
 def _margin(selection: Selection) -> Tensor:
     """How far apart the worst kept and the best pruned token of an image are, of all its scores' range: (B,)."""
-    assert selection.scores is not None
-    num_keep = selection.layout.num_patches
+    assert selection.scores is not None and selection.indices is not None
+    num_keep = selection.indices.shape[1]
     best = selection.scores.float().sort(dim=1, descending=True).values  # (B, m)
     return (best[:, num_keep - 1] - best[:, num_keep]) / (best[:, 0] - best[:, -1]).clamp(min=1e-12)
 
