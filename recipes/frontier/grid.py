@@ -37,11 +37,6 @@ class Method:
     training: Training
 
     @property
-    def stages(self) -> range | None:
-        """Blocks in front of which it prunes: ToMe's in front of each, others' at a quarter, half, three quarters."""
-        return range(12) if self.scorer == "tome" else None
-
-    @property
     def label(self) -> str:
         """How tables name it."""
         return f"{self.scorer}, {self.pruned}"
@@ -65,13 +60,13 @@ class Point:
 def points(seeds: int = len(SEEDS)) -> Iterator[Point]:
     """Every point: what needs no training before what does, low costs first, one seed before the others."""
     free = [Method(scorer=scorer, pruned=pruned, training="none") for scorer in TRAINING_FREE for pruned in REDUCTIONS]
-    free.append(Method(scorer="tome", pruned="merge_sizes", training="none"))
     for cost in sorted(COSTS):
         yield from (Point(method=method, cost=cost) for method in free)
     for seed in SEEDS[:seeds]:
         if seed:  # everything else that is not trained is the same for every seed
-            random = Method(scorer="random", pruned="drop", training="none")
-            yield from (Point(method=random, cost=cost, seed=seed) for cost in COSTS)
+            for method in free:
+                if method.scorer == "random":
+                    yield from (Point(method=method, cost=cost, seed=seed) for cost in COSTS)
         for scorer, pruned in (*(("predictor", one) for one in REDUCTIONS), ("static", "drop")):
             method = Method(scorer=scorer, pruned=pruned, training="calibrated")
             yield from (Point(method=method, cost=cost, seed=seed) for cost in COSTS)

@@ -16,7 +16,7 @@ from recipes.frontier.runs import Runs
 
 COLORS = {
     "random": "#9aa0a6", "static": "#c77700", "cls_attention": "#2a9d8f", "redundancy": "#8e6bbf",
-    "informative": "#1f6fd0", "tome": "#7a5230", "predictor": "#c62828",
+    "informative": "#1f6fd0", "predictor": "#c62828",
 }  # fmt: skip
 LINES = {"none": ":", "calibrated": "-", "gathered": "--", "masked": "-."}
 MARKERS = {"drop": "o", "fuse": "s", "merge": "^"}
@@ -80,8 +80,11 @@ def picture(all_runs: Sequence[Runs]) -> Figure:
     figure = Figure(figsize=(6.2 * len(all_runs), 5.4), layout="constrained")
     for axes, runs in zip(figure.subplots(1, len(all_runs), squeeze=False)[0], all_runs, strict=True):
         _panel(axes, runs)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    legend: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        legend.update(zip(labels, handles, strict=True))
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 
@@ -92,14 +95,13 @@ def _panel(axes: Any, runs: Runs) -> None:
         costs = sorted(row)
         means = [100 * _mean(row[cost]) for cost in costs]
         spread = [50 * (max(row[cost]) - min(row[cost])) for cost in costs]
-        if method.scorer != "random" or method.pruned == "drop":
-            axes.errorbar(
-                [100 * cost for cost in costs], means, yerr=spread, color=COLORS.get(method.scorer, "black"),
-                linestyle=LINES[method.training], marker=MARKERS.get(method.pruned, "D"), markersize=4, linewidth=1,
-                label=f"{method.label} ({TRAININGS[method.training]})",
-            )  # fmt: skip
-            if method.scorer not in ("random", "static"):
-                lowest = min(lowest, *means)
+        axes.errorbar(
+            [100 * cost for cost in costs], means, yerr=spread, color=COLORS.get(method.scorer, "black"),
+            linestyle=LINES[method.training], marker=MARKERS.get(method.pruned, "D"), markersize=4, linewidth=1,
+            label=f"{method.label} ({TRAININGS[method.training]})",
+        )  # fmt: skip
+        if method.scorer not in ("random", "static"):
+            lowest = min(lowest, *means)
     best = front(found)
     axes.plot(
         [100 * cost for cost, _, _ in best], [100 * mean for _, mean, _ in best], color="black", alpha=0.15,

@@ -72,7 +72,7 @@ class Runs:
 
     def _sparsified(self, method: Method, keep_ratio: Any = CALIBRATED_AT) -> nn.Module:
         return tokenprune.sparsify(
-            self.task.load_dense_model(), method.stages, keep_ratio, scorer=method.scorer, pruned=method.pruned
+            self.task.load_dense_model(), keep_ratio=keep_ratio, scorer=method.scorer, pruned=method.pruned
         )
 
     def _plan(self, point: Point) -> dict[str, Any]:

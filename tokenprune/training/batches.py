@@ -23,7 +23,7 @@ class Batches:
 
     Args:
         images: Any iterable of batches; see `inputs_of`.
-        num_held_back: How many batches to hold back; at most half of what there is.
+        num_held_back: How many batches to hold back; where there are no more than that, half of what there is.
         device: Where inputs go.
         dtype: What floating-point inputs become.
 

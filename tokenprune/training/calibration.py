@@ -88,7 +88,7 @@ def calibrate(
             each weight stands for itself, take 5e-2.
         backbone_learning_rate: The same for ``backbone_steps``.
         autocast: The dtype in which to run the model, such as ``torch.bfloat16``; ``None`` means its own.
-        validation_batches: How many batches to hold back; fewer if there are not twice as many.
+        validation_batches: How many batches to hold back; where there are no more than that, half of what there is.
         seed: Of what is drawn.
         progress: Whether to show a bar on stderr, if that is a terminal or a notebook.
 
