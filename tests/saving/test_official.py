@@ -162,7 +162,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a Swin": (
         lambda: _dense("swin_tiny_patch4_window7_224"),
-        "neither DeiT's nor LV-ViT's…missing keys: cls_token, pos_embed…unexpected keys: …layers.0.blocks.0.norm1",
+        "those of no Swin or ConvNeXt…missing keys: head.weight",  # it is head.fc.weight in timm's own
     ),
     "a dense DeiT": (
         lambda: _dense("deit_tiny_patch16_224"),
