@@ -28,6 +28,9 @@ def compare(model: str, found: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_a_form_of_model(case: Case) -> None:
+    library = str(case).split()[0]
+    if library in ("timm", "transformers", "torchvision") and is_older(library):
+        pytest.skip(f"the outputs were written down with a later release of {library}")
     compare(str(case), of_case(case))
 
 
