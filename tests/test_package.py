@@ -137,16 +137,16 @@ def test_oldest_versions_stand_in_pyproject_alone() -> None:
 def test_the_public_names_are_these() -> None:
     """A name is added or taken away on purpose, with an issue, or not at all."""
     assert tokenprune.__all__ == [
-        "Adaptation", "Adapter", "Backbone", "CalibrationReport", "Candidates", "CheckpointError", "CountingError",
-        "DynamicViTLoss", "Example", "ExportError", "ExportReport", "FlopReport", "HostError", "InterceptionError",
-        "KeptTokens", "Level", "MissingExtraError", "PictureError", "Plan", "PlanError", "Preprocessing", "ProofError",
-        "Reduced", "Reduction", "ReductionContext", "Scored", "Scorer", "ScorerContext", "Selection", "Setting",
-        "Sparsifier", "Split", "StateError", "SupportedModel", "ThroughputReport", "TokenTable", "TokenWise",
-        "TokenpruneError", "Trace", "UnknownModelError", "UnsupportedModelError", "VerificationReport", "animate",
-        "calibrate", "dense", "export", "fit_fast_paths", "flops", "from_pretrained", "functional", "gathered",
-        "kept_tokens", "load_dynamicvit", "plan_for", "prove", "push_to_hub", "register_reduction", "register_scorer",
-        "report", "save_pretrained", "show", "sparsify", "supported", "throughput", "tome_keep_ratios", "unsparsify",
-        "verify",
+        "Adaptation", "Adapter", "Backbone", "BudgetReport", "CalibrationReport", "Candidates", "CheckpointError",
+        "CountingError", "DynamicViTLoss", "Example", "ExportError", "ExportReport", "FlopReport", "HostError",
+        "InterceptionError", "KeptTokens", "Level", "MissingExtraError", "PictureError", "Plan", "PlanError",
+        "Preprocessing", "ProofError", "Reduced", "Reduction", "ReductionContext", "Scored", "Scorer",
+        "ScorerContext", "Selection", "Setting", "Sparsifier", "Split", "StateError", "SupportedModel",
+        "ThroughputReport", "TokenTable", "TokenWise", "TokenpruneError", "Trace", "UnknownModelError",
+        "UnsupportedModelError", "VerificationReport", "animate", "calibrate", "calibrate_budget", "dense", "export",
+        "fit_fast_paths", "flops", "from_pretrained", "functional", "gathered", "kept_tokens", "load_dynamicvit",
+        "plan_for", "prove", "push_to_hub", "register_reduction", "register_scorer", "report", "save_pretrained",
+        "show", "sparsify", "supported", "throughput", "tome_keep_ratios", "unsparsify", "verify",
     ]  # fmt: skip
     for name in tokenprune.__all__:
         assert getattr(tokenprune, name).__doc__, name

@@ -45,6 +45,7 @@ from tokenprune.saving import from_pretrained, push_to_hub, save_pretrained
 from tokenprune.saving.dynamicvit import load_dynamicvit
 from tokenprune.saving.export import ExportReport, export
 from tokenprune.scorers import Candidates, Scored, Scorer, ScorerContext, register_scorer, tome_keep_ratios
+from tokenprune.training.budgets import BudgetReport, calibrate_budget
 from tokenprune.training.calibration import calibrate
 from tokenprune.training.calibration_report import CalibrationReport
 from tokenprune.training.fast_paths import fit_fast_paths
@@ -61,6 +62,7 @@ __all__ = [
     "Adaptation",
     "Adapter",
     "Backbone",
+    "BudgetReport",
     "CalibrationReport",
     "Candidates",
     "CheckpointError",
@@ -102,6 +104,7 @@ __all__ = [
     "VerificationReport",
     "animate",
     "calibrate",
+    "calibrate_budget",
     "dense",
     "export",
     "fit_fast_paths",

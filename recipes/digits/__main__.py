@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from recipes.digits.budgets import run_budgets
 from recipes.digits.calibration import run_calibration
 from recipes.digits.demo import run_demo
 from recipes.digits.dense import train_digits
@@ -113,6 +114,20 @@ def calibrate(
             backbone_steps=backbone_steps,
             console=console,
         )
+
+
+@app.command()
+def budgets(
+    data: Data = Path("runs/digits-varying"),
+    output: Output = Path("runs/digits"),
+    keep_ratio: Annotated[list[float] | None, typer.Option(help="ρ; give it several times.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+    steps: Steps = 100,
+) -> None:
+    """Compare fixed and adaptive budgets on scenes of varying content."""
+    ratios = keep_ratio or [0.7, 0.5, 0.35]
+    with resumable(console):
+        run_budgets(data=data, output=output, keep_ratios=ratios, seeds=range(seeds), steps=steps, console=console)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class DigitsConfig:
         num_train: Scenes in ``train/``.
         num_validation: Scenes in ``validation/``.
         validation_fraction: Fraction of the 1797 original digits that is held out for validation.
-        num_fragments: Fragments of other digits in each scene.
+        num_fragments: Fragments of other digits in each scene, or the fewest and the most of them.
         noise: Standard deviation of the pixel noise, as a fraction of full white.
         seed: Seed of everything random.
     """
@@ -39,7 +39,7 @@ class DigitsConfig:
     num_train: int = 20_000
     num_validation: int = 2_000
     validation_fraction: float = 0.25
-    num_fragments: int = 4
+    num_fragments: int | tuple[int, int] = 4
     noise: float = 0.06
     seed: int = 0
 
@@ -55,7 +55,8 @@ def _enlarge(pixels: np.ndarray) -> np.ndarray:
 def _scene(digits: np.ndarray, index: int, config: DigitsConfig, rng: np.random.Generator) -> Image.Image:
     """One scene: the whole digit ``digits[index]`` over fragments of others, with noise on top."""
     canvas = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
-    for _ in range(config.num_fragments):
+    number = config.num_fragments
+    for _ in range(number if isinstance(number, int) else int(rng.integers(number[0], number[1] + 1))):
         height, width = rng.integers(3, 5, size=2)
         top, left = rng.integers(0, 8 - height + 1), rng.integers(0, 8 - width + 1)
         other = digits[rng.integers(len(digits))]

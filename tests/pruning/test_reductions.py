@@ -209,10 +209,13 @@ def test_verify_and_flops(case: Case, pruned: str) -> None:
     tokens, width = case.num_prefix_tokens + NUM_PATCHES, model.tokenprune.backbone.embed_dim
     if pruned.startswith("merge"):
         assert counted.sparse_blocks == plain.sparse_blocks
-        # Similarities, then sums: each token with each, twice; nothing else of that size.
+        # Similarities, each token with each; the same again for sums, but by sizes, which are added up where they go.
+        # Nothing else of that size.
+        products = 1 if pruned in SIZED else 2
         reached = (NUM_PATCHES, model.tokenprune.plan.num_keep(NUM_PATCHES)[0])
         for stage, number in enumerate(reached):
-            assert 2 * number**2 * width <= counted.stages[stage] - plain.stages[stage] <= 2.2 * number**2 * width
+            extra = (counted.stages[stage] - plain.stages[stage]) / (number**2 * width)
+            assert products <= extra <= products + 0.2
     else:
         assert counted.sparse_blocks[: STAGES[0]] == plain.sparse_blocks[: STAGES[0]]
         assert all(after > before for after, before in zip(

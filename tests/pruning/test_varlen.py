@@ -19,8 +19,8 @@ from tokenprune import Backbone, Candidates, InterceptionError, Scorer, ScorerCo
 from tokenprune.backbones.interception import AttentionCall, Interception
 from tokenprune.pruning.budget import Threshold
 from tokenprune.pruning.executions import packed_attention
-from tokenprune.pruning.hooks import PruningHooks
 from tokenprune.pruning.packing import Packing
+from tokenprune.pruning.trace import Trace
 
 every_reduction = pytest.mark.parametrize(
     "pruned", ["drop", "fuse", "merge", "preserve", "fuse_preserve", "merge_preserve"]
@@ -48,7 +48,7 @@ def thresholds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def give(*scores: float) -> None:
         found = [Threshold(score, 2) for score in scores] or [None, None]
-        monkeypatch.setattr(PruningHooks, "_threshold", lambda self, stage: found[stage])
+        monkeypatch.setattr(Trace, "threshold", lambda self, stage, num_keep: found[stage])
 
     return give
 

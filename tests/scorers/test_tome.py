@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
+from tests.census.lookup import census_model
 from tests.helpers.attention import outputs_of
 from tests.helpers.command_line import fields
 from tests.helpers.refusals import refused
@@ -354,3 +355,11 @@ def test_reductions_that_leave_all_tokens_are_refused() -> None:
     case = BY_NAME["timm class token"]
     options = {"scorer": "tome", "pruned": "fast", "stages": (1, 2), "keep_ratio": (0.8, 0.7)}
     refused(case.model(), tokenprune.PlanError, "this reduction leaves all tokens", **options)
+
+
+def test_blocks_that_hold_their_tokens_as_a_grid_are_refused() -> None:
+    model, inputs = census_model("volo_d1_224")
+    tokenprune.sparsify(model, (1, 2), 0.8, **COMBINED)
+    with pytest.raises(tokenprune.InterceptionError, match=r"instead of tokens \(B, L, C\), which cannot be"):
+        model(**inputs)
+    assert torch._C._len_torch_function_stack() == 0

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from tokenprune.api import dense, sparsifier_of, unwrap
 from tokenprune.backbones.probing import eval_mode, random_inputs
-from tokenprune.pruning.executions import default_execution
 
 MIN_PAIRS = 8
 """With fewer pairs, their spread cannot be estimated."""
@@ -135,6 +134,8 @@ def throughput(
 ) -> ThroughputReport:
     """Time a sparsified model, unpruned and pruned in turn, on random images.
 
+    With an adaptive budget it is timed at the plan's numbers of tokens, since those of random images say nothing.
+
     Every other pair begins with the pruned one, so that what comes first gains or loses nothing by it.
 
     Args:
@@ -160,7 +161,12 @@ def throughput(
     images = random_inputs(unwrap(model), images=(batch_size, *input_size))["images"]
     dense_seconds: list[float] = []
     sparse_seconds: list[float] = []
-    with eval_mode(model), sparsifier.executing(default_execution(training=False)), torch.no_grad():
+    with (
+        eval_mode(model),
+        sparsifier.budgeting("fixed"),
+        sparsifier.executing(sparsifier.inference_execution),
+        torch.no_grad(),
+    ):
         for pair in range(-warmup, pairs):
             seconds = [_seconds(model, images, pruned=pruned) for pruned in (pair % 2 == 1, pair % 2 == 0)]
             before, after = reversed(seconds) if pair % 2 else seconds

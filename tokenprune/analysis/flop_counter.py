@@ -7,6 +7,7 @@ counted and what is left out.
 from __future__ import annotations
 
 import json
+import statistics
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,13 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenprune.analysis.flop_handlers import HANDLERS, is_weightless
+from tokenprune.analysis.flops_by_image import Costs, count_by_image
 from tokenprune.api import dense, sparsifier_of, unwrap
 from tokenprune.backbones.probing import eval_mode, random_inputs
 from tokenprune.errors import CountingError
-from tokenprune.pruning.executions import default_execution
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +41,7 @@ class FlopReport:
         sparse_blocks: The share of each block, pruned.
         stages: The share of each stage, its scorer and its reduction, in the pruned model.
         stage_blocks: Index of the block in front of which, or inside of which, each stage stands.
+        by_image: Multiply-adds of each of the given images with pruning, as many tokens as the model keeps of it.
     """
 
     input_size: tuple[int, ...]
@@ -50,6 +52,7 @@ class FlopReport:
     sparse_blocks: tuple[int, ...]
     stages: tuple[int, ...]
     stage_blocks: tuple[int, ...]
+    by_image: tuple[int, ...] = ()
 
     @property
     def dense_gmacs(self) -> float:
@@ -66,9 +69,27 @@ class FlopReport:
         """Dense ÷ sparse: the speed-up to expect."""
         return self.dense / self.sparse
 
+    @property
+    def mean_gmacs(self) -> float | None:
+        """The mean of `by_image`, in 10⁹; ``None`` where no images were given."""
+        return statistics.mean(self.by_image) / 1e9 if self.by_image else None
+
+    @property
+    def spread(self) -> tuple[float, float] | None:
+        """Lower and upper quartile of `by_image`, in 10⁹; ``None`` where no two images were given."""
+        if len(self.by_image) < 2:
+            return None
+        lower, _, upper = statistics.quantiles(self.by_image, n=4, method="inclusive")
+        return lower / 1e9, upper / 1e9
+
     def to_json(self) -> str:
         """All attributes, and the figures derived from them, as a JSON object."""
-        derived = {"dense_gmacs": self.dense_gmacs, "sparse_gmacs": self.sparse_gmacs, "ratio": self.ratio}
+        derived: dict[str, Any] = {
+            "dense_gmacs": self.dense_gmacs,
+            "sparse_gmacs": self.sparse_gmacs,
+            "ratio": self.ratio,
+        }
+        derived |= {} if not self.by_image else {"mean_gmacs": self.mean_gmacs, "spread": self.spread}
         return json.dumps({**asdict(self), **derived})
 
     def table(self) -> Table:
@@ -96,20 +117,30 @@ class FlopReport:
         return table
 
     def __str__(self) -> str:
-        return f"{self.dense_gmacs:.2f} GMACs dense, {self.sparse_gmacs:.2f} sparse, ratio {self.ratio:.2f}"
+        text = f"{self.dense_gmacs:.2f} GMACs dense, {self.sparse_gmacs:.2f} sparse, ratio {self.ratio:.2f}"
+        if not self.by_image:
+            return text
+        text += f"; {self.mean_gmacs:.2f} on average over {len(self.by_image)} images"
+        return text if self.spread is None else f"{text}, quartiles {self.spread[0]:.2f} … {self.spread[1]:.2f}"
 
 
 def flops(
     model: nn.Module,
     input_size: Sequence[int] = (3, 224, 224),
     *,
+    images: Tensor | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
 ) -> FlopReport:
     """Count the multiply-adds of a sparsified model for one image, unpruned and pruned.
 
+    Pruned means with the plan's numbers of tokens. With an adaptive budget images keep other numbers, and cost as much
+    as these only on average: give ``images`` to have each of them counted.
+
     Args:
         model: A sparsified model; its mode, weights and settings are left as they are.
         input_size: Channels, height and width of the image.
+        images: (B, channels, height, width), inputs of the model, for `FlopReport.by_image`; their size takes the
+            place of ``input_size``.
         forward_kwargs: What the model is called with besides the image, such as
             ``{"interpolate_pos_encoding": True}``.
 
@@ -121,6 +152,8 @@ def flops(
         CountingError: An operator that may do multiply-adds has no handler; the message names it.
     """
     inner = unwrap(model)
+    if images is not None:
+        input_size = images.shape[1:]
     blocks = _names(inner, sparsifier_of(model).backbone.blocks)
     with _counting(model, forward_kwargs or {}):
         image = random_inputs(inner, image=(1, *input_size))["image"]
@@ -132,7 +165,27 @@ def flops(
             dense_blocks=tuple(counts[name] for name in blocks),
             **_pruned(model, image),
         )
-    return report
+    if images is None:
+        return report
+    return replace(report, by_image=_by_image(model, images, report, forward_kwargs or {}))
+
+
+def _by_image(
+    model: nn.Module, images: Tensor, report: FlopReport, forward_kwargs: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """The multiply-adds of each of the images with pruning."""
+    sparsifier, inner = sparsifier_of(model), unwrap(model)
+    if sparsifier.thresholds_in_force is None:
+        return (report.sparse,) * len(images)
+
+    def costs(image: Tensor) -> Costs:
+        counts = count(inner, image)
+        blocks = [counts[name] for name in _names(inner, sparsifier.backbone.blocks)]
+        stages = [counts[name] for name in _names(inner, sparsifier.stages)]
+        return Costs(blocks, stages, counts[""] - sum(blocks) - sum(stages))
+
+    with eval_mode(inner), sparsifier.executing(sparsifier.inference_execution), _called_with(inner, forward_kwargs):
+        return count_by_image(inner, sparsifier, images, costs)
 
 
 def recount(model: nn.Module, report: FlopReport) -> FlopReport:
@@ -144,12 +197,17 @@ def recount(model: nn.Module, report: FlopReport) -> FlopReport:
 
 @contextmanager
 def _counting(model: nn.Module, forward_kwargs: Mapping[str, Any]) -> Iterator[None]:
-    inner, execution = unwrap(model), default_execution(training=False)
-    with eval_mode(inner), sparsifier_of(model).executing(execution), _called_with(inner, forward_kwargs):
+    inner, sparsifier = unwrap(model), sparsifier_of(model)
+    with (
+        eval_mode(inner),
+        sparsifier.budgeting("fixed"),
+        sparsifier.executing(sparsifier.inference_execution),
+        _called_with(inner, forward_kwargs),
+    ):
         yield
 
 
-def _pruned(model: nn.Module, image: torch.Tensor) -> dict[str, Any]:
+def _pruned(model: nn.Module, image: Tensor) -> dict[str, Any]:
     """What a report says of the pruned pass."""
     sparsifier, inner = sparsifier_of(model), unwrap(model)
     counts = count(inner, image)
@@ -167,7 +225,7 @@ def _names(model: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
     return [names[module] for module in modules]
 
 
-def count(model: nn.Module, inputs: torch.Tensor) -> Counter[str]:
+def count(model: nn.Module, inputs: Tensor) -> Counter[str]:
     """Multiply-adds of one forward pass by module name; ``""`` is the whole model.
 
     Raises:

@@ -18,7 +18,6 @@ from tokenprune.backbones.adapters import preprocessing_of
 from tokenprune.backbones.preprocessing import Picture, Preprocessing, name_of
 from tokenprune.backbones.probing import eval_mode
 from tokenprune.errors import PictureError, StateError, UnsupportedModelError
-from tokenprune.pruning.executions import default_execution
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,8 +54,8 @@ class KeptTokens:
         return self.grid[0] * self.grid[1]
 
     def num_kept(self, stage: int) -> int:
-        """How many patches of each image a stage keeps; stages count from 0."""
-        return int(self.keep[stage][0].sum())
+        """How many patches of each image a stage keeps, rounded where it is a mean; stages count from 0."""
+        return round(float(self.keep[stage].sum() / len(self.keep[stage])))
 
     def kept_pixels(self, stage: int) -> Tensor:
         """(B, H, W) bool: the pixels that belong to patches which a stage keeps."""
@@ -101,7 +100,7 @@ def kept_tokens(
     parameter = next(inner.parameters())
     with (
         eval_mode(inner),
-        sparsifier.executing(default_execution(training=False)),
+        sparsifier.executing(sparsifier.inference_execution),
         torch.no_grad(),
     ):
         inner(inputs.to(parameter.device, parameter.dtype), **(forward_kwargs or {}))

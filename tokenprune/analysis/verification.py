@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.api import dense, sparsifier_of
 from tokenprune.backbones.probing import call, eval_mode, kept_modes, named_outputs
-from tokenprune.errors import InterceptionError, StateError, UnsupportedModelError
+from tokenprune.errors import TokenpruneError
 from tokenprune.pruning.executions import default_execution, executions
 from tokenprune.pruning.sparsifier import Sparsifier
 from tokenprune.pruning.trace import Trace
@@ -171,13 +171,15 @@ def _hashed_scores(sparsifier: Sparsifier) -> Iterator[None]:
 @contextmanager
 def _unchanged(model: nn.Module, sparsifier: Sparsifier) -> Iterator[None]:
     """Restore what a training step and other settings change."""
-    plan, execution = sparsifier.plan, sparsifier.execution
+    plan, execution, budget = sparsifier.plan, sparsifier.execution, sparsifier.budget
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    sparsifier.budget = "fixed"
     try:
         yield
     finally:
         sparsifier.keep_ratio, sparsifier.execution = plan.keep_ratios, execution
+        sparsifier.budget = budget
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         for buffer, before in buffers.items():
@@ -227,10 +229,11 @@ def _in_other_executions(
             continue
         try:
             passes.append(_in_execution(name, model, sparsifier, inputs))
-        except (UnsupportedModelError, InterceptionError, StateError) as error:
+        except Exception as error:  # ours, or the model's own, whose blocks do not take what they are given
             if name == default_execution(training=True):
                 raise
-            cannot_run[name] = str(error)
+            known = isinstance(error, TokenpruneError)
+            cannot_run[name] = str(error) if known else f"{type(error).__name__}: {error}"
     return passes, cannot_run
 
 

@@ -1,13 +1,24 @@
 """Budgets: how many tokens a stage keeps of each image, the same number of all or as many as its scores call for.
 
-Shapes: B images, m patch tokens that reach a stage.
+Shapes: B images, m patch tokens that reach a stage, S stages.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
+
+from tokenprune.errors import CheckpointError
+
+Budget = Literal["fixed", "adaptive"]
+FIXED: Budget = "fixed"
+ADAPTIVE: Budget = "adaptive"
+BUDGETS: tuple[Budget, ...] = (FIXED, ADAPTIVE)
 
 
 class Threshold(NamedTuple):
@@ -33,3 +44,51 @@ class Threshold(NamedTuple):
             return above.sum(dim=1).clamp(min=self.least, max=scores.shape[1])
         reached = (left > 0).sum(dim=1)
         return (above & (left > 0)).sum(dim=1).clamp(min=self.least).minimum(reached)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """By which the stages of a plan keep different numbers of tokens, as many as planned on average.
+
+    They hold for the ratios that they were calibrated at, since what reaches a stage depends on the stages before it.
+
+    Attributes:
+        keep_ratios: The plan's cumulative ratios, one a stage.
+        scores: For each stage the score that a token to be kept exceeds; ``None`` for one that keeps all it gets.
+        floor_ratio: The fraction of the planned number that is kept of every image, whatever its scores, in (0, 1].
+    """
+
+    keep_ratios: tuple[float, ...]
+    scores: tuple[float | None, ...]
+    floor_ratio: float
+
+    def at(self, stage: int, num_keep: int) -> Threshold | None:
+        """The threshold of a stage that keeps ``num_keep`` tokens on average; ``None`` if it has none."""
+        score = self.scores[stage] if stage < len(self.scores) else None
+        return None if score is None else Threshold(score, max(1, math.floor(num_keep * self.floor_ratio)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As an object of JSON, which `from_dict` reads."""
+        return {"keep_ratios": [*self.keep_ratios], "scores": [*self.scores], "floor_ratio": self.floor_ratio}
+
+    @classmethod
+    def from_dict(cls, fields: Any, num_stages: int) -> Thresholds:
+        """Read what `to_dict` gave.
+
+        Raises:
+            CheckpointError: It is something else, or for another number of stages.
+        """
+        named = isinstance(fields, dict) and set(fields) == {"keep_ratios", "scores", "floor_ratio"}
+        if not named or not (
+            _are_numbers(fields["keep_ratios"], num_stages) and _are_numbers([fields["floor_ratio"]], 1)
+        ):
+            raise CheckpointError(f"{fields!r} are no thresholds for {num_stages} stages.")
+        scores = fields["scores"]
+        if not isinstance(scores, list) or not _are_numbers([0 if one is None else one for one in scores], num_stages):
+            raise CheckpointError(f"{scores!r} are no scores of {num_stages} stages.")
+        return cls(keep_ratios=tuple(fields["keep_ratios"]), scores=tuple(scores), floor_ratio=fields["floor_ratio"])
+
+
+def _are_numbers(values: Any, number: int) -> bool:
+    numbers = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == number
+    return numbers and all(isinstance(one, Real) and not isinstance(one, bool) for one in values)

@@ -6,13 +6,14 @@ Shapes: B images, P prefix tokens, N patch tokens, Q suffix tokens, L = P + N + 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from typing import NoReturn
 
 from torch import Tensor, nn
 
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.errors import InterceptionError, StateError
-from tokenprune.pruning.executions import Execution, default_execution
+from tokenprune.pruning.executions import AUTO, Execution, check_execution, default_execution, execution_class
 from tokenprune.pruning.recomputation import recomputing
 from tokenprune.tokens import Layout, sizes
 
@@ -61,6 +62,37 @@ def refuse_training_in_place() -> NoReturn:
         "many of each: train the tower by itself, or set model.tokenprune.execution = "
         f"{default_execution(training=False)!r}, in which scorers do not learn."
     )
+
+
+def check_calibrated(keep_ratios: tuple[float, ...], calibrated: Collection[tuple[float, ...]]) -> None:
+    """Refuse an adaptive budget at ratios for which there are no thresholds.
+
+    Raises:
+        StateError: It says for which there are some, and what to do.
+    """
+    if keep_ratios not in calibrated and any(ratio < 1 for ratio in keep_ratios):
+        found = " and ".join(map(str, calibrated)) or "none"
+        raise StateError(
+            f"an adaptive budget needs thresholds for the keep ratios {keep_ratios}; calibrated are {found}. Call "
+            "tokenprune.calibrate_budget(model, images) at these ratios, or set model.tokenprune.budget = 'fixed'."
+        )
+
+
+def check_by_image(execution: str, backbone: Backbone) -> None:
+    """Refuse an execution for an adaptive budget in which all images keep equally many tokens.
+
+    Raises:
+        StateError: It is one.
+        UnsupportedModelError: It is the one that is taken by itself, in which the model cannot run.
+    """
+    if execution == AUTO:
+        check_execution(default_execution(training=False, by_image=True), backbone)
+    elif not execution_class(execution).by_image:
+        raise StateError(
+            f"in {execution!r} execution all images keep equally many tokens, which an adaptive budget does not give: "
+            f"set model.tokenprune.execution = 'auto' or {default_execution(training=False, by_image=True)!r}, or "
+            "model.tokenprune.budget = 'fixed'."
+        )
 
 
 def refuse_order(block: nn.Module, index: int) -> NoReturn:

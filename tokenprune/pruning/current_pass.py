@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
 from tokenprune.pruning.attention_scopes import AttentionScopes
+from tokenprune.pruning.budget import Thresholds
 from tokenprune.pruning.executions import AUTO, Execution, Paths
 from tokenprune.pruning.places import stage_before, stage_into, stands_inside
 from tokenprune.pruning.plan import Plan
@@ -48,6 +49,11 @@ class CurrentPass(nn.Module):
     def restores(self) -> bool:
         """Whether pruned tokens are restored behind every block: the reduction does so, or the model needs them."""
         return self._restores
+
+    @property
+    def thresholds_in_force(self) -> Thresholds | None:
+        """By which stages keep different numbers of tokens of images; ``None`` where they keep as many of all."""
+        return None
 
     # Decisions are kept by stage: activation checkpointing runs a block again, in the backward pass, and must then find
     # what was in force when it ran first.

@@ -18,9 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.backbones.adaptations import Removed, Scope
 from tokenprune.pruning import checks
-from tokenprune.pruning.budget import Threshold
 from tokenprune.pruning.current_pass import CurrentPass
-from tokenprune.pruning.executions import AUTO, Execution, Whole, default_execution, execution_class
+from tokenprune.pruning.executions import Execution, Whole, chosen_execution, execution_class
 from tokenprune.pruning.places import Place, places, stage_before
 from tokenprune.pruning.recomputation import State, recomputing, remember
 from tokenprune.pruning.selection import Selection
@@ -99,8 +98,8 @@ class PruningHooks(CurrentPass):
         if not self.enabled:
             return
         backbone, tokens = self.backbone, find_tokens(block, args, kwargs)
-        layout = checks.layout_of(block, tokens, backbone)
-        name = default_execution(training=self.training) if self._execution == AUTO else self._execution
+        layout, thresholds = checks.layout_of(block, tokens, backbone), self.thresholds_in_force
+        name = chosen_execution(self._execution, training=self.training, by_image=thresholds is not None)
         if name not in self._executions:
             execution = execution_class(name)(backbone)
             self._executions[name] = Whole(execution) if self._whole else execution
@@ -109,7 +108,6 @@ class PruningHooks(CurrentPass):
             checks.refuse_training_in_place()
         running.begin()
         self._scopes.close()
-        self._running = running
         self.trace = Trace(
             execution=name,
             start=Selection(layout, all_kept=True),
@@ -118,8 +116,9 @@ class PruningHooks(CurrentPass):
             restored=self._restores,
             whole=self._whole,
             anew=self._anew,
+            thresholds=thresholds,
         )
-        self._open = True
+        self._running, self._open = running, True
 
     def _before_block(
         self, place: Place, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -162,7 +161,7 @@ class PruningHooks(CurrentPass):
             num_reached=trace.num_patches if stage == 0 or self._anew else counts[stage - 1],
             probability=self.keep_probabilities[stage],
             recorded=self.recomputed.selections[stage].recorded if again else self._scopes.take_recorded(),
-            threshold=self._threshold(stage),
+            threshold=trace.threshold(stage, counts[stage]),
         )
         selection = running.lay_out(selection)
         if not again:
@@ -177,10 +176,6 @@ class PruningHooks(CurrentPass):
         before = self.trace.start if before is None else before
         tokens, selection = self._prune(place.inside, place.block, before.unpack(tokens), before)
         return selection.pack(tokens)
-
-    def _threshold(self, stage: int) -> Threshold | None:
-        """By which a stage keeps different numbers of tokens; ``None`` where it keeps the same of all images."""
-        return None
 
     def _is_next(self, place: Place, block: nn.Module) -> bool:
         """Whether the pass has come to a block; one that somebody calls by itself runs as it is."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import CheckpointError, PlanError
+from tokenprune.pruning.budget import BUDGETS, FIXED, Budget, Thresholds
 from tokenprune.pruning.plan import Plan
 
 # A state dict's tensor is as long as this, or a multiple, whatever the figures in it, so that averages of
@@ -25,15 +26,22 @@ class Record:
         plan: Where is pruned and how much is kept.
         scorer: The name of the scorer; ``None`` for one without a registered name.
         pruned: The name of the reduction; ``None`` for one without a registered name.
+        budget: How many tokens stages keep of each image, ``"fixed"`` or ``"adaptive"``.
+        thresholds: What was calibrated for the latter, one entry for each plan.
     """
 
     plan: Plan
     scorer: str | None
     pruned: str | None
+    budget: Budget = FIXED
+    thresholds: tuple[Thresholds, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As an object of JSON, which `from_dict` reads; the plan carries the version."""
-        return {"plan": json.loads(self.plan.to_json()), "scorer": self.scorer, "pruned": self.pruned}
+        fields = {"plan": json.loads(self.plan.to_json()), "scorer": self.scorer, "pruned": self.pruned}
+        if self.thresholds:
+            fields |= {"budget": self.budget, "thresholds": [one.to_dict() for one in self.thresholds]}
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Record:
@@ -56,7 +64,14 @@ class Record:
             plan = Plan.from_json(json.dumps(fields["plan"]))
         except PlanError as error:
             raise CheckpointError(f"the record of how a model was sparsified holds no plan: {error}") from error
-        return cls(plan=plan, scorer=scorer, pruned=pruned)
+        budget, thresholds = fields.get("budget", FIXED), fields.get("thresholds", [])
+        if budget not in BUDGETS or not isinstance(thresholds, list):
+            raise CheckpointError(
+                f"budget={budget!r}, thresholds={thresholds!r}: expected one of {BUDGETS}, and a list, in the record "
+                "of how a model was sparsified."
+            )
+        read = tuple(Thresholds.from_dict(one, len(plan.stages)) for one in thresholds)
+        return cls(plan=plan, scorer=scorer, pruned=pruned, budget=budget, thresholds=read)
 
     def to_tensor(self) -> Tensor:
         """As bytes in a tensor, since formats without pickle hold tensors alone."""

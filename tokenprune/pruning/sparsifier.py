@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.backbones.backbone import Backbone
-from tokenprune.errors import CheckpointError
+from tokenprune.errors import CheckpointError, UnsupportedModelError
+from tokenprune.pruning.budget import ADAPTIVE, BUDGETS, FIXED, Budget, Thresholds
+from tokenprune.pruning.checks import check_by_image, check_calibrated
 from tokenprune.pruning.compilation import give_own_forward, take_own_forward
-from tokenprune.pruning.executions import check_execution
+from tokenprune.pruning.executions import check_execution, default_execution
 from tokenprune.pruning.hooks import PruningHooks
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.record import Record
@@ -44,6 +46,9 @@ class Sparsifier(PruningHooks):
         scorer: str | None = None,
     ) -> None:
         super().__init__(plan, backbone, stages)
+        self._budget: Budget = FIXED
+        self._thresholds: dict[tuple[float, ...], Thresholds] = {}
+        self._tried: Thresholds | None = None
         self.scorer = scorer
         self.pruned = pruned
         self._handles: list[RemovableHandle] = []
@@ -62,29 +67,117 @@ class Sparsifier(PruningHooks):
 
         Raises:
             PlanError: On setting ratios that make no plan; nothing is changed.
+            StateError: On setting ratios at which an adaptive budget has not been calibrated; nothing is changed.
         """
         return self._plan.keep_ratios
 
     @keep_ratio.setter
     def keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
-        self._plan = self._plan.with_keep_ratio(keep_ratio)
+        plan = self._plan.with_keep_ratio(keep_ratio)
+        if self._budget == ADAPTIVE:
+            check_calibrated(plan.keep_ratios, self._thresholds)
+        self._plan = plan
 
     @property
     def execution(self) -> str:
         """How decisions are carried out: ``"mask"``, ``"gather"``, ``"varlen"``, or ``"auto"``.
 
-        The last means mask in training mode and gather in eval mode.
+        The last means mask in training mode and gather in eval mode, or varlen where the budget is adaptive.
 
         Raises:
             ValueError: On setting anything else.
             UnsupportedModelError: On setting an execution in which this model cannot run.
+            StateError: On setting one in which all images keep equally many tokens, while the budget is adaptive.
         """
         return self._execution
 
     @execution.setter
     def execution(self, execution: str) -> None:
         check_execution(execution, self.backbone)
+        if self._budget == ADAPTIVE:
+            check_by_image(execution, self.backbone)
         self._execution = execution
+
+    @property
+    def budget(self) -> Budget:
+        """How many tokens a stage keeps of each image in eval mode: ``"fixed"`` or ``"adaptive"``.
+
+        *Fixed*: the plan's number of every image. *Adaptive*: as many as have a score above a threshold, which was set
+        by `tokenprune.calibrate_budget` so that their mean over images is the plan's number.
+
+        Raises:
+            ValueError: On setting anything else.
+            StateError: On setting ``"adaptive"`` without calibrated thresholds for these keep ratios, or in an
+                execution in which all images keep equally many tokens.
+            UnsupportedModelError: On setting ``"adaptive"`` for a model of which all images must keep equally many.
+        """
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: Budget) -> None:
+        if budget not in BUDGETS:
+            raise ValueError(f"budget={budget!r}: choose 'fixed' or 'adaptive'.")
+        if budget == ADAPTIVE:
+            if self._hands_on_kept():
+                raise UnsupportedModelError(
+                    "what follows the vision tower of this model takes equally many tokens of each image, which an "
+                    "adaptive budget does not give; sparsify the tower by itself."
+                )
+            if self._inside:
+                raise UnsupportedModelError(
+                    f"scorer={self.scorer!r} prunes inside of blocks by a number that it is given, which an adaptive "
+                    "budget does not give; choose another scorer."
+                )
+            if self._whole:
+                raise UnsupportedModelError(
+                    f"with pruned={self.pruned!r} every token stays in the sequence, and as many of each image take "
+                    "the one path or the other, which an adaptive budget does not give; choose another reduction."
+                )
+            check_by_image(self._execution, self.backbone)
+            check_calibrated(self._plan.keep_ratios, self._thresholds)
+        self._budget = budget
+
+    @property
+    def thresholds(self) -> tuple[Thresholds, ...]:
+        """What `tokenprune.calibrate_budget` has found, one entry for each plan that was calibrated."""
+        return tuple(self._thresholds.values())
+
+    @thresholds.setter
+    def thresholds(self, thresholds: Sequence[Thresholds]) -> None:
+        self._thresholds = {one.keep_ratios: one for one in thresholds}
+
+    @property
+    def inference_execution(self) -> str:
+        """The execution that ``"auto"`` takes in eval mode."""
+        return default_execution(training=False, by_image=self.thresholds_in_force is not None)
+
+    @property
+    def thresholds_in_force(self) -> Thresholds | None:
+        """By which stages keep different numbers of tokens of images; ``None`` where they keep as many of all."""
+        if self._tried is not None:
+            return self._tried
+        if self._budget == FIXED or all(ratio == 1 for ratio in self._plan.keep_ratios):
+            return None
+        check_calibrated(self._plan.keep_ratios, self._thresholds)  # weights may have been loaded that have none
+        return self._thresholds[self._plan.keep_ratios]
+
+    @contextmanager
+    def budgeting(self, budget: Budget) -> Iterator[None]:
+        """While it lasts, the budget is this one."""
+        before, self.budget = self._budget, budget
+        try:
+            yield
+        finally:
+            self._budget = before
+
+    @contextmanager
+    def trying(self, thresholds: Thresholds) -> Iterator[None]:
+        """While it lasts, stages go by these thresholds, and those without one keep equally many of all images."""
+        self._tried = thresholds
+        try:
+            yield
+        finally:
+            self._tried = None
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -109,14 +202,20 @@ class Sparsifier(PruningHooks):
     @property
     def record(self) -> Record:
         """What `sparsify` was asked for, with the keep ratios as they are now."""
-        return Record(plan=self._plan, scorer=self.scorer, pruned=self.pruned)
+        return Record(
+            plan=self._plan,
+            scorer=self.scorer,
+            pruned=self.pruned,
+            budget=self._budget,
+            thresholds=self.thresholds,
+        )
 
     def get_extra_state(self) -> Tensor:
         """The `record` as a tensor, which `tokenprune.from_pretrained` finds in a library's own files."""
         return self.record.to_tensor()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Loading weights changes neither plan nor keep ratio, which are the user's; see `from_pretrained`."""
+        """Loading weights changes neither plan, keep ratio nor budget, which are the user's; see `from_pretrained`."""
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
@@ -127,15 +226,17 @@ class Sparsifier(PruningHooks):
             missing.remove(key)
         if key in state_dict:
             try:
-                stages = Record.from_tensor(state_dict[key]).plan.stages
+                record = Record.from_tensor(state_dict[key])
             except CheckpointError as error:
                 errors.append(f"{key}: {error} Take it out of the state dict to load the weights in spite of that.")
                 return
-            if stages != self._plan.stages:
+            if record.plan.stages != self._plan.stages:
                 errors.append(
-                    f"the weights belong to scorers at stages {stages}, and these are at {self._plan.stages}; take "
-                    f"{key!r} out of the state dict to load them in spite of that."
+                    f"the weights belong to scorers at stages {record.plan.stages}, and these are at "
+                    f"{self._plan.stages}; take {key!r} out of the state dict to load them in spite of that."
                 )
+                return
+            self.thresholds = record.thresholds  # which belong to the scores that these weights give
 
     # Attaching and detaching
 

@@ -47,7 +47,16 @@ class TokenSum(Interception):
         self.entered = False
 
     def begin(self, place: Place, attended: Tensor) -> None:
-        """Wait for a sum of the shape of what attention gave, (B, K, C)."""
+        """Wait for a sum of the shape of what attention gave, (B, K, C).
+
+        Raises:
+            InterceptionError: It gave something else.
+        """
+        if attended.dim() != 3:
+            raise InterceptionError(
+                f"the attention of block {place.block} gave {tuple(attended.shape)} instead of tokens (B, L, C), which "
+                "cannot be merged between attention and MLP; take another scorer, which prunes in front of blocks."
+            )
         self._place, self._shape = place, tuple(attended.shape)
         self.entered = True
         self.enter()

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenprune.pruning.budget import Threshold, Thresholds
 from tokenprune.pruning.selection import Selection
 from tokenprune.tokens import Layout
 
@@ -29,6 +30,7 @@ class Trace:
         restored: Whether pruned tokens were restored behind every block, or never left the sequence.
         whole: Whether they never left it, and went on by another path.
         anew: Whether every stage decided on all patch tokens, whatever the one before had decided.
+        thresholds: By which images keep different numbers of tokens; ``None`` where all keep as many.
         tokens: The final normalised tokens, laid out as `layout` says, (B, L, C); recorded for losses in training
             mode, and in executions that train, while gradients are enabled.
     """
@@ -41,7 +43,12 @@ class Trace:
     restored: bool = False
     whole: bool = False
     anew: bool = False
+    thresholds: Thresholds | None = None
     tokens: Tensor | None = None
+
+    def threshold(self, stage: int, num_keep: int) -> Threshold | None:
+        """By which a stage keeps ``num_keep`` tokens of an image on average; ``None`` where it keeps so many of all."""
+        return None if self.thresholds is None else self.thresholds.at(stage, num_keep)
 
     @property
     def num_patches(self) -> int:

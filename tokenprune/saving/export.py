@@ -240,6 +240,11 @@ def _as_it_runs(model: nn.Module) -> Iterator[None]:
     with ExitStack() as settings:
         settings.enter_context(eval_mode(model))
         for sparsifier in sparsifiers:
+            if sparsifier.enabled and sparsifier.budget != "fixed":
+                raise ExportError(
+                    "a file keeps equally many tokens of every image, and this model's budget is adaptive; set "
+                    "model.tokenprune.budget = 'fixed' to export it as it is planned."
+                )
             settings.enter_context(sparsifier.executing(default_execution(training=False)))
         try:
             yield

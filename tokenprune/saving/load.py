@@ -175,6 +175,8 @@ def _sparsified(
     except (PlanError, ValueError) as error:
         raise CheckpointError(f"{type(model).__name__} cannot be sparsified as the saved model was: {error}") from error
     sparsifier = sparsifier_of(model)
+    sparsifier.thresholds = record.thresholds
+    sparsifier.budget = record.budget
     expected = {f"{_PREFIX}{name}": value for name, value in sparsifier.state_dict().items()}
     expected.pop(_EXTRA, None)
     built = f"scorer={builders.scorer!r} and pruned={builders.pruned!r} build"

@@ -61,6 +61,10 @@ class Batches:
             self.num_images += num_images(batch)
         return batch
 
+    def some(self, number: int) -> list[Inputs]:
+        """So many of the next batches, or as many as there are."""
+        return list(islice(iter(self.next, None), number))
+
     def _read(self) -> Iterator[Inputs]:
         return all_inputs(self._images, device=self._device, dtype=self._dtype)
 

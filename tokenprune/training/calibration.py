@@ -16,6 +16,7 @@ from torch import nn
 from tokenprune.api import sparsifier_of, unwrap
 from tokenprune.pruning.plan import cumulative_ratios
 from tokenprune.training.batches import Batches
+from tokenprune.training.budgets import calibrate_anew
 from tokenprune.training.calibration_report import Agreement, CalibrationReport
 from tokenprune.training.comparison import Comparison
 from tokenprune.training.fitting import Fit, fit
@@ -30,6 +31,8 @@ from tokenprune.training.requirements import (
 )
 from tokenprune.training.validation import Validation
 
+NUM_BUDGET_BATCHES = 6
+
 
 def calibrate(
     model: nn.Module,
@@ -43,6 +46,7 @@ def calibrate(
     backbone_learning_rate: float = 2e-4,
     autocast: torch.dtype | None = None,
     validation_batches: int = 2,
+    adaptive: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> CalibrationReport:
@@ -89,6 +93,8 @@ def calibrate(
         backbone_learning_rate: The same for ``backbone_steps``.
         autocast: The dtype in which to run the model, such as ``torch.bfloat16``; ``None`` means its own.
         validation_batches: How many batches to hold back; where there are no more than that, half of what there is.
+        adaptive: Whether to find the thresholds of an adaptive budget afterwards, as `calibrate_budget` does, on the
+            batches that are held back and the next ones. A model that has thresholds gets new ones in any case.
         seed: Of what is drawn.
         progress: Whether to show a bar on stderr, if that is a terminal or a notebook.
 
@@ -122,7 +128,7 @@ def calibrate(
         plans += [cumulative_ratios(ratio, len(plans[0])) for ratio in checked_range(keep_ratio_range)]
     added, rest = trained_parameters(model, train, steps)
     parameter = next(inner.parameters())
-    with preserved(inner, sparsifier, {*added, *rest}, seed):
+    with preserved(inner, sparsifier, {*added, *rest}, seed), sparsifier.budgeting("fixed"):
         inner.eval()
         batches = Batches(images, num_held_back=validation_batches, device=parameter.device, dtype=parameter.dtype)
         comparison = Comparison(inner, sparsifier, autocast)
@@ -147,6 +153,8 @@ def calibrate(
                     num_plans=1,
                     progress=bar,
                 )
+        num_images = batches.num_images
+        calibrate_anew(inner, [*batches.held_back, *batches.some(NUM_BUDGET_BATCHES)], adaptive=adaptive)
     return CalibrationReport(
         measure=comparison.measure,
         agreements=tuple(
@@ -156,7 +164,7 @@ def calibrate(
         steps=len(run.losses),
         step_left=run.left_step,
         stopped=run.stopped,
-        num_images=batches.num_images,
+        num_images=num_images,
         num_validation_images=validation.num_images,
         kept_ratios=run.left.kept_ratios,
         losses=tuple(run.losses),

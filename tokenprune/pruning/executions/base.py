@@ -222,9 +222,20 @@ def execution_class(name: str) -> type[Execution]:
     return _EXECUTIONS[name]
 
 
-def default_execution(*, training: bool) -> str:
-    """The execution that ``"auto"`` takes in training mode, or in eval mode."""
-    return next(name for name, execution in _EXECUTIONS.items() if execution.trains is training)
+def default_execution(*, training: bool, by_image: bool = False) -> str:
+    """The execution that ``"auto"`` takes in training mode, or in eval mode.
+
+    Args:
+        training: Which of them.
+        by_image: Whether images are to keep different numbers of tokens.
+    """
+    chosen = (one for one in _EXECUTIONS.items() if one[1].trains is training and (one[1].by_image or not by_image))
+    return next(name for name, _ in chosen)
+
+
+def chosen_execution(name: str, *, training: bool, by_image: bool) -> str:
+    """The execution of a name, which may be ``"auto"``; see `default_execution`."""
+    return default_execution(training=training, by_image=by_image) if name == AUTO else name
 
 
 def check_execution(name: str, backbone: Backbone) -> None:
