@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tokenprune
+from tests.census.hosts import is_older
 from tests.helpers.zoo import BY_NAME, Case, hook_counts, models
 from tokenprune.training import progress as progress_module
 from tokenprune.training.levels import level
@@ -80,6 +81,13 @@ def test_it_trains_the_scorers_and_leaves_everything_else_bit_by_bit(case: Case)
     assert report.measure == ("feature cosine" if case.name in features else "top-1 agreement")
 
 
+# What is gained depends on the random weights, which other releases of transformers make in another order.
+as_recorded = pytest.mark.skipif(
+    is_older("transformers"), reason="other weights than those that the test was written for"
+)
+
+
+@as_recorded
 def test_the_pruned_model_comes_nearer_to_the_dense_one() -> None:
     case = BY_NAME["transformers SigLIP"]
     model, images = sparse(case), batches(case, 6, size=16)
@@ -151,6 +159,7 @@ def interrupted_after(images: list[Tensor], number: int, error: type[BaseExcepti
     raise error
 
 
+@as_recorded
 def test_ctrl_c_leaves_the_best_so_far() -> None:
     case = BY_NAME["transformers SigLIP"]
     images = batches(case, 4, size=8)
