@@ -10,11 +10,22 @@ Training = Literal["none", "calibrated", "gathered", "masked"]
 TRAININGS: dict[Training, str] = {
     "none": "no training",
     "calibrated": "calibrated",
-    "gathered": "calibrated, then fine-tuned gathered",
+    "gathered": "fine-tuned gathered",
     "masked": "fine-tuned masked",
 }
-REDUCTIONS = ("drop", "fuse", "merge")
+REDUCTIONS = ("drop", "fuse", "merge", "merge_sizes")
 TRAINING_FREE = ("random", "cls_attention", "redundancy", "informative")
+
+GATHERED = (
+    ("predictor", "drop"),
+    ("static", "drop"),
+    ("random", "drop"),
+    ("informative", "drop"),
+    ("predictor", "fuse"),
+    ("predictor", "merge_sizes"),
+    ("tome", "merge_sizes"),
+)
+"""Scorers, each with its reduction, whose backbone is trained with tokens removed and scorers held."""
 
 COSTS = (0.60, 0.48, 0.40, 0.35)
 """Multiply-adds as fractions of the dense model's: those of ρ about 0.66, 0.5, 0.35 and 0.22."""
@@ -60,6 +71,7 @@ class Point:
 def points(seeds: int = len(SEEDS)) -> Iterator[Point]:
     """Every point: what needs no training before what does, low costs first, one seed before the others."""
     free = [Method(scorer=scorer, pruned=pruned, training="none") for scorer in TRAINING_FREE for pruned in REDUCTIONS]
+    free.append(Method(scorer="tome", pruned="merge_sizes", training="none"))
     for cost in sorted(COSTS):
         yield from (Point(method=method, cost=cost) for method in free)
     for seed in SEEDS[:seeds]:
@@ -70,8 +82,8 @@ def points(seeds: int = len(SEEDS)) -> Iterator[Point]:
         for scorer, pruned in (*(("predictor", one) for one in REDUCTIONS), ("static", "drop")):
             method = Method(scorer=scorer, pruned=pruned, training="calibrated")
             yield from (Point(method=method, cost=cost, seed=seed) for cost in COSTS)
-        for pruned in ("drop", "fuse"):
-            method = Method(scorer="predictor", pruned=pruned, training="gathered")
+        for scorer, pruned in GATHERED:
+            method = Method(scorer=scorer, pruned=pruned, training="gathered")
             yield from (Point(method=method, cost=cost, seed=seed) for cost in LOW_COSTS)
     for seed in SEEDS[:seeds]:
         method = Method(scorer="predictor", pruned="drop", training="masked")

@@ -16,10 +16,10 @@ from recipes.frontier.runs import Runs
 
 COLORS = {
     "random": "#9aa0a6", "static": "#c77700", "cls_attention": "#2a9d8f", "redundancy": "#8e6bbf",
-    "informative": "#1f6fd0", "predictor": "#c62828",
+    "informative": "#1f6fd0", "predictor": "#c62828", "tome": "#6d4c41",
 }  # fmt: skip
 LINES = {"none": ":", "calibrated": "-", "gathered": "--", "masked": "-."}
-MARKERS = {"drop": "o", "fuse": "s", "merge": "^"}
+MARKERS = {"drop": "o", "fuse": "s", "merge": "^", "merge_sizes": "v"}
 
 # Method -> cost -> accuracies, one a seed.
 Found = dict[Method, dict[float, list[float]]]
