@@ -68,8 +68,9 @@ def _tome_ratios(model: nn.Module, budget: float) -> tuple[float, ...]:
 
 
 def _num_patches(model: nn.Module) -> int:
-    height, width = attached(model).backbone.grid_size
-    return int(height * width)
+    grid = attached(model).backbone.grid_size
+    assert grid is not None
+    return grid[0] * grid[1]
 
 
 def _gmacs(model: nn.Module, keep_ratios: Any) -> float:
