@@ -12,7 +12,9 @@ from torch import nn
 
 from tokenprune.backbones.adapters import describe
 from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.probing import call, eval_mode, random_inputs
 from tokenprune.errors import PlanError, StateError, UnsupportedModelError
+from tokenprune.pruning.executions import default_execution
 from tokenprune.pruning.parts import Parts, scored_shares
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.reductions import (
@@ -142,6 +144,67 @@ def dense(model: nn.Module) -> Iterator[None]:
     """
     with sparsifier_of(model).disabled():
         yield
+
+
+def freeze(model: Model, inputs: Any = None) -> Model:
+    """Leave of a sparsified model what serving at its present keep ratios needs: the shortest path.
+
+    All hooks but one at each stage are taken out, and a stage ranks tokens, picks the best and gathers them, with the
+    weights of a learned scorer folded into one another. It keeps no record: ``model.tokenprune.trace`` is ``None``.
+    Outputs differ by rounding alone. A frozen model runs in eval mode, at these keep ratios, and on images of any
+    size; weights may still be loaded, and it is saved, exported and compiled like any other. A block that is called
+    by itself prunes as it does in the model. `unfreeze` undoes it exactly, and so does `unsparsify`.
+
+    Args:
+        model: A sparsified model, possibly wrapped, whose reduction is ``"drop"`` and whose blocks are given tokens
+            alone.
+        inputs: What the model is called with once, to see what its blocks are given: a tensor, a tuple of positional
+            arguments or a mapping of keyword arguments. ``None`` takes random images.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        StateError: It is not sparsified, or frozen already.
+        UnsupportedModelError: It cannot be frozen; the message says why.
+
+    Whatever is raised, the model is left as it was.
+    """
+    sparsifier, inner = sparsifier_of(model), unwrap(model)
+    if sparsifier.frozen:
+        raise StateError("the model is frozen already; call tokenprune.unfreeze(model) first.")
+    if sparsifier.budget != "fixed":
+        raise UnsupportedModelError(
+            "a frozen model keeps equally many tokens of every image, and this model's budget is adaptive; set "
+            "model.tokenprune.budget = 'fixed' first."
+        )
+    before = sparsifier.trace
+    with torch.no_grad(), eval_mode(inner), sparsifier.executing(default_execution(training=False)):
+        if inputs is None:
+            inputs = random_inputs(inner, images=(1, *sparsifier.backbone.input_size(inner)))["images"]
+        call(inner, inputs)
+    trial, sparsifier.trace = sparsifier.trace, before
+    obstacles = sparsifier.freezing_obstacles(trial)
+    if obstacles or trial is None:
+        raise UnsupportedModelError(f"this {type(inner).__name__} cannot be frozen: {'; '.join(obstacles)}.")
+    sparsifier.freeze(trial)
+    return model
+
+
+def unfreeze(model: Model) -> Model:
+    """Give a frozen model back what `freeze` has taken out.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        StateError: It is not frozen.
+    """
+    sparsifier = sparsifier_of(model)
+    if not sparsifier.frozen:
+        raise StateError("the model is not frozen.")
+    sparsifier.unfreeze(unwrap(model))
+    return model
 
 
 def sparsifier_of(model: nn.Module) -> Sparsifier:

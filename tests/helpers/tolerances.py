@@ -40,3 +40,7 @@ VARLEN = {
     # The same in double precision.
     torch.float64: 1e-9,
 }
+
+FROZEN = 1e-5
+"""A frozen model beside the same one with its hooks, relative to the largest output: constants of scorers are folded,
+and tokens go on in another order, so that sums run in another order."""

@@ -15,6 +15,7 @@ from tokenprune.backbones.interception import Interception
 from tokenprune.pruning.attention_scopes import AttentionScopes
 from tokenprune.pruning.budget import Thresholds
 from tokenprune.pruning.executions import AUTO, Execution, Paths
+from tokenprune.pruning.frozen import FrozenStage
 from tokenprune.pruning.places import stage_before, stage_into, stands_inside
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.recomputation import State, recomputing
@@ -43,6 +44,7 @@ class CurrentPass(nn.Module):
         self._plan = plan
         self._execution = AUTO
         self._inside = stands_inside(stages)
+        self._frozen: tuple[FrozenStage, ...] | None = None
         self._prepare()
 
     @property
@@ -77,9 +79,11 @@ class CurrentPass(nn.Module):
         self._entry = State()
         self._state = State()
         self.recomputed = State()
+        self._frozen_image: tuple[int, Tensor | None] = 0, None
 
     _LIVE: ClassVar[list[str]] = [
-        "trace", "_executions", "_running", "_scopes", "_sum", "_tail", "_everything", "_entry", "_state", "recomputed"
+        "trace", "_executions", "_running", "_scopes", "_sum", "_tail", "_everything", "_entry", "_state", "recomputed",
+        "_frozen_image",
     ]  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:

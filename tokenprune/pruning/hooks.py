@@ -95,7 +95,7 @@ class PruningHooks(CurrentPass):
         if recomputing():
             return
         self.trace, self._running, self._state, self._open = None, None, State(), False
-        if not self.enabled:
+        if not self.enabled or self._frozen is not None:  # the latter for guards of compiled code
             return
         backbone, tokens = self.backbone, find_tokens(block, args, kwargs)
         layout, thresholds = checks.layout_of(block, tokens, backbone), self.thresholds_in_force
