@@ -15,6 +15,7 @@ from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.probing import call, eval_mode, random_inputs
 from tokenprune.errors import PlanError, StateError, UnsupportedModelError
 from tokenprune.pruning.executions import default_execution
+from tokenprune.pruning.frozen import FrozenStage
 from tokenprune.pruning.parts import Parts, scored_shares
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.reductions import (
@@ -170,7 +171,7 @@ def freeze(model: Model, inputs: Any = None) -> Model:
 
     Whatever is raised, the model is left as it was.
     """
-    sparsifier, inner = sparsifier_of(model), unwrap(model)
+    sparsifier = sparsifier_of(model)
     if sparsifier.frozen:
         raise StateError("the model is frozen already; call tokenprune.unfreeze(model) first.")
     if sparsifier.budget != "fixed":
@@ -178,17 +179,34 @@ def freeze(model: Model, inputs: Any = None) -> Model:
             "a frozen model keeps equally many tokens of every image, and this model's budget is adaptive; set "
             "model.tokenprune.budget = 'fixed' first."
         )
+    sparsifier.freeze(frozen_stages(model, inputs))
+    return model
+
+
+def frozen_stages(
+    model: nn.Module, inputs: Any = None, kind: type[FrozenStage] = FrozenStage
+) -> tuple[FrozenStage, ...]:
+    """The stages that a model would have frozen, of a kind; it is called once.
+
+    Raises:
+        UnsupportedModelError: It cannot be frozen; the message says why.
+    """
+    sparsifier, inner = sparsifier_of(model), unwrap(model)
     before = sparsifier.trace
-    with torch.no_grad(), eval_mode(inner), sparsifier.executing(default_execution(training=False)):
+    with (
+        torch.no_grad(),
+        eval_mode(inner),
+        sparsifier.thawed(inner),
+        sparsifier.executing(default_execution(training=False)),
+    ):
         if inputs is None:
             inputs = random_inputs(inner, images=(1, *sparsifier.backbone.input_size(inner)))["images"]
         call(inner, inputs)
-    trial, sparsifier.trace = sparsifier.trace, before
-    obstacles = sparsifier.freezing_obstacles(trial)
-    if obstacles or trial is None:
-        raise UnsupportedModelError(f"this {type(inner).__name__} cannot be frozen: {'; '.join(obstacles)}.")
-    sparsifier.freeze(trial)
-    return model
+        trial, sparsifier.trace = sparsifier.trace, before
+        obstacles = sparsifier.freezing_obstacles(trial)
+        if obstacles or trial is None:
+            raise UnsupportedModelError(f"this {type(inner).__name__} cannot be frozen: {'; '.join(obstacles)}.")
+        return sparsifier.frozen_stages(trial, kind)
 
 
 def unfreeze(model: Model) -> Model:

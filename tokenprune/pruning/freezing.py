@@ -60,12 +60,13 @@ class FreezingHooks(PruningHooks):
             handle.remove()
         return bool(handles) or adaptation in self._scopes.adapting
 
-    def _layouts_before(self, trial: Trace) -> list[Any]:
+    def frozen_stages(self, trial: Trace, kind: type[FrozenStage] = FrozenStage) -> tuple[FrozenStage, ...]:
+        """The stages as inference needs them, for sequences such as those of a pass."""
         before = [trial.start, *trial.selections[:-1]]
-        return [
-            self.backbone.layout_at(selection.layout, block)
-            for selection, block in zip(before, self._plan.stages, strict=True)
+        layouts = [
+            self.backbone.layout_at(one.layout, block) for one, block in zip(before, self._plan.stages, strict=True)
         ]
+        return tuple(kind(cast(Stage, stage), layout) for stage, layout in zip(self.stages, layouts, strict=True))
 
     def _install_frozen(self) -> Iterator[RemovableHandle]:
         assert self._frozen is not None
@@ -96,11 +97,6 @@ class FreezingHooks(PruningHooks):
         tokens, indices = stage.prune(tokens, num_keep, indices=indices, num_patches=num_patches, grid=grid)
         self._frozen_image = num_patches, indices
         return replace_tokens(args, kwargs, tokens)
-
-
-def frozen_stages(stages: Sequence[nn.Module], layouts: Sequence[Any]) -> tuple[FrozenStage, ...]:
-    """The stages as inference needs them, for the layouts of what reaches each."""
-    return tuple(FrozenStage(cast(Stage, stage), layout) for stage, layout in zip(stages, layouts, strict=True))
 
 
 def _check_alone(block: nn.Module, others: Sequence[Any]) -> None:

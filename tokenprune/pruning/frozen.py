@@ -109,6 +109,17 @@ class FrozenStage:
         )
 
 
+class CutStage(FrozenStage):
+    """Cuts the sequence off at the number of tokens that the stage keeps, whichever they are: the speed there is to
+    have, where choosing and gathering cost nothing."""
+
+    def prune(self, tokens: Tensor, num_keep: int, **others: Any) -> tuple[Tensor, Tensor | None]:
+        end = self.num_prefix + num_keep
+        if not self.num_suffix:
+            return tokens.narrow(1, 0, end).contiguous(), None
+        return torch.cat([tokens[:, :end], tokens[:, -self.num_suffix :]], dim=1), None
+
+
 class _Rows:
     """Which rows go on where the sequences of all images stand one behind the other.
 

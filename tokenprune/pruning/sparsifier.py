@@ -15,11 +15,11 @@ from tokenprune.pruning.budget import ADAPTIVE, BUDGETS, FIXED, Budget, Threshol
 from tokenprune.pruning.checks import check_by_image, check_calibrated
 from tokenprune.pruning.compilation import give_own_forward, take_own_forward
 from tokenprune.pruning.executions import AUTO, check_execution, default_execution
-from tokenprune.pruning.freezing import FreezingHooks, frozen_stages
+from tokenprune.pruning.freezing import FreezingHooks
+from tokenprune.pruning.frozen import FrozenStage
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.record import Record
 from tokenprune.pruning.stage import Stage
-from tokenprune.pruning.trace import Trace
 
 
 class Sparsifier(FreezingHooks):
@@ -274,11 +274,11 @@ class Sparsifier(FreezingHooks):
         model._modules.pop("tokenprune", None)
         self._own_forward, self.trace, self._frozen = [], None, None
 
-    def freeze(self, trial: Trace) -> None:
-        """Exchange the hooks for those of a frozen model, of which ``trial`` is the record of a pass."""
+    def freeze(self, frozen: tuple[FrozenStage, ...]) -> None:
+        """Exchange the hooks for those of a frozen model."""
         self._close()
         self._take_out_hooks()
-        self._frozen, self.trace = frozen_stages(list(self.stages), self._layouts_before(trial)), None
+        self._frozen, self.trace = frozen, None
         self._handles += self._install_frozen()
 
     def unfreeze(self, model: nn.Module) -> None:
@@ -290,18 +290,28 @@ class Sparsifier(FreezingHooks):
     @contextmanager
     def thawed(self, model: nn.Module) -> Iterator[None]:
         """While it lasts, ``model`` is not frozen."""
-        frozen = self._frozen
-        if frozen is None:
+        before = self._frozen
+        if before is None:
             yield
             return
         self.unfreeze(model)
         try:
             yield
         finally:
-            self._close()
-            self._take_out_hooks()
-            self._frozen, self.trace = frozen, None
-            self._handles += self._install_frozen()
+            self.freeze(before)
+
+    @contextmanager
+    def running_on(self, frozen: tuple[FrozenStage, ...], model: nn.Module) -> Iterator[None]:
+        """While it lasts, ``model`` is frozen with other stages."""
+        before = self._frozen
+        self.freeze(frozen)
+        try:
+            yield
+        finally:
+            if before is None:
+                self.unfreeze(model)
+            else:
+                self.freeze(before)
 
     def _take_out_hooks(self) -> None:
         for handle in self._handles:
