@@ -48,6 +48,9 @@ benchmarks: $(READY)
 		--keep-ratio 0.5 --pairs 11 --name training-digits-cpu
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.varlen
+	$(BIN)/python -m benchmarks.planning
+	$(BIN)/python -m benchmarks.frozen
+	$(BIN)/python -m benchmarks.frozen --model digits_vit --batch-size 1 --batch-size 64 --name frozen-digits-cpu
 
 benchmarks-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -16,16 +16,16 @@ TRAININGS: dict[Training, str] = {
 REDUCTIONS = ("drop", "fuse", "merge", "merge_sizes")
 TRAINING_FREE = ("random", "cls_attention", "redundancy", "informative")
 
-GATHERED = (
-    ("predictor", "drop"),
+GATHERED = (("predictor", "drop"), ("predictor", "fuse"))
+"""Scorers and reductions whose backbone is trained with tokens removed and scorers held, at both low costs."""
+GATHERED_BESIDE = (
     ("static", "drop"),
     ("random", "drop"),
     ("informative", "drop"),
-    ("predictor", "fuse"),
     ("predictor", "merge_sizes"),
     ("tome", "merge_sizes"),
 )
-"""Scorers, each with its reduction, whose backbone is trained with tokens removed and scorers held."""
+"""The same at the higher of them alone."""
 
 COSTS = (0.60, 0.48, 0.40, 0.35)
 """Multiply-adds as fractions of the dense model's: those of ρ about 0.66, 0.5, 0.35 and 0.22."""
@@ -82,9 +82,10 @@ def points(seeds: int = len(SEEDS)) -> Iterator[Point]:
         for scorer, pruned in (*(("predictor", one) for one in REDUCTIONS), ("static", "drop")):
             method = Method(scorer=scorer, pruned=pruned, training="calibrated")
             yield from (Point(method=method, cost=cost, seed=seed) for cost in COSTS)
-        for scorer, pruned in GATHERED:
+        for scorer, pruned in (*GATHERED, *GATHERED_BESIDE):
             method = Method(scorer=scorer, pruned=pruned, training="gathered")
-            yield from (Point(method=method, cost=cost, seed=seed) for cost in LOW_COSTS)
+            costs = LOW_COSTS if (scorer, pruned) in GATHERED else LOW_COSTS[:1]
+            yield from (Point(method=method, cost=cost, seed=seed) for cost in costs)
     for seed in SEEDS[:seeds]:
         method = Method(scorer="predictor", pruned="drop", training="masked")
         yield from (Point(method=method, cost=cost, seed=seed) for cost in LOW_COSTS)

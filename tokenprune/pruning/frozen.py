@@ -110,8 +110,10 @@ class FrozenStage:
 
 
 class CutStage(FrozenStage):
-    """Cuts the sequence off at the number of tokens that the stage keeps, whichever they are: the speed there is to
-    have, where choosing and gathering cost nothing."""
+    """Cuts the sequence off at the number of tokens that the stage keeps, whichever they are.
+
+    That is the speed there is to have: what choosing and gathering tokens cost comes on top.
+    """
 
     def prune(self, tokens: Tensor, num_keep: int, **others: Any) -> tuple[Tensor, Tensor | None]:
         end = self.num_prefix + num_keep
