@@ -18,6 +18,7 @@ from tokenprune.backbones.adaptations import Adaptation, Setting, TokenTable
 from tokenprune.backbones.adapters import Adapter
 from tokenprune.backbones.backbone import Backbone, Level
 from tokenprune.backbones.examples import Example
+from tokenprune.backbones.packed import Packed
 from tokenprune.backbones.preprocessing import Preprocessing
 from tokenprune.backbones.supported import SupportedModel, supported
 from tokenprune.backbones.token_wise import TokenWise
@@ -77,6 +78,7 @@ __all__ = [
     "KeptTokens",
     "Level",
     "MissingExtraError",
+    "Packed",
     "PictureError",
     "Plan",
     "PlanError",
