@@ -184,8 +184,13 @@ _FAMILIES: dict[str, Callable[[PreTrainedModel, Any], dict[str, Any]]] = {
     "phi4_multimodal_vision": _with_patch_mask,
     "pixtral": _with_image_sizes,
     **dict.fromkeys(
-        ("ernie4_5_vl_moe_vision", "video_llama_3_vision", "dots3_note_vision_encoder", "glm_image_vision",
-         "cosmos3_edge_vision"),
+        (
+            "ernie4_5_vl_moe_vision",
+            "video_llama_3_vision",
+            "dots3_note_vision_encoder",
+            "glm_image_vision",
+            "cosmos3_edge_vision",
+        ),
         _packed_flat,
     ),
     "kimi_k25_vision": _packed_patches,

@@ -16,13 +16,15 @@ from tokenprune.backbones.hierarchy import observe_hierarchy
 from tokenprune.backbones.structure import observe
 from tokenprune_transformers.example_inputs import example_inputs, image_size, pair, vision_config
 from tokenprune_transformers.families import FrameMessage, FullLength, PositionInput, SharedTables
-from tokenprune_transformers.packed import grids_of, packed
+from tokenprune_transformers.packed import PackedObstacleError, grids_of, packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # What the families do differently, by the model type of their config: attributes of a Backbone.
 _FAMILIES: dict[str, dict[str, Any]] = {
+    # All images of a batch are one row of tokens.
+    "pixtral": {"token_inputs": {"position_embeddings": ("n d -> n d",)}},
     # Rotary tables that attention spreads over the heads by itself, or over heads and images.
     "step3p5_vision": {"token_inputs": {"position_embeddings": ("n d -> b n d",)}, "downstream": "all tokens"},
     "mlcd_vision_model": {"token_inputs": {"position_embeddings": ("n d -> b n d",)}},
@@ -85,6 +87,8 @@ def describe(model: nn.Module) -> Backbone:
     """
     try:
         return _flat(model)
+    except PackedObstacleError:
+        raise
     except UnsupportedModelError as flat:
         try:
             return replace(_hierarchy(model), obstacle=str(flat))
@@ -120,8 +124,9 @@ def _flat(model: nn.Module) -> Backbone:
     composite = _has_other_parts(model)
     if composite:
         tower = _vision_tower(model, config)
-        # A tower that packs images gives as many tokens as it would without pruning.
-        if not names & {*_POOLING, *_TAKING_ANY_NUMBER} and grids_of(tower) is None:
+        # A tower that packs images gives as many tokens as it would without pruning; but Pixtral's gives fewer.
+        takes_any = names & {*_POOLING, *_TAKING_ANY_NUMBER} and config.model_type != "pixtral"
+        if not takes_any and grids_of(tower) is None:
             raise UnsupportedModelError(
                 f"what {name} does with its vision tokens may need every one of them; sparsify its "
                 f"{type(tower).__name__} alone if it does not."
@@ -134,7 +139,7 @@ def _flat(model: nn.Module) -> Backbone:
         example_inputs(tower),
         settings=settings,
         first_list=name.endswith("ForPreTraining") or config.model_type == "vjepa2",
-        packed=packing is not None,
+        packed=packing is not None or config.model_type == "pixtral",
         frames=config.model_type == "xclip_vision_model",
         num_inner_tokens=int(config.model_type == "xclip_vision_model"),
     )
@@ -144,9 +149,7 @@ def _flat(model: nn.Module) -> Backbone:
     size = image_size(tower, config)
     own_names = [name.rpartition(".")[2] for name, _ in tower.named_parameters()]
     downstream = family.get("downstream", "pooled")
-    if any(part in one for part in (*_DENSE, "VJEPA2Model") for one in names):
-        downstream = "all tokens"
-    elif packing is not None:
+    if any(part in one for part in (*_DENSE, "VJEPA2Model") for one in names) or packing is not None:
         downstream = "all tokens"
     elif names & {*_TAKING_ANY_NUMBER} and downstream == "pooled":
         downstream = "any number"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenprune import Packed, UnsupportedModelError
 
 # The parameters that say how many patches each image has.
-GRIDS = ("grid_thw", "image_grid_thw", "image_sizes", "target_sizes")
+GRIDS = ("grid_thw", "image_grid_thw", "target_sizes")
 # What is between the blocks, by the model type of a tower's config, where packed tokens cannot be pruned.
 _OBSTACLES = {
     **dict.fromkeys(
@@ -27,11 +27,15 @@ _OBSTACLES = {
 _FAMILIES: dict[str, dict[str, Any]] = {
     # Rows of patches, which are merged behind the blocks, over all frames of a video or frame by frame.
     "kimi_k25_vision": {"blockwise": False, "across_frames": True},
-    **dict.fromkeys(("paddleocr_vl_vision", "hunyuan_vl_vision"), {"blockwise": False}),
+    **{key: {"blockwise": False} for key in ("paddleocr_vl_vision", "hunyuan_vl_vision")},
     # The same, in the order of windows.
-    **dict.fromkeys(("muse_spark_vision", "muse_glimmer_vision"), {"blockwise": False}),
+    **{key: {"blockwise": False} for key in ("muse_spark_vision", "muse_glimmer_vision")},
     "video_llama_3_vision": {"merge_size": "merge_sizes"},
 }
+
+
+class PackedObstacleError(UnsupportedModelError):
+    """A tower packs images, and needs all of their tokens between its blocks."""
 
 
 def grids_of(tower: nn.Module) -> str | None:
@@ -44,17 +48,14 @@ def packed(tower: nn.Module, config: Any) -> Packed | None:
     """How a tower packs images; ``None`` if it does not.
 
     Raises:
-        UnsupportedModelError: What is between its blocks needs every token; the message says what it is.
+        PackedObstacleError: What is between its blocks needs every token; the message says what it is.
     """
     grids = grids_of(tower)
     if grids is None:
         return None
     if config.model_type in _OBSTACLES:
-        raise UnsupportedModelError(
-            f"{type(tower).__name__} packs all images of a batch into one sequence, and {_OBSTACLES[config.model_type]}."
-        )
-    if grids == "image_sizes":
-        return Packed(grids=grids, lengths=(), patch_size=int(config.patch_size))
+        why = _OBSTACLES[config.model_type]
+        raise PackedObstacleError(f"{type(tower).__name__} packs all images of a batch into one sequence, and {why}.")
     settings = {"merge_size": _merge_size(config), **_FAMILIES.get(config.model_type, {})}
     return Packed(grids=grids, order=_order(tower), **settings)
 
@@ -89,5 +90,5 @@ def _by_windows(tower: Any, arguments: Mapping[str, Any]) -> Tensor:
             patch_size=tower.patch_size,
         )
     unit: int = tower.spatial_merge_size**2
-    found = index.unsqueeze(1) * unit + torch.arange(unit, device=index.device)
-    return found.flatten()
+    order: Tensor = (index.unsqueeze(1) * unit + torch.arange(unit, device=index.device)).flatten()
+    return order

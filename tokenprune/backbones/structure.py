@@ -39,8 +39,8 @@ class Structure(NamedTuple):
         final_norm: The norm whose input is the last block's output, if it norms all tokens.
         attentions: For each block the modules in which it attends over all tokens; the block itself
             where none is named after attention.
-        token_inputs: The names of the blocks' parameters, besides tokens, that have an entry for each token; where images
-            are packed, with which of their dimensions counts tokens.
+        token_inputs: The names of the blocks' parameters, besides tokens, that have an entry for each token; where
+            images are packed, with which of their dimensions counts tokens.
         adaptations: An `AttentionBias`, where attention adds a bias for each pair of tokens by itself, and a
             `WrittenOutAttention`, where its softmax is its own.
     """

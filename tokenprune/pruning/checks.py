@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.packed import PackedImages
-from tokenprune.errors import InterceptionError, StateError
+from tokenprune.errors import InterceptionError, StateError, UnsupportedModelError
 from tokenprune.pruning.executions import AUTO, Execution, check_execution, default_execution, execution_class
 from tokenprune.pruning.recomputation import recomputing
 from tokenprune.tokens import Layout, sizes
@@ -100,6 +100,19 @@ def check_by_image(execution: str, backbone: Backbone) -> None:
             f"in {execution!r} execution all images keep equally many tokens, which an adaptive budget does not give: "
             f"set model.tokenprune.execution = 'auto' or {default_execution(training=False, by_image=True)!r}, or "
             "model.tokenprune.budget = 'fixed'."
+        )
+
+
+def check_not_packed(backbone: Backbone) -> None:
+    """Refuse thresholds where images are of different sizes, and each keeps a fraction of its own tokens.
+
+    Raises:
+        UnsupportedModelError: The model packs images.
+    """
+    if backbone.packed is not None:
+        raise UnsupportedModelError(
+            "this model has all images of a batch in one sequence, and of each the same fraction of its own tokens is "
+            "kept; an adaptive budget is for models that are given images of one size."
         )
 
 

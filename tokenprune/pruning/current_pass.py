@@ -82,7 +82,8 @@ class CurrentPass(nn.Module):
         self.recomputed = State()
 
     _LIVE: ClassVar[list[str]] = [
-        "trace", "_executions", "_running", "_images", "_scopes", "_sum", "_tail", "_everything", "_entry", "_state", "recomputed"
+        "trace", "_executions", "_running", "_images", "_scopes", "_sum", "_tail", "_everything", "_entry", "_state",
+        "recomputed",
     ]  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:

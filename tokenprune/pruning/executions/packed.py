@@ -161,7 +161,7 @@ class RemovingOfPacked(OfPacked):
         for source, result in self._ends:
             if source is ends:
                 return result
-        result = torch.searchsorted(rows, ends.to(rows.dtype)).to(ends.dtype).unique_consecutive()
+        result: Tensor = torch.searchsorted(rows, ends.to(rows.dtype)).to(ends.dtype).unique_consecutive()
         self._ends.append((ends, result))
         return result
 
