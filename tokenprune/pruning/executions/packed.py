@@ -158,12 +158,12 @@ class RemovingOfPacked(OfPacked):
 
     def _of_kept(self, ends: Tensor, rows: Tensor) -> Tensor:
         """Cumulative lengths of the kept tokens, segments of which none is left taken out."""
-        for source, result in self._ends:
+        for source, known in self._ends:
             if source is ends:
-                return result
-        result: Tensor = torch.searchsorted(rows, ends.to(rows.dtype)).to(ends.dtype).unique_consecutive()
-        self._ends.append((ends, result))
-        return result
+                return known
+        found: Tensor = torch.searchsorted(rows, ends.to(rows.dtype)).to(ends.dtype).unique_consecutive()
+        self._ends.append((ends, found))
+        return found
 
     def _forget(self) -> None:
         self._inputs.forget()
