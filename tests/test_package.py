@@ -138,7 +138,7 @@ def test_the_public_names_are_these() -> None:
     """A name is added or taken away on purpose, with an issue, or not at all."""
     assert tokenprune.__all__ == [
         "Adaptation", "Adapter", "Backbone", "BudgetReport", "CalibrationReport", "Candidates", "CheckpointError",
-        "CountingError", "DynamicViTLoss", "Example", "ExportError", "ExportReport", "FlopReport", "HostError",
+        "CountingError", "DynamicViTLoss", "Example", "ExportError", "ExportReport", "FlopReport", "Hierarchy", "HostError",
         "InterceptionError", "KeptTokens", "Level", "MissingExtraError", "PictureError", "Plan", "PlanError",
         "Preprocessing", "ProofError", "Reduced", "Reduction", "ReductionContext", "Scored", "Scorer",
         "ScorerContext", "Selection", "Setting", "Sparsifier", "Split", "StateError", "SupportedModel",
