@@ -16,6 +16,7 @@ from tokenprune.pruning.checks import check_by_image, check_calibrated, check_no
 from tokenprune.pruning.compilation import give_own_forward, take_own_forward
 from tokenprune.pruning.executions import check_execution, default_execution
 from tokenprune.pruning.hooks import PruningHooks
+from tokenprune.pruning.norms import norm_eps, set_norm_eps
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.record import Record
 from tokenprune.pruning.stage import Stage
@@ -214,6 +215,7 @@ class Sparsifier(PruningHooks):
             pruned=self.pruned,
             budget=self._budget,
             thresholds=self.thresholds,
+            norm_eps=norm_eps(self),
         )
 
     def get_extra_state(self) -> Tensor:
@@ -243,6 +245,7 @@ class Sparsifier(PruningHooks):
                 )
                 return
             self.thresholds = record.thresholds  # which belong to the scores that these weights give
+            set_norm_eps(self, record.norm_eps)
 
     # Attaching and detaching
 
