@@ -95,7 +95,7 @@ def sparsify(
         raise TypeError(f"backbone={type(backbone).__name__}: expected a tokenprune.Backbone that describes the model.")
     backbone.check(model)
     backbone = backbone.for_stages(stages)
-    level = backbone.reach if backbone.levels else None
+    level = None if backbone.hierarchy is None else backbone.reach
     plan = Plan.build(depth=len(backbone.blocks), stages=stages, keep_ratio=keep_ratio, level=level)
     parts = Parts(model, backbone)
     reductions = []
@@ -251,6 +251,8 @@ def _built(kind: type[Built], build: Callable[[Any], Any], context: Any, given: 
     """What a builder of scorers or reductions makes for a stage."""
     try:
         made = build(context)
+    except UnsupportedModelError:
+        raise
     except TypeError as error:  # a class in the place of a builder, as a rule
         raise TypeError(f"{given} cannot be called with a {type(context).__name__}: {error}") from error
     if not isinstance(made, kind):
@@ -261,26 +263,31 @@ def _built(kind: type[Built], build: Callable[[Any], Any], context: Any, given: 
 def _check_hierarchy(
     model: nn.Module, backbone: Backbone, reductions: Sequence[Reduction], pruned: str | ReductionBuilder
 ) -> None:
-    if backbone.levels and not all(reduction.whole for reduction in reductions):
+    if backbone.hierarchy is not None and not all(reduction.whole for reduction in reductions):
         kinds = ", ".join(sorted({type(block).__name__ for block in backbone.blocks}))
         why = f"the blocks of {type(model).__name__} ({kinds}) need the full grid of tokens."
         raise UnsupportedModelError(
-            f"{backbone.obstacle or why} So pruned={pruned!r}, which takes tokens out of the sequence, is not for this "
-            "model; pass pruned='fast', with which they stay and skip the expensive part of each block."
+            f"{backbone.hierarchy.obstacle or why} So pruned={pruned!r}, which takes tokens out of the sequence, is "
+            "not for this model; pass pruned='fast', with which they stay and skip the expensive part of each block."
         )
 
 
 def _check_scorers(plan: Plan, backbone: Backbone, stages: Sequence[Stage], scorer: str | ScorerBuilder) -> None:
     """Refuse scorers that would not get what they need of the model's blocks."""
     scorers = [stage.scorer for stage in stages]
-    if any(one.inside_block for one in scorers):
+    if any(one.inside_block for one in scorers) and backbone.packed is None:
         _check_inside(plan, backbone, stages, scorer)
     if not any(one.needs_recording for one in scorers):
         return
-    if backbone.levels:
+    if backbone.hierarchy is not None:
         raise UnsupportedModelError(
             f"scorer={scorer!r} needs attention scores over all tokens, and the blocks of a hierarchy attend within "
             "windows or not at all; take another scorer, such as 'predictor'."
+        )
+    if backbone.packed is not None:
+        raise UnsupportedModelError(
+            f"scorer={scorer!r} needs attention scores or keys of the block before a stage, and this model attends "
+            "segment by segment of all images in one sequence; take another scorer, such as 'predictor'."
         )
     if plan.stages[0] == 0 and not scorers[0].inside_block:
         raise PlanError(

@@ -46,6 +46,8 @@ class FreezingHooks(PruningHooks):
         kinds = {type(one).__name__ for one in self.backbone.adaptations if self._acts(one)}
         if kinds:
             found.append(f"its blocks need more than tokens ({', '.join(sorted(kinds))})")
+        if self.backbone.packed is not None:
+            found.append("all images of a batch are packed into one sequence")
         if trial is None:
             found.append("the model runs dense")
         elif self._running is not None and self._running.gathered():

@@ -28,6 +28,7 @@ class Record:
         pruned: The name of the reduction; ``None`` for one without a registered name.
         budget: How many tokens stages keep of each image, ``"fixed"`` or ``"adaptive"``.
         thresholds: What was calibrated for the latter, one entry for each plan.
+        norm_eps: The ε of the layer norms in scorers and reductions; ``None`` for that of new ones.
     """
 
     plan: Plan
@@ -35,13 +36,14 @@ class Record:
     pruned: str | None
     budget: Budget = FIXED
     thresholds: tuple[Thresholds, ...] = ()
+    norm_eps: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As an object of JSON, which `from_dict` reads; the plan carries the version."""
         fields = {"plan": json.loads(self.plan.to_json()), "scorer": self.scorer, "pruned": self.pruned}
         if self.thresholds:
             fields |= {"budget": self.budget, "thresholds": [one.to_dict() for one in self.thresholds]}
-        return fields
+        return fields if self.norm_eps is None else {**fields, "norm_eps": self.norm_eps}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Record:
@@ -71,7 +73,12 @@ class Record:
                 "of how a model was sparsified."
             )
         read = tuple(Thresholds.from_dict(one, len(plan.stages)) for one in thresholds)
-        return cls(plan=plan, scorer=scorer, pruned=pruned, budget=budget, thresholds=read)
+        eps = fields.get("norm_eps")
+        if eps is not None and not (isinstance(eps, float) and eps > 0):
+            raise CheckpointError(
+                f"norm_eps={eps!r}: expected a number above 0 in the record of how a model was sparsified."
+            )
+        return cls(plan=plan, scorer=scorer, pruned=pruned, budget=budget, thresholds=read, norm_eps=eps)
 
     def to_tensor(self) -> Tensor:
         """As bytes in a tensor, since formats without pickle hold tensors alone."""

@@ -12,11 +12,12 @@ from torch.utils.hooks import RemovableHandle
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.errors import CheckpointError, StateError, UnsupportedModelError
 from tokenprune.pruning.budget import ADAPTIVE, BUDGETS, FIXED, Budget, Thresholds
-from tokenprune.pruning.checks import check_by_image, check_calibrated
+from tokenprune.pruning.checks import check_by_image, check_calibrated, check_not_packed
 from tokenprune.pruning.compilation import give_own_forward, take_own_forward
 from tokenprune.pruning.executions import AUTO, check_execution, default_execution
 from tokenprune.pruning.freezing import FreezingHooks
 from tokenprune.pruning.frozen import FrozenStage
+from tokenprune.pruning.norms import norm_eps, set_norm_eps
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.record import Record
 from tokenprune.pruning.stage import Stage
@@ -138,6 +139,7 @@ class Sparsifier(FreezingHooks):
                     f"with pruned={self.pruned!r} every token stays in the sequence, and as many of each image take "
                     "the one path or the other, which an adaptive budget does not give; choose another reduction."
                 )
+            check_not_packed(self.backbone)
             check_by_image(self._execution, self.backbone)
             check_calibrated(self._plan.keep_ratios, self._thresholds)
         self._budget = budget
@@ -177,7 +179,12 @@ class Sparsifier(FreezingHooks):
 
     @contextmanager
     def trying(self, thresholds: Thresholds) -> Iterator[None]:
-        """While it lasts, stages go by these thresholds, and those without one keep equally many of all images."""
+        """While it lasts, stages go by these thresholds, and those without one keep equally many of all images.
+
+        Raises:
+            UnsupportedModelError: In this model, stages do not go by thresholds.
+        """
+        check_not_packed(self.backbone)
         self._tried = thresholds
         try:
             yield
@@ -217,6 +224,7 @@ class Sparsifier(FreezingHooks):
             pruned=self.pruned,
             budget=self._budget,
             thresholds=self.thresholds,
+            norm_eps=norm_eps(self),
         )
 
     def get_extra_state(self) -> Tensor:
@@ -248,6 +256,7 @@ class Sparsifier(FreezingHooks):
                 )
                 return
             self.thresholds = record.thresholds  # which belong to the scores that these weights give
+            set_norm_eps(self, record.norm_eps)
 
     # Attaching and detaching
 

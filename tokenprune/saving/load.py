@@ -17,6 +17,7 @@ from tokenprune.api import sparsifier_of, sparsify, unsparsify
 from tokenprune.backbones.adapters import describe
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.errors import CheckpointError, PlanError, StateError, UnknownModelError, UnsupportedModelError
+from tokenprune.pruning.norms import set_norm_eps
 from tokenprune.pruning.record import Record
 from tokenprune.pruning.reductions import ReductionBuilder, reduction_builder
 from tokenprune.saving import hub, weights
@@ -177,6 +178,7 @@ def _sparsified(
     sparsifier = sparsifier_of(model)
     sparsifier.thresholds = record.thresholds
     sparsifier.budget = record.budget
+    set_norm_eps(sparsifier, record.norm_eps)
     expected = {f"{_PREFIX}{name}": value for name, value in sparsifier.state_dict().items()}
     expected.pop(_EXTRA, None)
     built = f"scorer={builders.scorer!r} and pruned={builders.pruned!r} build"
