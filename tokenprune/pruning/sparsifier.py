@@ -199,7 +199,7 @@ class Sparsifier(PruningHooks):
             self.execution = before
 
     def forward(self, value: Any) -> Any:
-        """Pass on what comes: a model that is a container of modules, as of torchvision's, runs this one as its last."""
+        """Pass on what comes: a model that is a container of modules runs this one as its last."""
         return value
 
     # What goes along in a state dict, so that every file that holds the weights also says what they belong to
