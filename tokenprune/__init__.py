@@ -19,6 +19,7 @@ from tokenprune.backbones.adapters import Adapter
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.examples import Example
 from tokenprune.backbones.levels import Hierarchy, Level
+from tokenprune.backbones.packed import Packed
 from tokenprune.backbones.preprocessing import Preprocessing
 from tokenprune.backbones.supported import SupportedModel, supported
 from tokenprune.backbones.token_wise import TokenWise
@@ -79,6 +80,7 @@ __all__ = [
     "KeptTokens",
     "Level",
     "MissingExtraError",
+    "Packed",
     "PictureError",
     "Plan",
     "PlanError",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
+from tokenprune.backbones.packed import PackedImages
 from tokenprune.pruning.attention_scopes import AttentionScopes
 from tokenprune.pruning.budget import Thresholds
 from tokenprune.pruning.executions import AUTO, Execution, Paths
@@ -60,7 +61,8 @@ class CurrentPass(nn.Module):
 
     def _prepare(self) -> None:
         reductions = [cast(Stage, stage).reduction for stage in self.stages]
-        self._restores = self.backbone.downstream == "all tokens" or any(one.restores for one in reductions)
+        needs_all = self.backbone.downstream == "all tokens" or self.backbone.packed is not None
+        self._restores = needs_all or any(one.restores for one in reductions)
         self._whole = any(one.whole for one in reductions)
         self._anew = self._whole and any(one.anew for one in reductions)
         self._restoring = self._restores and not self._whole
@@ -72,6 +74,7 @@ class CurrentPass(nn.Module):
         self._open = False
         self._attended = False
         self._image_size: tuple[int, int] | None = None
+        self._images: PackedImages | None = None
         self._grad_enabled = False
         self._everything: Tensor | None = None
         self._entry = State()
@@ -79,7 +82,8 @@ class CurrentPass(nn.Module):
         self.recomputed = State()
 
     _LIVE: ClassVar[list[str]] = [
-        "trace", "_executions", "_running", "_scopes", "_sum", "_tail", "_everything", "_entry", "_state", "recomputed"
+        "trace", "_executions", "_running", "_images", "_scopes", "_sum", "_tail", "_everything", "_entry", "_state",
+        "recomputed",
     ]  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
