@@ -213,6 +213,10 @@ class Sparsifier(FreezingHooks):
         if self.frozen:
             raise StateError(f"the model is frozen; call tokenprune.unfreeze(model) for {what}.")
 
+    def forward(self, value: Any) -> Any:
+        """Pass on what comes: a model that is a container of modules runs this one as its last."""
+        return value
+
     # What goes along in a state dict, so that every file that holds the weights also says what they belong to
 
     @property
