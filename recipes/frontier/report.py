@@ -109,7 +109,7 @@ def _panel(axes: Any, runs: Runs) -> None:
     )  # fmt: skip
     axes.axhline(dense, color="black", linewidth=0.8)
     axes.annotate("dense", (0.99, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-    axes.set_ylim(lowest - 2, dense + 1.5)  # random and static scores may lie far below
+    axes.set_ylim(lowest - 2, dense + 0.07 * (dense - lowest))  # random and static scores may lie far below
     axes.set(title=runs.task.name, xlabel="multiply-adds, % of dense", ylabel="top-1, %")
     axes.grid(alpha=0.2)
 
