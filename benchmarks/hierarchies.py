@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import timm
 import torch
@@ -77,15 +77,15 @@ def main(
     columns = ("model", "images/s dense", "images/s", "speed-up (quartiles)", "GMAC ratio", "speed-up ÷ GMAC ratio")
     about = environment(device, dtype)
     report(name, f"Hierarchies, {title}, medians of {pairs} pairs", about, columns, rows, data)
-    columns = ("model", "operators", "ms dense", "ms", "difference")
-    report(f"{name}-operators", f"Operators, {title}, medians of {passes} passes", about, columns, parts, [])
+    heads = ("model", "operators", "ms dense", "ms", "difference")
+    report(f"{name}-operators", f"Operators, {title}, medians of {passes} passes", about, heads, parts, [])
 
 
 @torch.no_grad()
 def _kinds(model: nn.Module, batch_size: int, passes: int) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of a batch by kind of operator, dense and sparse, in turn."""
     parameter = next(model.parameters())
-    size = model.tokenprune.backbone.input_size(model)
+    size = cast(tokenprune.Sparsifier, model.tokenprune).backbone.input_size(model)
     images = torch.randn(batch_size, *size, device=parameter.device, dtype=parameter.dtype)
     seconds: tuple[list[Counter[str]], list[Counter[str]]] = ([], [])
     for _ in range(passes + 1):  # the first one warms up
