@@ -51,6 +51,7 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.frozen
 	$(BIN)/python -m benchmarks.frozen --model digits_vit --batch-size 1 --batch-size 64 --name frozen-digits-cpu
+	$(BIN)/python -m benchmarks.hierarchies
 
 benchmarks-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

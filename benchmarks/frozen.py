@@ -25,7 +25,7 @@ def main(
     keep_ratio: Annotated[float, typer.Option(help="ρ: ρ, ρ², ρ³ of the patch tokens are kept.")] = 0.7,
     device: Device = "cpu",
     dtype: DType = "float32",
-    pairs: Pairs = 31,
+    pairs: Pairs = 21,
     name: Name = "frozen-cpu",
 ) -> None:
     """Time in turn: dense, its sequence cut off, both predictors, frozen and not, and hooks that prune nothing."""
