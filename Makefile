@@ -50,7 +50,8 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.varlen
 	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.frozen
-	$(BIN)/python -m benchmarks.frozen --model digits_vit --batch-size 1 --batch-size 64 --name frozen-digits-cpu
+	$(BIN)/python -m benchmarks.frozen --model digits_vit --batch-size 1 --batch-size 64 --pairs 61 \
+		--name frozen-digits-cpu
 	$(BIN)/python -m benchmarks.hierarchies
 
 benchmarks-gpu: $(READY)
