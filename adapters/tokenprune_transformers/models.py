@@ -16,6 +16,7 @@ from tokenprune.backbones.hierarchy import observe_hierarchy
 from tokenprune.backbones.structure import observe
 from tokenprune_transformers.example_inputs import example_inputs, image_size, pair, vision_config
 from tokenprune_transformers.families import FrameMessage, FullLength, PositionInput, SharedTables
+from tokenprune_transformers.vision_language import vision_language
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,9 +73,7 @@ _POOLING = (
 )  # fmt: skip
 _PACKING = ("grid_thw", "image_grid_thw", "target_sizes", "cu_seqlens")
 _TAKING_ANY_NUMBER = (
-    "VisionEncoderDecoderModel", "LlavaModel", "LlavaForConditionalGeneration",
-    "PaliGemmaModel", "PaliGemmaForConditionalGeneration",
-    "BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering", "Blip2Model",
+    "VisionEncoderDecoderModel", "BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering", "Blip2Model",
     "Blip2ForConditionalGeneration", "Blip2VisionModelWithProjection", "InstructBlipForConditionalGeneration",
 )  # fmt: skip
 
@@ -119,11 +118,12 @@ def _flat(model: nn.Module) -> Backbone:
         raise UnsupportedModelError(f"transformers' {name} is a part of a model; sparsify the model it belongs to.")
     config = vision_config(model.config)
     tower: nn.Module = model
-    composite = _has_other_parts(model)
+    composite, prompted = _has_other_parts(model), vision_language(model) is not None
     if composite:
         tower = _vision_tower(model, config)
         # Packed images are distinguished by their original lengths.
-        if not names & {*_POOLING, *_TAKING_ANY_NUMBER} or config.model_type == "pixtral":
+        takes_tokens = names & {*_POOLING, *_TAKING_ANY_NUMBER} or prompted
+        if not takes_tokens or config.model_type == "pixtral":
             raise UnsupportedModelError(
                 f"what {name} does with its vision tokens may need every one of them; sparsify its "
                 f"{type(tower).__name__} alone if it does not."
@@ -154,7 +154,8 @@ def _flat(model: nn.Module) -> Backbone:
     size = image_size(tower, config)
     own_names = [name.rpartition(".")[2] for name, _ in tower.named_parameters()]
     downstream = family.get("downstream", "pooled")
-    if any(part in one for part in (*_DENSE, "VJEPA2Model") for one in names):
+    # Behind a projector that takes a grid, image tokens are pruned for the language model by themselves.
+    if prompted or any(part in one for part in (*_DENSE, "VJEPA2Model") for one in names):
         downstream = "all tokens"
     elif names & {*_TAKING_ANY_NUMBER} and downstream == "pooled":
         downstream = "any number"

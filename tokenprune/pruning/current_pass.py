@@ -5,9 +5,11 @@ Shapes: B images, n kept patch tokens, L tokens before any pruning, K tokens of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.backbones.backbone import Backbone
@@ -118,6 +120,21 @@ class CurrentPass(nn.Module):
         """(B, n) int64, the positions in the grid of the patch tokens that a block gets; ``None`` if all."""
         selection = self._selection(stage_into(self._plan, block, inside=self._inside))
         return None if selection is None or selection.all_kept else selection.indices_in_blocks
+
+    def survival(self) -> tuple[Tensor, tuple[int, int], int] | None:
+        """How long the last pass has kept each patch token, and for how much: (B, N), higher = longer.
+
+        With it the grid of patches and P, the number of prefix tokens; ``None`` after a pass without pruning.
+        """
+        trace = self.trace
+        if trace is None or not trace.selections:
+            return None
+        kept = torch.stack([keep.detach() for keep in trace.keep]).sum(dim=0)
+        if (scores := trace.scores[-1]) is not None:  # among those kept as long, by the score that was asked last
+            ranks = scores.detach().nan_to_num(nan=-torch.inf).argsort(dim=1).argsort(dim=1)
+            kept = kept + ranks / ranks.shape[1]
+        side = math.isqrt(trace.num_patches)
+        return kept, trace.grid or (side, side), trace.num_prefix_tokens
 
     def full_length(self) -> int | None:
         """L, where tokens are removed in this pass; ``None`` where all stay."""
