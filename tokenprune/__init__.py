@@ -21,6 +21,7 @@ from tokenprune.backbones.examples import Example
 from tokenprune.backbones.preprocessing import Preprocessing
 from tokenprune.backbones.supported import SupportedModel, supported
 from tokenprune.backbones.token_wise import TokenWise
+from tokenprune.backbones.vision_language import VisionLanguage
 from tokenprune.errors import (
     CheckpointError,
     CountingError,
@@ -30,12 +31,14 @@ from tokenprune.errors import (
     MissingExtraError,
     PictureError,
     PlanError,
+    PromptError,
     ProofError,
     StateError,
     TokenpruneError,
     UnknownModelError,
     UnsupportedModelError,
 )
+from tokenprune.pruning.language import LanguagePruning, LanguageTrace, register_pruner
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.reductions import Reduced, Reduction, ReductionContext, Split, register_reduction
 from tokenprune.pruning.selection import Selection
@@ -75,12 +78,15 @@ __all__ = [
     "HostError",
     "InterceptionError",
     "KeptTokens",
+    "LanguagePruning",
+    "LanguageTrace",
     "Level",
     "MissingExtraError",
     "PictureError",
     "Plan",
     "PlanError",
     "Preprocessing",
+    "PromptError",
     "ProofError",
     "Reduced",
     "Reduction",
@@ -102,6 +108,7 @@ __all__ = [
     "UnknownModelError",
     "UnsupportedModelError",
     "VerificationReport",
+    "VisionLanguage",
     "animate",
     "calibrate",
     "calibrate_budget",
@@ -117,6 +124,7 @@ __all__ = [
     "plan_for",
     "prove",
     "push_to_hub",
+    "register_pruner",
     "register_reduction",
     "register_scorer",
     "report",

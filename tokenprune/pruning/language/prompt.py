@@ -25,10 +25,17 @@ class Cached(NamedTuple):
     Attributes:
         mask: (b, S) int64, which of its entries are attended to.
         length: F, the tokens that they come from.
+        settled: How many of its entries are up to the last token that was left out; each later one is the next token.
     """
 
     mask: Tensor
     length: int
+    settled: int
+
+    def cropped(self, num_entries: int) -> Cached:
+        """What is left of it when only the first entries are."""
+        gone = self.mask.shape[1] - num_entries
+        return self._replace(mask=self.mask[:, :num_entries], length=self.length - gone)
 
 
 class Shortening(NamedTuple):
@@ -93,13 +100,17 @@ class Prompt:
         cache = self.given.get("past_key_values")
         self._cached: Cached | None = getattr(cache, _REMEMBERED, None)
         in_cache = 0 if cache is None else int(cache.get_seq_length())
+        if self._cached is not None:
+            rows, entries = self._cached.mask.shape
+            if rows != self.batch or not self._cached.settled <= in_cache <= entries:
+                raise StateError(
+                    f"the cache holds {in_cache} tokens of {self.batch} prompts, and {entries} of {rows} prompts with "
+                    "fewer image tokens were put into it; it was cropped, repeated, or filled by another model. Run a "
+                    "pass of its own for this prompt."
+                )
+            self._cached = self._cached.cropped(in_cache)  # candidates that generate has rejected
         self.before = in_cache if self._cached is None else self._cached.length
-        if self._cached is not None and self._cached.mask.shape != (self.batch, in_cache):
-            raise StateError(
-                f"the cache holds {in_cache} tokens, and {self._cached.mask.shape[1]} of a prompt with fewer image "
-                "tokens were put into it; it was cropped, or filled by another model. Assisted generation and other "
-                "batch sizes need the full prompt: run them inside tokenprune.dense(model), with a cache of their own."
-            )
+        self._settled = in_cache if self._cached is None else self._cached.settled
 
     @property
     def continues(self) -> bool:
@@ -128,10 +139,11 @@ class Prompt:
     def positions(self) -> Tensor:
         """(…, b or 1, L), the positions of the tokens, those that the model gives them where none are given."""
         given = self.given.get("position_ids")
-        if given is not None:
-            return given  # type: ignore[no-any-return]
+        return self._own_positions(self.given) if given is None else given
+
+    def _own_positions(self, given: Mapping[str, Any]) -> Tensor:
         if self._described.positions is not None:
-            return self._described.positions(self._described.model, self.given, self.before)
+            return self._described.positions(self._described.model, given, self.before)
         tokens = self._tokens()
         assert tokens is not None
         return torch.arange(self.before, self.before + self.length, device=tokens.device).unsqueeze(0)
@@ -144,20 +156,32 @@ class Prompt:
         Raises:
             StateError: The attention mask is none of all tokens, those in the cache included.
         """
-        mask, expected = self._mask(), self.before + self.length
-        if mask is None or mask.shape[1] == expected:
+        mask, expected, surplus = self._mask(), self.before + self.length, self.before - self.num_cached
+        if mask is not None and mask.shape[1] == expected:
             return
-        surplus = self.before - self.num_cached
-        if mask.shape[1] != self.num_cached + self.length or self.given.get("position_ids") is None or self.length <= surplus:
+        starts_early = self.length > surplus > 0 and self._starts_early(surplus)
+        if mask is not None and not (starts_early and mask.shape[1] == expected - surplus):
             raise StateError(
                 f"attention_mask has {mask.shape[1]} entries; expected {expected}: one for each of the {self.before} "
                 f"tokens that came before, pruned ones included, and one for each of the {self.length} new ones."
             )
-        for name in (*self._described.token_arguments, "inputs_embeds"):
-            if isinstance(value := self.given.get(name), Tensor):
-                self.given[name] = value[:, surplus:]
-        self.given["position_ids"] = self.given["position_ids"][..., surplus:]
-        self.length -= surplus
+        if starts_early:
+            for name in (*self._described.token_arguments, "inputs_embeds"):
+                if isinstance(value := self.given.get(name), Tensor):
+                    self.given[name] = value[:, surplus:]
+            self.given["position_ids"] = self.given["position_ids"][..., surplus:]
+            self.length -= surplus
+
+    def _starts_early(self, surplus: int) -> bool:
+        """Whether the given positions are those of tokens that begin so many before the new ones."""
+        given = self.given.get("position_ids")
+        if given is None or self._mask() is not None:
+            return given is not None
+        if given.dim() == 3 and given.shape[0] == 4:  # with the plain numbers of the tokens in front
+            return bool((given[0, :, 0] == self.before - surplus).all())
+        plain = {name: self.given.get(name) for name in ("input_ids", "inputs_embeds")}
+        first = self._own_positions(plain)[..., 0]
+        return bool((given[..., 0] == first - surplus).all())
 
     def _mask(self) -> Tensor | None:
         """The attention mask (b, F + L).
@@ -185,13 +209,16 @@ class Prompt:
         """Go on with the tokens to keep, (b, L) bool, each with its position; ``None`` means all of them."""
         positions, valid = self.positions(), self.valid()
         positions = positions.expand(*positions.shape[:-2], self.batch, -1)
-        short = None if keep is None else shortening(keep, valid)
-        if short is not None:
+        short = None
+        if keep is not None:
+            short = shortening(keep, valid)
             for name in (*self._described.token_arguments, "inputs_embeds"):
                 if isinstance(value := self.given.get(name), Tensor):
                     self.given[name] = short.take(value)
             positions = positions.gather(-1, short.indices.expand(*positions.shape[:-1], -1))
             self._without_filling(short)
+            behind = int((keep & valid).all(dim=0).flip(0).long().cumprod(0).sum())
+            self._settled = self.num_cached + short.indices.shape[1] - behind
             valid = short.real
         mask = valid.long()
         before = self._entries_before(mask)
@@ -220,4 +247,4 @@ class Prompt:
     def remember(self, cache: Any) -> None:
         """Note in the cache that went along what it holds now."""
         if cache is not None:
-            setattr(cache, _REMEMBERED, Cached(self.given["attention_mask"], self.before + self.length))
+            setattr(cache, _REMEMBERED, Cached(self.given["attention_mask"], self.before + self.length, self._settled))
