@@ -138,10 +138,10 @@ def test_the_public_names_are_these() -> None:
     """A name is added or taken away on purpose, with an issue, or not at all."""
     assert tokenprune.__all__ == [
         "Adaptation", "Adapter", "Backbone", "BudgetReport", "CalibrationReport", "Candidates", "CheckpointError",
-        "CountingError", "DynamicViTLoss", "Example", "ExportError", "ExportReport", "FlopReport", "HostError",
-        "InterceptionError", "KeptTokens", "Level", "MissingExtraError", "PictureError", "Plan", "PlanError",
-        "Preprocessing", "ProofError", "Reduced", "Reduction", "ReductionContext", "Scored", "Scorer",
-        "ScorerContext", "Selection", "Setting", "Sparsifier", "Split", "StateError", "SupportedModel",
+        "CountingError", "DynamicViTLoss", "Example", "ExportError", "ExportReport", "FlopReport", "Hierarchy",
+        "HostError", "InterceptionError", "KeptTokens", "Level", "MissingExtraError", "PictureError", "Plan",
+        "PlanError", "Preprocessing", "ProofError", "Reduced", "Reduction", "ReductionContext", "Scored",
+        "Scorer", "ScorerContext", "Selection", "Setting", "Sparsifier", "Split", "StateError", "SupportedModel",
         "ThroughputReport", "TokenTable", "TokenWise", "TokenpruneError", "Trace", "UnknownModelError",
         "UnsupportedModelError", "VerificationReport", "animate", "calibrate", "calibrate_budget", "dense", "export",
         "fit_fast_paths", "flops", "from_pretrained", "functional", "gathered", "kept_tokens", "load_dynamicvit",

@@ -16,8 +16,9 @@ from tokenprune.api import dense, sparsify, unsparsify
 from tokenprune.backbones import probing, structure
 from tokenprune.backbones.adaptations import Adaptation, Setting, TokenTable
 from tokenprune.backbones.adapters import Adapter
-from tokenprune.backbones.backbone import Backbone, Level
+from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.examples import Example
+from tokenprune.backbones.levels import Hierarchy, Level
 from tokenprune.backbones.preprocessing import Preprocessing
 from tokenprune.backbones.supported import SupportedModel, supported
 from tokenprune.backbones.token_wise import TokenWise
@@ -75,6 +76,7 @@ __all__ = [
     "ExportError",
     "ExportReport",
     "FlopReport",
+    "Hierarchy",
     "HostError",
     "InterceptionError",
     "KeptTokens",

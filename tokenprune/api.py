@@ -111,7 +111,7 @@ def sparsify(
         raise TypeError(f"backbone={type(backbone).__name__}: expected a tokenprune.Backbone that describes the model.")
     backbone.check(model)
     backbone = backbone.for_stages(stages)
-    level = backbone.reach if backbone.levels else None
+    level = None if backbone.hierarchy is None else backbone.reach
     plan = Plan.build(depth=len(backbone.blocks), stages=stages, keep_ratio=keep_ratio, level=level)
     parts = Parts(model, backbone)
     reductions = []
@@ -225,12 +225,12 @@ def _built(kind: type[Built], build: Callable[[Any], Any], context: Any, given: 
 def _check_hierarchy(
     model: nn.Module, backbone: Backbone, reductions: Sequence[Reduction], pruned: str | ReductionBuilder
 ) -> None:
-    if backbone.levels and not all(reduction.whole for reduction in reductions):
+    if backbone.hierarchy is not None and not all(reduction.whole for reduction in reductions):
         kinds = ", ".join(sorted({type(block).__name__ for block in backbone.blocks}))
         why = f"the blocks of {type(model).__name__} ({kinds}) need the full grid of tokens."
         raise UnsupportedModelError(
-            f"{backbone.obstacle or why} So pruned={pruned!r}, which takes tokens out of the sequence, is not for this "
-            "model; pass pruned='fast', with which they stay and skip the expensive part of each block."
+            f"{backbone.hierarchy.obstacle or why} So pruned={pruned!r}, which takes tokens out of the sequence, is "
+            "not for this model; pass pruned='fast', with which they stay and skip the expensive part of each block."
         )
 
 
@@ -241,7 +241,7 @@ def _check_scorers(plan: Plan, backbone: Backbone, stages: Sequence[Stage], scor
         _check_inside(plan, backbone, stages, scorer)
     if not any(one.needs_recording for one in scorers):
         return
-    if backbone.levels:
+    if backbone.hierarchy is not None:
         raise UnsupportedModelError(
             f"scorer={scorer!r} needs attention scores over all tokens, and the blocks of a hierarchy attend within "
             "windows or not at all; take another scorer, such as 'predictor'."

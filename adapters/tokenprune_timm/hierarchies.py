@@ -14,13 +14,16 @@ from tokenprune.backbones.hierarchy import observe_hierarchy
 _OUT_OF_ORDER = ("Hiera",)
 
 
-def describe_hierarchy(model: nn.Module, inputs: Mapping[str, Any], image_size: tuple[int, int]) -> Backbone:
+def describe_hierarchy(
+    model: nn.Module, inputs: Mapping[str, Any], image_size: tuple[int, int], obstacle: str
+) -> Backbone:
     """The description of a hierarchy.
 
     Args:
         model: The model.
         inputs: Two images, as it takes them.
         image_size: Their height and width.
+        obstacle: Why it is no flat list of blocks.
 
     Raises:
         UnsupportedModelError: It has no blocks with a part that treats tokens one by one.
@@ -33,5 +36,6 @@ def describe_hierarchy(model: nn.Module, inputs: Mapping[str, Any], image_size: 
         image_size=image_size,
         num_prefix_tokens=num_prefix,
         row_major=not names & {*_OUT_OF_ORDER},
+        obstacle=obstacle,
     )
     return Backbone(**found._asdict(), num_prefix_tokens=num_prefix)

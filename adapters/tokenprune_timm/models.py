@@ -33,10 +33,9 @@ def describe(model: nn.Module) -> Backbone:
         return _flat(model)
     except UnsupportedModelError as flat:
         try:
-            found = describe_hierarchy(model, example_inputs(model), image_size(model))
+            return describe_hierarchy(model, example_inputs(model), image_size(model), obstacle=str(flat))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{flat} As a hierarchy: {error}") from error
-        return replace(found, obstacle=str(flat))
 
 
 def _flat(model: nn.Module) -> Backbone:

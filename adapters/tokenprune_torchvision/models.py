@@ -22,15 +22,16 @@ def describe(model: nn.Module) -> Backbone:
     from torchvision.models import VisionTransformer
 
     if not isinstance(model, VisionTransformer):
+        flat = f"torchvision's {type(model).__name__} has no flat list of blocks over tokens."
+        inputs, image_size = random_inputs(model, x=(2, 3, 224, 224)), (224, 224)
         try:
-            found = observe_hierarchy(model, random_inputs(model, x=(2, 3, 224, 224)), image_size=(224, 224))
+            found = observe_hierarchy(model, inputs, image_size=image_size, obstacle=flat)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
                 f"torchvision's {type(model).__name__} has no flat list of blocks over tokens; supported are "
                 f"VisionTransformer (vit_b_16 and its relatives) and hierarchies. {error}"
             ) from error
-        flat = f"torchvision's {type(model).__name__} has no flat list of blocks over tokens."
-        return Backbone(**found._asdict(), num_prefix_tokens=0, obstacle=flat)
+        return Backbone(**found._asdict(), num_prefix_tokens=0)
     return Backbone(
         blocks=tuple(model.encoder.layers),
         num_prefix_tokens=model.class_token.shape[1],

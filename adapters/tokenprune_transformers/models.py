@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -88,12 +87,12 @@ def describe(model: nn.Module) -> Backbone:
         return _flat(model)
     except UnsupportedModelError as flat:
         try:
-            return replace(_hierarchy(model), obstacle=str(flat))
+            return _hierarchy(model, obstacle=str(flat))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{flat} As a hierarchy: {error}") from error
 
 
-def _hierarchy(model: nn.Module) -> Backbone:
+def _hierarchy(model: nn.Module, *, obstacle: str) -> Backbone:
     """The description of a hierarchy, or of a model with dense heads on one."""
     from transformers import PreTrainedModel
 
@@ -106,6 +105,7 @@ def _hierarchy(model: nn.Module) -> Backbone:
         example_inputs(tower),
         image_size=image_size(tower, config),
         row_major=config.model_type not in _OUT_OF_ORDER,
+        obstacle=obstacle,
     )
     return Backbone(**found._asdict(), num_prefix_tokens=0, tower=None if tower is model else tower)
 

@@ -116,7 +116,7 @@ def rows(names: str, inputs: Inputs = IMAGES, **given: Any) -> Iterator[Entry]:
 
 def examples() -> list[Entry]:
     """All that are supported, to prove; the plainer ones are compiled and exported as well."""
-    return [*(replace(entry, compiled=True) for entry in supported()), *uncovered(), *composites()]
+    return [*(replace(entry, compiled=True) for entry in supported()), *uncovered(), *composites(), *language_models()]
 
 
 def supported() -> list[Entry]:
@@ -239,14 +239,17 @@ def composites() -> list[Entry]:
 
 
 def language_models() -> list[Entry]:
-    """Language models that take any number of image tokens, as many as the words have places for."""
-    image = both(IMAGES, prompt(NUM_PATCHES))
-    token = {"image_token_index": IMAGE_TOKEN}
+    """Vision-language models whose language model is given as many image tokens as are left."""
+    image, nine = both(IMAGES, prompt(NUM_PATCHES)), both(IMAGES, prompt(9))
+    token, token_id = {"image_token_index": IMAGE_TOKEN}, {"image_token_id": IMAGE_TOKEN}
     clip = {"vision_config": {"model_type": "clip_vision_model"}}
     full = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
     siglip = {"vision_config": {"model_type": "siglip_vision_model"}, **full}
+    images = both(padded("pixel_attention_mask", PATCH_SIZE, images=2), prompt(2 * 9))
     return [
-        *rows("llava LlavaForConditionalGeneration", image, **token, **clip),
+        *rows("llava LlavaModel LlavaForConditionalGeneration", image, **token, **clip),
         *rows("llava LlavaForConditionalGeneration", image, **token, **siglip),
         *rows("paligemma PaliGemmaForConditionalGeneration", image, projection_dim=32, **token),
+        *rows("internvl InternVLForConditionalGeneration", nine, **token_id),
+        *rows("idefics3 Idefics3ForConditionalGeneration smolvlm SmolVLMForConditionalGeneration", images, **token_id),
     ]  # fmt: skip

@@ -300,8 +300,8 @@ def test_what_is_found_in_the_third_level(case: Hierarchy) -> None:
     model = tokenprune.sparsify(case.model(), pruned="fast")
     backbone = model.tokenprune.backbone
     assert backbone.reach == LEVEL and len(backbone.blocks) == 7 and backbone.embed_dim == 32
-    assert [(level.start, level.stop) for level in backbone.levels] == [(0, 1), (1, 2), (2, 6), (6, 7)]
-    assert [level.embed_dim for level in backbone.levels] == [8, 16, 32, 64]
+    assert [(level.start, level.stop) for level in backbone.hierarchy.levels] == [(0, 1), (1, 2), (2, 6), (6, 7)]
+    assert [level.embed_dim for level in backbone.hierarchy.levels] == [8, 16, 32, 64]
     assert model.tokenprune.plan.stages == (3, 4, 5)
     assert all(len(parts) == 1 and (parts[0].mixing is not None) is case.mixes for parts in backbone.token_wise)
 

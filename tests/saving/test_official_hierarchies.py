@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokenprune
 from tests.helpers.official_hierarchies import (
@@ -63,6 +64,29 @@ def test_every_weight_is_loaded_or_none(make: Callable[[], State], infer: Infere
         load_dynamicvit({**state, "head.bias": torch.zeros(3)})
     with pytest.raises(CheckpointError, match=r"has fast paths in 5 blocks.*pass the stages that it was"):
         load_dynamicvit(state, stages=(5, 6, 7))
+
+
+@torch.no_grad()
+def test_the_authors_epsilon_is_saved_along(tmp_path: Path) -> None:
+    """The norms of their ConvNeXts have 1e-6, with which a token of hardly any variance is another one."""
+    model = load_dynamicvit(convnext_state())
+    again = tokenprune.from_pretrained(tokenprune.save_pretrained(model, tmp_path / "saved"), model=_dense_convnext())
+    assert epsilons(again.tokenprune) == epsilons(model.tokenprune) == {1e-6}
+    assert torch.equal(again.eval()(images() * 1e-3), model(images() * 1e-3))
+    beside = tokenprune.sparsify(
+        _dense_convnext(), model.tokenprune.plan.stages, model.tokenprune.keep_ratio, pruned="fast"
+    )
+    assert epsilons(beside.tokenprune) == {1e-5}
+    beside.load_state_dict(model.state_dict())
+    assert epsilons(beside.tokenprune) == {1e-6}
+
+
+def epsilons(module: nn.Module) -> set[float]:
+    return {norm.eps for norm in module.modules() if isinstance(norm, nn.LayerNorm)}
+
+
+def _dense_convnext() -> nn.Module:
+    return tokenprune.unsparsify(load_dynamicvit(convnext_state()))
 
 
 def test_a_layer_scale_of_zero_cannot_be_divided_by() -> None:

@@ -5,35 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torch import nn
 
 from tokenprune.backbones.adaptations import Adaptation
 from tokenprune.backbones.fields import check_fields
+from tokenprune.backbones.levels import Hierarchy
 from tokenprune.backbones.token_wise import TokenWise
-from tokenprune.errors import PlanError, UnsupportedModelError
+from tokenprune.errors import UnsupportedModelError
 from tokenprune.tokens import Layout
 
 Downstream = Literal["pooled", "all tokens", "any number"]
-
-
-class Level(NamedTuple):
-    """The blocks of a hierarchy over tokens of the same number and width.
-
-    Attributes:
-        start: The number of its first block, among all blocks of the model.
-        stop: The number behind its last block.
-        embed_dim: The tokens' width C.
-        patch_size: Height and width in pixels of what a token stands for; ``None`` where unknown.
-        grid_size: Rows and columns of tokens at the model's nominal image size; ``None`` where unknown.
-    """
-
-    start: int
-    stop: int
-    embed_dim: int
-    patch_size: tuple[int, int] | None = None
-    grid_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +61,8 @@ class Backbone:
             the model is more than that; ``None`` means the model itself.
         token_wise: *Two paths:* for each block the parts that treat tokens one by one, for reductions that keep every
             token in the sequence; ``None`` has them found, by running the model, when such a reduction is chosen.
-        levels: Of a hierarchy, whose blocks need the full grid, the levels in which its blocks stand; empty for a flat
-            list of blocks.
-        obstacle: Why no token can be taken out of such a model's sequence, a sentence for its users; ``None`` for the
-            general reason.
-        level: The number of the one that stages stand in, which ``embed_dim``, ``patch_size`` and ``grid_size``
-            describe.
+        hierarchy: The levels of a model whose blocks need the full grid of tokens; ``embed_dim``, ``patch_size`` and
+            ``grid_size`` describe the one that stages stand in. ``None`` for a flat list of blocks.
     """
 
     blocks: Sequence[nn.Module]
@@ -101,16 +80,12 @@ class Backbone:
     adaptations: Sequence[Adaptation] = field(default=())
     tower: nn.Module | None = None
     token_wise: Sequence[Sequence[TokenWise]] | None = None
-    levels: Sequence[Level] = ()
-    level: int = 0
-    obstacle: str | None = None
+    hierarchy: Hierarchy | None = None
 
     @property
     def reach(self) -> range:
         """The numbers of the blocks in front of which stages may stand: all, or those of a hierarchy's level."""
-        if not self.levels:
-            return range(len(self.blocks))
-        return range(self.levels[self.level].start, self.levels[self.level].stop)
+        return range(len(self.blocks)) if self.hierarchy is None else self.hierarchy.level.blocks
 
     def for_stages(self, stages: Sequence[int] | None) -> Backbone:
         """The description for these stages: of a hierarchy, of the level that they stand in.
@@ -118,23 +93,12 @@ class Backbone:
         Raises:
             PlanError: They stand in several levels.
         """
-        if not self.levels or stages is None:
+        if self.hierarchy is None:
             return self
-        try:
-            named = {*stages}
-        except TypeError:  # no numbers in a sequence, which the plan refuses
-            return self
-        found = {number for number, level in enumerate(self.levels) if named & {*range(level.start, level.stop)}}
-        if len(found) > 1:
-            listed = ", ".join(f"{level.start} … {level.stop - 1}" for level in self.levels)
-            raise PlanError(
-                f"stages={tuple(stages)} stand in {len(found)} levels of a hierarchy, and tokens of one are not those "
-                f"of another; name blocks of one level: {listed}."
-            )
-        level = next(iter(found), self.level)
-        chosen = self.levels[level]
+        chosen = self.hierarchy.for_stages(stages)
+        level = chosen.level
         return replace(
-            self, level=level, embed_dim=chosen.embed_dim, patch_size=chosen.patch_size, grid_size=chosen.grid_size
+            self, hierarchy=chosen, embed_dim=level.embed_dim, patch_size=level.patch_size, grid_size=level.grid_size
         )
 
     def attention_modules(self, index: int) -> tuple[nn.Module, ...]:
@@ -231,8 +195,10 @@ class Backbone:
                 f"Backbone.token_wise has {len(self.token_wise)} entries for {len(self.blocks)} blocks; give one a "
                 "block, or None to have them found."
             )
-        if self.levels and not 0 <= self.level < len(self.levels):
-            raise UnsupportedModelError(f"Backbone(level={self.level}): expected one of {len(self.levels)} levels.")
+        if self.hierarchy is not None and not 0 <= self.hierarchy.number < len(self.hierarchy.levels):
+            raise UnsupportedModelError(
+                f"Hierarchy(number={self.hierarchy.number}): expected one of {len(self.hierarchy.levels)} levels."
+            )
         for modules in self.attentions or ():
             inside = [part for module in modules for part in module.modules()]
             if any(inside.count(module) > 1 for module in modules):

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from torch import nn
 
 from tokenprune.backbones.adaptations import Adaptation
+from tokenprune.backbones.levels import Hierarchy, Level
 from tokenprune.backbones.patterns import is_pattern
 from tokenprune.backbones.token_wise import TokenWise
 from tokenprune.errors import UnsupportedModelError
@@ -42,9 +43,7 @@ def check_fields(values: Mapping[str, Any], downstream: Any) -> None:
         "adaptations": (_are_adaptations, "expected a sequence of tokenprune.Adaptation objects"),
         "tower": (_is_module_or_none, "expected a module of the model, or None"),
         "token_wise": (_are_parts, "expected for each block a sequence of tokenprune.TokenWise, or None"),
-        "levels": (_is_sequence, "expected a sequence of tokenprune.Level, empty for a flat list of blocks"),
-        "level": (_is_count, "expected a whole number from 0"),
-        "obstacle": (lambda value: value is None or isinstance(value, str), "expected a sentence, or None"),
+        "hierarchy": (_is_hierarchy, "expected a tokenprune.Hierarchy of tokenprune.Level objects, or None"),
     }
     for name, (holds, expected) in rules.items():
         if not holds(values[name]):
@@ -84,6 +83,16 @@ def _are_parts(value: Any) -> bool:
     return value is None or (
         _is_sequence(value)
         and all(_is_sequence(parts) and all(isinstance(part, TokenWise) for part in parts) for parts in value)
+    )
+
+
+def _is_hierarchy(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, Hierarchy)
+        and _is_sequence(value.levels)
+        and all(isinstance(level, Level) for level in value.levels)
+        and _is_count(value.number)
+        and (value.obstacle is None or isinstance(value.obstacle, str))
     )
 
 

@@ -17,17 +17,19 @@ import torch
 from torch import nn
 
 from tokenprune.backbones.adaptations import Adaptation
-from tokenprune.backbones.backbone import Level
+from tokenprune.backbones.levels import Hierarchy, Level
+from tokenprune.backbones.module_calls import Recording
 from tokenprune.backbones.token_grid import TokenGrid
 from tokenprune.backbones.token_wise import TokenWise
-from tokenprune.backbones.token_wise_probe import FoundPart, Probe, Recording, has_candidates
+from tokenprune.backbones.token_wise_candidates import FoundPart, has_candidates
+from tokenprune.backbones.token_wise_probe import Probe
 from tokenprune.errors import UnsupportedModelError
 
 _NEARLY = 0.75
 """Of levels whose parts cost nearly the same, the deepest one counts: its tokens say most."""
 
 
-class Hierarchy(NamedTuple):
+class HierarchyStructure(NamedTuple):
     """What was found: attributes of a `Backbone` of the same names."""
 
     blocks: tuple[nn.Module, ...]
@@ -37,8 +39,7 @@ class Hierarchy(NamedTuple):
     final_norm: nn.Module
     attentions: tuple[tuple[nn.Module, ...], ...]
     token_wise: tuple[tuple[TokenWise, ...], ...]
-    levels: tuple[Level, ...]
-    level: int
+    hierarchy: Hierarchy
     adaptations: tuple[Adaptation, ...]
 
 
@@ -65,7 +66,8 @@ def observe_hierarchy(
     num_images: int = 2,
     num_prefix_tokens: int = 0,
     row_major: bool = True,
-) -> Hierarchy:
+    obstacle: str | None = None,
+) -> HierarchyStructure:
     """Run a model on images and say what hierarchy it is.
 
     Weights, modes and random state are left as they are.
@@ -77,6 +79,7 @@ def observe_hierarchy(
         num_images: How many images are in them.
         num_prefix_tokens: Tokens in front of those of the grid.
         row_major: Whether the tokens of a level stand in the order of rows.
+        obstacle: As for `Hierarchy`.
 
     Raises:
         UnsupportedModelError: The model could not be run, or has no blocks with a part that treats tokens one by one;
@@ -103,7 +106,7 @@ def observe_hierarchy(
     level = max(number for number, cost in enumerate(costs) if cost >= _NEARLY * max(costs))
     chosen = levels[level]
     first = blocks[chosen.start]
-    return Hierarchy(
+    return HierarchyStructure(
         blocks=tuple(block.module for block in blocks),
         embed_dim=chosen.embed_dim,
         patch_size=chosen.patch_size,
@@ -111,8 +114,7 @@ def observe_hierarchy(
         final_norm=_final_map(blocks[-1].module, recording),
         attentions=tuple((block.module,) for block in blocks),
         token_wise=tuple(tuple(one.part for one in block.parts) for block in blocks),
-        levels=tuple(levels),
-        level=level,
+        hierarchy=Hierarchy(tuple(levels), level, obstacle),
         adaptations=(TokenGrid(channels_first=first.channels_first),) if len(first.shape) == 4 else (),
     )
 

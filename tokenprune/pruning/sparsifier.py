@@ -18,8 +18,9 @@ from tokenprune.pruning.compilation import give_own_forward, take_own_forward
 from tokenprune.pruning.executions import check_execution, default_execution
 from tokenprune.pruning.hooks import PruningHooks
 from tokenprune.pruning.language import LanguagePruning, Pruner
+from tokenprune.pruning.norms import norm_eps, set_norm_eps
 from tokenprune.pruning.plan import Plan
-from tokenprune.pruning.record import Record
+from tokenprune.pruning.record import LanguageRecord, Record
 from tokenprune.pruning.stage import Stage
 
 
@@ -219,6 +220,8 @@ class Sparsifier(PruningHooks):
             pruned=self.pruned,
             budget=self._budget,
             thresholds=self.thresholds,
+            language=None if self.language is None else LanguageRecord(self.language.pruner_name, self.language.keep_ratio),
+            norm_eps=norm_eps(self),
         )
 
     def get_extra_state(self) -> Tensor:
@@ -248,6 +251,7 @@ class Sparsifier(PruningHooks):
                 )
                 return
             self.thresholds = record.thresholds  # which belong to the scores that these weights give
+            set_norm_eps(self, record.norm_eps)
 
     # Attaching and detaching
 

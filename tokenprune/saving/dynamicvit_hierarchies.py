@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokenprune.api import sparsifier_of, sparsify
 from tokenprune.backbones.adapters import model_of, official_weights
 from tokenprune.errors import CheckpointError
+from tokenprune.pruning.norms import set_norm_eps
 from tokenprune.pruning.reductions import FastPath
 from tokenprune.pruning.stage import Stage
 
@@ -82,10 +83,7 @@ def load_hierarchy(
         converted |= {f"{names[stage.scorer]}.{name}": tensor for name, tensor in weights.items()}
     _load(model, converted)
     if layout.channels_first:
-        for module in (*paths, *(stage.scorer for stage in own)):
-            for norm in module.modules():
-                if isinstance(norm, nn.LayerNorm):
-                    norm.eps = _EPS
+        set_norm_eps(sparsifier_of(model), _EPS)
     return model.eval()
 
 
