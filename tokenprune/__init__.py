@@ -9,6 +9,7 @@ from tokenprune.analysis.flop_counter import FlopReport, flops
 from tokenprune.analysis.kept_tokens import KeptTokens, kept_tokens
 from tokenprune.analysis.overlays import animate, show
 from tokenprune.analysis.planning import plan_for
+from tokenprune.analysis.prefill import PrefillReport, PrefillTimes, prefill_flops, prefill_times
 from tokenprune.analysis.proof import prove
 from tokenprune.analysis.report import report
 from tokenprune.analysis.verification import VerificationReport, verify
@@ -87,6 +88,8 @@ __all__ = [
     "PictureError",
     "Plan",
     "PlanError",
+    "PrefillReport",
+    "PrefillTimes",
     "Preprocessing",
     "PromptError",
     "ProofError",
@@ -124,6 +127,8 @@ __all__ = [
     "kept_tokens",
     "load_dynamicvit",
     "plan_for",
+    "prefill_flops",
+    "prefill_times",
     "prove",
     "push_to_hub",
     "register_pruner",

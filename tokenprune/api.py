@@ -128,7 +128,13 @@ def sparsify(
         built.append(Stage(_built(Scorer, build_scorer, scorer_context, f"scorer={scorer!r}"), reduction))
     _check_scorers(plan, backbone, built, scorer)
     sparsifier = Sparsifier(
-        plan, backbone, built, pruned=reduction_name(pruned), scorer=scorer_name(scorer), language=language, pruner=pruner
+        plan,
+        backbone,
+        built,
+        pruned=reduction_name(pruned),
+        scorer=scorer_name(scorer),
+        language=language,
+        pruner=pruner,
     )
     for adaptation in backbone.adaptations:
         adaptation.check(model, restores=sparsifier.restores)
@@ -200,6 +206,19 @@ def language_of(model: nn.Module) -> LanguagePruning | None:
         StateError: The model is not sparsified.
     """
     return attached_to(model).language
+
+
+def refuse_prompts(model: nn.Module, function: str) -> None:
+    """Refuse a vision-language model, which does not run on images alone.
+
+    Raises:
+        StateError: It is one; the message names the function to call.
+    """
+    if language_of(model) is not None:
+        raise StateError(
+            f"{type(unwrap(model)).__name__} reads prompts beside images; call tokenprune.{function}(model, inputs) "
+            "with what its processor makes of both."
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -303,8 +322,8 @@ def _check_behind_tower(
     """Refuse what has no meaning without stages, and a model that prunes behind its tower already."""
     if scorer != "predictor" or pruned != "drop" or pruner == "tower":
         raise PlanError(
-            f"stages=() leaves the vision tower as it is, so scorer={scorer!r}, pruned={pruned!r} and pruner={pruner!r} "
-            "would have nothing to decide; pass stages, or another pruner alone."
+            f"stages=() leaves the vision tower as it is, so scorer={scorer!r}, pruned={pruned!r} and "
+            f"pruner={pruner!r} would have nothing to decide; pass stages, or another pruner alone."
         )
     if hasattr(model, "tokenprune") or any(isinstance(module, LanguagePruning) for module in model.modules()):
         raise StateError(f"this {type(model).__name__} is sparsified already; call tokenprune.unsparsify first.")

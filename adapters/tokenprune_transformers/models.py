@@ -72,7 +72,8 @@ _POOLING = (
 )  # fmt: skip
 _PACKING = ("grid_thw", "image_grid_thw", "target_sizes", "cu_seqlens")
 _TAKING_ANY_NUMBER = (
-    "VisionEncoderDecoderModel", "BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering", "Blip2Model",
+    "VisionEncoderDecoderModel",
+    "BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering", "Blip2Model",
     "Blip2ForConditionalGeneration", "Blip2VisionModelWithProjection", "InstructBlipForConditionalGeneration",
 )  # fmt: skip
 

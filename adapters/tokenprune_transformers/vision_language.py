@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from tokenprune.backbones.vision_language import VisionLanguage
 
 
-def _gemma3(model: nn.Module) -> int:
-    return int(model.multi_modal_projector.kernel_size)  # type: ignore[union-attr, arg-type]
+def _gemma3(model: Any) -> int:
+    return int(model.multi_modal_projector.kernel_size)
 
 
-def _internvl(model: nn.Module) -> int:
-    return round(1 / model.config.downsample_ratio)  # type: ignore[union-attr]
+def _internvl(model: Any) -> int:
+    return round(1 / model.config.downsample_ratio)
 
 
-def _idefics3(model: nn.Module) -> int:
-    return int(model.config.scale_factor)  # type: ignore[union-attr, arg-type]
+def _idefics3(model: Any) -> int:
+    return int(model.config.scale_factor)
 
 
 def _from_one(model: nn.Module, given: Mapping[str, Any], before: int) -> Tensor:
@@ -34,28 +34,30 @@ def _from_zero(model: nn.Module, given: Mapping[str, Any], before: int) -> Tenso
     return torch.arange(before, before + tokens.shape[1], device=tokens.device).unsqueeze(0)
 
 
-def _multimodal(model: nn.Module, given: Mapping[str, Any], before: int) -> Tensor:
+def _multimodal(model: Any, given: Mapping[str, Any], before: int) -> Tensor:
     """Positions in time, rows and columns (3, b, L), and what later tokens are ahead of their number by."""
     mask, grids = given.get("attention_mask"), (given.get("image_grid_thw"), given.get("video_grid_thw"))
     if given.get("input_ids") is not None and any(grid is not None for grid in grids):
-        taken = inspect.signature(model.get_rope_index).parameters  # type: ignore[arg-type]
+        taken = inspect.signature(model.get_rope_index).parameters
         arguments = {name: given[name] for name in taken if given.get(name) is not None}
         if before and mask is not None:
             arguments["attention_mask"] = mask[:, before:]
-        positions, deltas = model.get_rope_index(**arguments)  # type: ignore[operator]
-        first = _continued(model, given, before)[..., :1] if before else 0
-        model.rope_deltas = deltas + first[0] if before else deltas
-        return torch.as_tensor(positions + first)
+        positions, deltas = model.get_rope_index(**arguments)
+        if before:  # a prompt behind another one
+            first = _continued(model, given, before)[..., :1]
+            positions, deltas = positions + first, deltas + first[0] - before
+        model.rope_deltas = deltas
+        return torch.as_tensor(positions)
     return _continued(model, given, before)
 
 
-def _continued(model: nn.Module, given: Mapping[str, Any], before: int) -> Tensor:
+def _continued(model: Any, given: Mapping[str, Any], before: int) -> Tensor:
     """The positions (3, b, L) of text behind a prompt that has been read."""
     mask, plain = given.get("attention_mask"), _from_zero(model, given, before)
     if mask is not None:
         plain = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, before:]
     deltas = model.rope_deltas
-    text = plain if deltas is None else plain + deltas.to(plain.device)  # type: ignore[operator, union-attr]
+    text = plain if deltas is None else plain + deltas.to(plain.device)
     return torch.as_tensor(text).expand(3, *text.shape)
 
 
@@ -65,9 +67,9 @@ _MODELS: dict[str, dict[str, Any]] = {
     "PaliGemmaModel": {"block": 1, "positions": _from_one},
     "Gemma3Model": {"block": _gemma3},
     "InternVLModel": {"block": _internvl},
-    **dict.fromkeys(("Idefics3Model", "SmolVLMModel"), {"block": _idefics3}),
-    **dict.fromkeys(("LlavaNextModel", "LlavaOnevisionModel"), {}),
-    **dict.fromkeys(("Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel"), {"positions": _multimodal}),
+    **{name: {"block": _idefics3} for name in ("Idefics3Model", "SmolVLMModel")},
+    **{name: {} for name in ("LlavaNextModel", "LlavaOnevisionModel")},
+    **{name: {"positions": _multimodal} for name in ("Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel")},
 }
 _LANGUAGE, _TOWER = ("language_model", "text_model"), ("vision_tower", "vision_model", "visual")
 

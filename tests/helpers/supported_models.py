@@ -34,7 +34,7 @@ TABLES: dict[str, dict[str, list[Entry]]] = {
     "transformers": {
         "classes that differ little from a list of blocks": census_transformers.supported(),
         "classes that differ more": census_transformers.uncovered(),
-        "models of several parts": census_transformers.composites(),
+        "models of several parts": [*census_transformers.composites(), *census_transformers.language_models()],
     },
     "torchvision": {"entry points": census_torchvision.supported()},
 }
@@ -66,8 +66,9 @@ TAIL = """
 - **Attention that is not over all tokens** (XCiT, CoaT, TimeSformer, VideoPrism): dropping one has no single meaning.
 - **Packed sequences** (the vision towers of Qwen-VL, GLM-4V, Kimi, MiniCPM and others): all images of a batch are one
   sequence, with lengths of its own.
-- **Models of several parts whose other parts need every token** (LLaVA-NeXT, Idefics, Janus, OWL-ViT and others): their
-  towers can be sparsified alone.
+- **Models of several parts whose other parts need every token** (Idefics2, Janus, OWL-ViT and others): their towers can
+  be sparsified alone. In [vision-language models](vision-language-models.md) with `stages=()`, and in LLaVA-NeXT and
+  LLaVA-OneVision with a pruner by name, image tokens are pruned behind the tower.
 
 Each is refused with an error that says so, and is left as it was.
 """

@@ -21,7 +21,8 @@ from tests.helpers.zoo import hook_counts, wide_scorers
 
 STAGES, RATIOS = (1, 2), (0.75, 0.5)
 GENERATE: dict[str, Any] = {
-    "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "suppress_tokens": [40, 41, 42, 43],
+    "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
+    "suppress_tokens": [40, 41, 42, 43],
 }  # fmt: skip
 BEHIND = {"stages": (), "pruner": "diverse"}
 
@@ -171,7 +172,9 @@ def test_generation_with_cache_without_and_alone_agrees(case: Case) -> None:
 @cases("qwen3_vl", "gemma3")
 def test_without_images_nothing_is_touched(case: Case) -> None:
     model, inputs = case.model(), case.inputs()
-    words = {name: inputs[name][:1, -4:] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs}
+    words = {
+        name: inputs[name][:1, -4:] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs
+    }
     before, generated = run(model, words), model.generate(**words, **GENERATE)
     tokenprune.sparsify(model, (), 0.5)
     run(model, inputs)
@@ -204,8 +207,7 @@ def test_the_tower_chooses_the_tokens_that_it_kept(case: Case) -> None:
     images = inputs["pixel_values"].detach().clone().requires_grad_()
     found = model.model.get_image_features(pixel_values=images)
     features = getattr(found, "pooler_output", found)
-    row = features[-1] if not isinstance(features, Tensor) else features[-1]
-    row.reshape(-1, row.shape[-1])[1].square().sum().backward()
+    features[-1].reshape(-1, features[-1].shape[-1])[1].square().sum().backward()
     touched = images.grad.flatten(0, -4)[-1 if images.dim() == 4 else 4].abs().sum(0)
     touched = touched.unflatten(0, (6, 8)).unflatten(2, (6, 8)).sum(dim=(1, 3)) > 0  # (6, 6) of patches
     wanted = torch.zeros(6, 6, dtype=torch.bool)
@@ -230,7 +232,9 @@ def test_copies_and_pickles_have_hooks_of_their_own() -> None:
 def test_training_learns_through_the_prompt() -> None:
     model, inputs = CASES[0].model(), CASES[0].inputs()
     tokenprune.sparsify(model, STAGES, RATIOS).train()
-    labels = inputs["input_ids"].masked_fill((inputs["input_ids"] == IMAGE_TOKEN) | (inputs["attention_mask"] == 0), -100)
+    labels = inputs["input_ids"].masked_fill(
+        (inputs["input_ids"] == IMAGE_TOKEN) | (inputs["attention_mask"] == 0), -100
+    )
     output = model(**inputs, labels=labels)
     output.loss.backward()
     assert output.logits.shape[1] == labels.shape[1]

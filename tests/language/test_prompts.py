@@ -15,7 +15,8 @@ from tests.helpers.vision_language import CASES, Case, alone, prompts
 
 LLAVA = next(case for case in CASES if case.family == "llava")
 GENERATE: dict[str, Any] = {
-    "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "suppress_tokens": [40, 41, 42, 43],
+    "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
+    "suppress_tokens": [40, 41, 42, 43],
 }  # fmt: skip
 some_cases = pytest.mark.parametrize(
     "case", [case for case in CASES if case.family in ("llava", "paligemma", "qwen3_vl")], ids=lambda case: case.family
@@ -162,7 +163,9 @@ def test_what_cannot_be_shortened_is_refused() -> None:
     cache = model(**one, use_cache=True).past_key_values
     held = cache.get_seq_length()
     token = torch.tensor([[9]])
-    with pytest.raises(tokenprune.StateError, match=r"attention_mask has 24 entries; expected 42: one for each of the 41"):
+    with pytest.raises(
+        tokenprune.StateError, match=r"attention_mask has 24 entries; expected 42: one for each of the 41"
+    ):
         model(input_ids=token, past_key_values=cache, attention_mask=torch.ones(1, held + 1, dtype=torch.long))
     cache.crop(-6)
     with pytest.raises(tokenprune.StateError, match=f"holds {held - 6} tokens of 1 prompts, and {held} of 1 prompts"):
@@ -208,3 +211,24 @@ def test_rows_of_a_batch_are_filled_with_tokens_that_nobody_attends_to() -> None
             kept = (one["input_ids"] != IMAGE_TOKEN)[0]
             by_itself = model(**one, **pixels).logits
             torch.testing.assert_close(together[row, kept], by_itself[0, kept], rtol=0, atol=SHORTENED_PROMPT)
+
+
+def test_what_a_language_model_is_given_is_saved(tmp_path: Any) -> None:
+    model, inputs = LLAVA.model(), LLAVA.inputs()
+    tokenprune.sparsify(model, (1, 2), (0.75, 0.5), pruner="informative")
+    model.tokenprune.language.keep_ratio = 0.25
+    tokenprune.save_pretrained(model, tmp_path / "own", model_card=False)
+    model.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        for folder in ("own", "theirs"):
+            loaded = tokenprune.from_pretrained(tmp_path / folder)
+            assert loaded.tokenprune.language.pruner_name == "informative"
+            assert torch.equal(loaded(**inputs).logits, expected)
+    model.tokenprune.language.pruner = lambda tokens, grid, k: torch.arange(k)
+    with pytest.warns(UserWarning, match="the pruner has no registered name"):
+        tokenprune.save_pretrained(model, tmp_path / "unnamed", model_card=False)
+    with pytest.raises(tokenprune.CheckpointError, match="pass pruner="):
+        tokenprune.from_pretrained(tmp_path / "unnamed")
+    loaded = tokenprune.from_pretrained(tmp_path / "unnamed", pruner="random")
+    assert loaded.tokenprune.language.pruner_name == "random"

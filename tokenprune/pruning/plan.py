@@ -156,6 +156,7 @@ def cumulative_ratios(keep_ratio: float | Sequence[float], num_stages: int) -> t
 
 
 def num_kept(num_patches: int, ratio: float) -> int:
+    """How many of a number of tokens a ratio keeps: the floor of their product, and at least one."""
     # A product such as 100 · 0.7² = 48.999999999999993 means 49: rounding errors are no reason to lose a token.
     return max(1, math.floor(num_patches * ratio + 1e-9))
 

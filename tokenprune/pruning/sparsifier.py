@@ -220,7 +220,9 @@ class Sparsifier(PruningHooks):
             pruned=self.pruned,
             budget=self._budget,
             thresholds=self.thresholds,
-            language=None if self.language is None else LanguageRecord(self.language.pruner_name, self.language.keep_ratio),
+            language=None
+            if self.language is None
+            else LanguageRecord(self.language.pruner_name, self.language.keep_ratio),
             norm_eps=norm_eps(self),
         )
 

@@ -17,8 +17,8 @@ from tokenprune.api import sparsifier_of, sparsify, unsparsify
 from tokenprune.backbones.adapters import describe
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.errors import CheckpointError, PlanError, StateError, UnknownModelError, UnsupportedModelError
-from tokenprune.pruning.norms import set_norm_eps
 from tokenprune.pruning.language import Pruner, pruner_of
+from tokenprune.pruning.norms import set_norm_eps
 from tokenprune.pruning.record import Record
 from tokenprune.pruning.reductions import ReductionBuilder, reduction_builder
 from tokenprune.saving import hub, weights
@@ -208,19 +208,20 @@ def _builders(
     return _Builders(
         _builder("scorer", record.scorer, scorer, scorer_builder),
         _builder("pruned", record.pruned, pruned, reduction_builder),
-        pruner if language is None else _builder("pruner", language.pruner, pruner, _pruner),
+        pruner if language is None else _builder("pruner", language.pruner, pruner, _check_pruner),
     )
 
 
-def _pruner(pruner: str | Pruner) -> str | Pruner:
-    return pruner if pruner == "tower" else pruner_of(pruner)
+def _check_pruner(pruner: str | Pruner) -> None:
+    if pruner != "tower":
+        pruner_of(pruner)
 
 
 _Builder = TypeVar("_Builder", bound=Callable[..., Any])
 
 
 def _builder(
-    option: str, recorded: str | None, given: str | _Builder | None, resolve: Callable[[str | _Builder], _Builder]
+    option: str, recorded: str | None, given: str | _Builder | None, resolve: Callable[[str | _Builder], Any]
 ) -> str | _Builder:
     what = {"scorer": "scorer", "pruned": "reduction", "pruner": "pruner"}[option]
     if given is not None:

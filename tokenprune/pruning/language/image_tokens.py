@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class ImageTokens:
         ends = torch.tensor(self.sizes, device=row.device).cumsum(0)[:-1]
         starts[ends] = True
         places = [*starts.nonzero().flatten().tolist(), len(row)]
-        return [end - start for start, end in zip(places, places[1:], strict=False)]
+        return [end - start for start, end in pairwise(places)]
 
     def keep(self, kept: Tensor) -> Any:
         """What the method would give of the tokens that are kept, (T,) bool, alone."""

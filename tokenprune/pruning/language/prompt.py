@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.backbones.vision_language import VisionLanguage
 from tokenprune.errors import StateError

@@ -79,7 +79,7 @@ def prune(pruner: Pruner, embeddings: Tensor, grid: tuple[int, int] | None, k: i
         kind = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
         raise TypeError(f"the pruner {name} returned {kind}; expected a tensor of int64 positions, of shape ({k},).")
     chosen = chosen.to(embeddings.device)
-    fits = chosen.shape == (k,) and bool((chosen[1:] > chosen[:-1]).all()) and 0 <= int(chosen[0])
+    fits = chosen.shape == (k,) and bool((chosen[1:] > chosen[:-1]).all()) and int(chosen[0]) >= 0
     if not fits or int(chosen[-1]) >= number:
         raise ValueError(
             f"the pruner {name} returned positions of shape {tuple(chosen.shape)}; expected {k} different ones in "

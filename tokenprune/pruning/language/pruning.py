@@ -9,9 +9,10 @@ Shapes: b prompts, L tokens of each as given, n of them that go on, I images, N 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class LanguagePruning(nn.Module):
     def __init__(
         self,
         described: VisionLanguage,
-        keep_ratio: float,
+        keep_ratio: float | Sequence[float],
         pruner: str | Pruner,
         *,
         survival: Callable[[], tuple[Tensor, tuple[int, int], int] | None] | None = None,
@@ -77,7 +78,7 @@ class LanguagePruning(nn.Module):
         self.trace: LanguageTrace | None = None
         self.pruner = None if pruner == "tower" else pruner_of(pruner)
         self._survival = survival
-        self.keep_ratio = keep_ratio
+        self._keep_ratio = cumulative_ratios(keep_ratio, 1)[0]
         self._handles: list[RemovableHandle] = []
         self._restored: Any = None
         self._shortening: Shortening | None = None
@@ -208,7 +209,7 @@ class LanguagePruning(nn.Module):
         if kept == pieces:
             self._serve(prompt.given, encoded)
             return None
-        grids = self._grids(prompt, places, pieces) if given == sum(pieces) else [None] * len(pieces)
+        grids = self._grids(prompt, places, pieces) if given == sum(pieces) else []
         indices = self._indices(tokens.flat, pieces, kept, grids, places)
         mask = torch.zeros(sum(pieces), dtype=torch.bool, device=tokens.flat.device)
         start = 0
@@ -233,7 +234,7 @@ class LanguagePruning(nn.Module):
     ) -> list[Tensor]:
         if self.pruner is None:
             return self._by_tower(pieces, kept, places)
-        parts = zip(flat.split(pieces), grids, kept, strict=True)
+        parts = zip_longest(flat.split(pieces), grids, kept)
         return [prune(self.pruner, part, grid, number) for part, grid, number in parts]
 
     def _by_tower(self, pieces: list[int], kept: list[int], places: Tensor) -> list[Tensor]:
