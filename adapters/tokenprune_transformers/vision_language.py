@@ -86,6 +86,7 @@ def vision_language(model: nn.Module) -> VisionLanguage | None:
                 tower=_part(part, _TOWER),
                 placeholder=_placeholder(part.config),
                 block=block(part) if callable(block) else block,
+                num_tokens=getattr(part, "image_seq_len", None),
                 positions=given.get("positions"),
             )
     return None

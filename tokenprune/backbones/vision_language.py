@@ -27,9 +27,12 @@ class VisionLanguage:
         placeholder: The id of the tokens that hold the places of image tokens.
         block: The side of the square of patches that each image token is made of; 1 where an image token is a patch
             token. ``None`` where a token is made in another way, or the images are in several pieces.
+        num_tokens: The number of tokens of each image or tile, where what ``encode`` gives does not tell where one
+            ends and the next begins.
         encode: Name of the method that gives image tokens: as ``pooler_output``, or by itself.
         images: The parameters that bring images, any of which makes the model encode some.
         encoded: The parameter that takes what ``encode`` gives, by modality, if there is one.
+        outputs: What the module puts out of the image tokens themselves: of those alone that went on.
         features: What ``encode`` gives with an entry for each image token, besides the tokens.
         token_arguments: The parameters with an entry for each token of the prompt, (b, L).
         positions: The positions that the model gives its tokens by itself; ``None`` means 0, 1, 2 ….
@@ -40,9 +43,11 @@ class VisionLanguage:
     tower: nn.Module
     placeholder: int
     block: int | None = None
+    num_tokens: int | None = None
     encode: str = "get_image_features"
     images: tuple[str, ...] = ("pixel_values",)
     encoded: str = "mm_encoder_outputs"
     features: tuple[str, ...] = ("deepstack_features",)
+    outputs: tuple[str, ...] = ("image_hidden_states",)
     token_arguments: tuple[str, ...] = ("input_ids", "token_type_ids", "mm_token_type_ids", "labels")
     positions: Positions | None = None

@@ -28,6 +28,7 @@ class ImageTokens:
         self._output, self._described = output, described
         entries = _entries(self._primary)
         self.sizes = [len(entry) for entry in entries]
+        self._tiles = [size for entry in self.sizes for size in self._split(entry)]
         self.flat = torch.cat(entries)  # (T, C)
 
     @property
@@ -45,14 +46,18 @@ class ImageTokens:
             placeholders: (b, L) bool, the places of all tokens in the prompts; ``None`` where they are unknown.
         """
         if placeholders is None:
-            return self.sizes
+            return self._tiles
         row, column = placeholders.nonzero(as_tuple=True)  # (T,)
         starts = torch.ones(len(row), dtype=torch.bool, device=row.device)
         starts[1:] = (row[1:] != row[:-1]) | (column[1:] != column[:-1] + 1)
-        ends = torch.tensor(self.sizes, device=row.device).cumsum(0)[:-1]
+        ends = torch.tensor(self._tiles, device=row.device).cumsum(0)[:-1]
         starts[ends] = True
         places = [*starts.nonzero().flatten().tolist(), len(row)]
         return [end - start for start, end in pairwise(places)]
+
+    def _split(self, size: int) -> list[int]:
+        one = self._described.num_tokens
+        return [one] * (size // one) if one and size % one == 0 else [size]
 
     def keep(self, kept: Tensor) -> Any:
         """What the method would give of the tokens that are kept, (T,) bool, alone."""
