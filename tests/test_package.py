@@ -139,7 +139,7 @@ def test_the_public_names_are_these() -> None:
     assert tokenprune.__all__ == [
         "Adaptation", "Adapter", "Backbone", "BudgetReport", "CalibrationReport", "Candidates", "CheckpointError",
         "CountingError", "DynamicViTLoss", "Example", "ExportError", "ExportReport", "FlopReport", "Hierarchy",
-        "HostError", "InterceptionError", "KeptTokens", "Level", "MissingExtraError", "PictureError", "Plan",
+        "HostError", "InterceptionError", "KeptTokens", "Level", "MissingExtraError", "Packed", "PictureError", "Plan",
         "PlanError", "Preprocessing", "ProofError", "Reduced", "Reduction", "ReductionContext", "Scored",
         "Scorer", "ScorerContext", "Selection", "Setting", "Sparsifier", "Split", "StateError", "SupportedModel",
         "ThroughputReport", "TokenTable", "TokenWise", "TokenpruneError", "Trace", "UnknownModelError",

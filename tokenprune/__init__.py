@@ -20,6 +20,7 @@ from tokenprune.backbones.adapters import Adapter
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.examples import Example
 from tokenprune.backbones.levels import Hierarchy, Level
+from tokenprune.backbones.packed import Packed
 from tokenprune.backbones.preprocessing import Preprocessing
 from tokenprune.backbones.supported import SupportedModel, supported
 from tokenprune.backbones.token_wise import TokenWise
@@ -85,6 +86,7 @@ __all__ = [
     "LanguageTrace",
     "Level",
     "MissingExtraError",
+    "Packed",
     "PictureError",
     "Plan",
     "PlanError",

@@ -234,6 +234,8 @@ def _built(kind: type[Built], build: Callable[[Any], Any], context: Any, given: 
     """What a builder of scorers or reductions makes for a stage."""
     try:
         made = build(context)
+    except UnsupportedModelError:
+        raise
     except TypeError as error:  # a class in the place of a builder, as a rule
         raise TypeError(f"{given} cannot be called with a {type(context).__name__}: {error}") from error
     if not isinstance(made, kind):
@@ -256,7 +258,7 @@ def _check_hierarchy(
 def _check_scorers(plan: Plan, backbone: Backbone, stages: Sequence[Stage], scorer: str | ScorerBuilder) -> None:
     """Refuse scorers that would not get what they need of the model's blocks."""
     scorers = [stage.scorer for stage in stages]
-    if any(one.inside_block for one in scorers):
+    if any(one.inside_block for one in scorers) and backbone.packed is None:
         _check_inside(plan, backbone, stages, scorer)
     if not any(one.needs_recording for one in scorers):
         return
@@ -264,6 +266,11 @@ def _check_scorers(plan: Plan, backbone: Backbone, stages: Sequence[Stage], scor
         raise UnsupportedModelError(
             f"scorer={scorer!r} needs attention scores over all tokens, and the blocks of a hierarchy attend within "
             "windows or not at all; take another scorer, such as 'predictor'."
+        )
+    if backbone.packed is not None:
+        raise UnsupportedModelError(
+            f"scorer={scorer!r} needs attention scores or keys of the block before a stage, and this model attends "
+            "segment by segment of all images in one sequence; take another scorer, such as 'predictor'."
         )
     if plan.stages[0] == 0 and not scorers[0].inside_block:
         raise PlanError(

@@ -136,13 +136,17 @@ def rows(positions: Tensor, length: int) -> Tensor:
     return (positions + length * torch.arange(batch, device=positions.device).unsqueeze(1)).flatten()
 
 
-def find_tokens(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def find_tokens(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, packed: bool = False) -> Tensor:
     """The tokens (B, L, C) among the arguments of a block: the first one, or the first tensor by name.
+
+    Those of all images in one sequence (T, C), where the model packs them, are seen as (1, T, C).
 
     Raises:
         StateError: There are none of that shape.
     """
     tokens = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+    if packed and isinstance(tokens, Tensor) and tokens.dim() == 2:
+        return tokens.unsqueeze(0)
     if not isinstance(tokens, Tensor) or tokens.dim() != 3:
         got = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
         raise StateError(f"{type(block).__name__} got {got} where tokens of shape (B, L, C) were expected.")
@@ -154,17 +158,24 @@ def replace_tokens(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a block with other tokens (B, K, C)."""
     if args:
-        return (tokens, *args[1:]), kwargs
+        return (_as_before(args[0], tokens), *args[1:]), kwargs
     name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
-    return args, {**kwargs, name: tokens}
+    return args, {**kwargs, name: _as_before(kwargs[name], tokens)}
 
 
 def output_tokens(output: Any) -> Tensor:
-    """The tokens in what a block returned: all of it, or the first item of a tuple."""
+    """The tokens (B, K, C) in what a block returned: all of it, or the first item of a tuple."""
     tokens: Tensor = output[0] if isinstance(output, tuple) else output
-    return tokens
+    return tokens.unsqueeze(0) if tokens.dim() == 2 else tokens
 
 
 def replace_output_tokens(output: Any, tokens: Tensor) -> Any:
     """What a block returned, with other tokens."""
-    return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+    if isinstance(output, tuple):
+        return (_as_before(output[0], tokens), *output[1:])
+    return _as_before(output, tokens)
+
+
+def _as_before(before: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens (B, K, C), or (K, C) where those before had no dimension for images."""
+    return tokens.squeeze(0) if before.dim() == 2 else tokens

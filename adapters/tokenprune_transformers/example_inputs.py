@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.backbones.probing import random_inputs
+from tokenprune_transformers.packed import grids_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +23,9 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Keyword arguments of the forward pass of a model, or of a vision tower, on two different images."""
     config = vision_config(model.config)
     special = _FAMILIES.get(config.model_type)
-    return _images(model, config) if special is None else special(model, config)
+    if special is not None:
+        return special(model, config)
+    return _images(model, config) if grids_of(model) is None else _packed(model, config)
 
 
 def vision_config(config: Any) -> Any:
@@ -132,6 +135,44 @@ def _with_image_sizes(model: PreTrainedModel, config: Any) -> dict[str, Any]:
     return {**inputs, "image_sizes": torch.tensor([inputs["pixel_values"].shape[2:]] * NUM_IMAGES)}
 
 
+def _packed(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    """Patches of two images of different sizes, one after the other, and their grids."""
+    depth = next((getattr(config, name) for name in _DEPTHS if hasattr(config, name)), 1)
+    patch_height, patch_width = pair(config.patch_size)
+    values = _num_channels(config) * (depth if isinstance(depth, int) else depth[0]) * patch_height * patch_width
+    return _packed_as(model, config, (values,))
+
+
+def _packed_flat(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    """The same, of patches without a dimension for time."""
+    patch_height, patch_width = pair(config.patch_size)
+    inputs = _packed_as(model, config, (_num_channels(config) * patch_height * patch_width,))
+    if "merge_sizes" in inspect.signature(model.forward).parameters:
+        inputs["merge_sizes"] = torch.full((len(_GRIDS),), 2, device=_device(model))
+    return inputs
+
+
+def _packed_patches(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    """The same, of patches as small images."""
+    return _packed_as(model, config, (_num_channels(config), *pair(config.patch_size)))
+
+
+def _packed_row(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    """The same, with a dimension for the one row in front."""
+    inputs = _packed_patches(model, config)
+    return {name: value.unsqueeze(0) if name == "pixel_values" else value for name, value in inputs.items()}
+
+
+def _packed_as(model: PreTrainedModel, config: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    grids = torch.tensor(_GRIDS, device=_device(model))
+    name, sizes = next(iter(inspect.signature(model.forward).parameters)), grids_of(model)
+    assert sizes is not None
+    return {**random_inputs(model, **{name: (int(grids.prod(dim=1).sum()), *shape)}), sizes: grids}
+
+
+_GRIDS = ((1, 4, 6), (1, 4, 4))  # frames, rows, columns
+_DEPTHS = ("temporal_patch_size", "patch_temporal")
+
 _FAMILIES: dict[str, Callable[[PreTrainedModel, Any], dict[str, Any]]] = {
     **dict.fromkeys(("vivit", "vjepa2", "timesformer", "videoprism_vision_model"), _videos),
     "videomae": _masked_videos,
@@ -142,4 +183,16 @@ _FAMILIES: dict[str, Callable[[PreTrainedModel, Any], dict[str, Any]]] = {
     "gemma4_vision": _placed_patches,
     "phi4_multimodal_vision": _with_patch_mask,
     "pixtral": _with_image_sizes,
+    **dict.fromkeys(
+        (
+            "ernie4_5_vl_moe_vision",
+            "video_llama_3_vision",
+            "dots3_note_vision_encoder",
+            "glm_image_vision",
+            "cosmos3_edge_vision",
+        ),
+        _packed_flat,
+    ),
+    "kimi_k25_vision": _packed_patches,
+    "paddleocr_vl_vision": _packed_row,
 }

@@ -15,6 +15,7 @@ from tokenprune.backbones.hierarchy import observe_hierarchy
 from tokenprune.backbones.structure import observe
 from tokenprune_transformers.example_inputs import example_inputs, image_size, pair, vision_config
 from tokenprune_transformers.families import FrameMessage, FullLength, PositionInput, SharedTables
+from tokenprune_transformers.packed import PackedObstacleError, grids_of, packed
 from tokenprune_transformers.vision_language import vision_language
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # What the families do differently, by the model type of their config: attributes of a Backbone.
 _FAMILIES: dict[str, dict[str, Any]] = {
+    # All images of a batch are one row of tokens.
+    "pixtral": {"token_inputs": {"position_embeddings": ("n d -> n d",)}},
     # Rotary tables that attention spreads over the heads by itself, or over heads and images.
     "step3p5_vision": {"token_inputs": {"position_embeddings": ("n d -> b n d",)}, "downstream": "all tokens"},
     "mlcd_vision_model": {"token_inputs": {"position_embeddings": ("n d -> b n d",)}},
@@ -29,8 +32,6 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "token_inputs": {"freqs_ci": ("n d -> b n d", "n h d -> b n h d")},
         "downstream": "all tokens",
     },
-    # All images of a batch are one row of tokens.
-    "pixtral": {"token_inputs": {"position_embeddings": ("n d -> n d",)}},
     # Positions are added to all tokens between the blocks (YOLOS, arXiv 2106.00666).
     "yolos": {"downstream": "all tokens"},
     # Rotary tables, cosines and sines, without an entry for prefix tokens.
@@ -70,7 +71,6 @@ _POOLING = (
     "CLIPModel", "AltCLIPModel", "ChineseCLIPModel", "MetaClip2Model", "SiglipModel", "Siglip2Model", "Aimv2Model",
     "BlipModel", "VisionTextDualEncoderModel",
 )  # fmt: skip
-_PACKING = ("grid_thw", "image_grid_thw", "target_sizes", "cu_seqlens")
 _TAKING_ANY_NUMBER = (
     "VisionEncoderDecoderModel",
     "BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering", "Blip2Model",
@@ -86,6 +86,8 @@ def describe(model: nn.Module) -> Backbone:
     """
     try:
         return _flat(model)
+    except PackedObstacleError:
+        raise
     except UnsupportedModelError as flat:
         try:
             return _hierarchy(model, obstacle=str(flat))
@@ -122,33 +124,25 @@ def _flat(model: nn.Module) -> Backbone:
     composite, prompted = _has_other_parts(model), vision_language(model) is not None
     if composite:
         tower = _vision_tower(model, config)
-        # Packed images are distinguished by their original lengths.
-        takes_tokens = names & {*_POOLING, *_TAKING_ANY_NUMBER} or prompted
-        if not takes_tokens or config.model_type == "pixtral":
+        # A tower that packs images gives as many tokens as it would without pruning; but Pixtral's gives fewer.
+        takes_any = (prompted or names & {*_POOLING, *_TAKING_ANY_NUMBER}) and config.model_type != "pixtral"
+        if not takes_any and grids_of(tower) is None:
             raise UnsupportedModelError(
                 f"what {name} does with its vision tokens may need every one of them; sparsify its "
                 f"{type(tower).__name__} alone if it does not."
             )
     family = _FAMILIES.get(config.model_type, {})
     settings = _settings(tower, getattr(model, "_supports_sdpa", False))
-    try:
-        structure = observe(
-            tower,
-            example_inputs(tower),
-            settings=settings,
-            first_list=name.endswith("ForPreTraining") or config.model_type == "vjepa2",
-            packed=config.model_type == "pixtral",
-            frames=config.model_type == "xclip_vision_model",
-            num_inner_tokens=int(config.model_type == "xclip_vision_model"),
-        )
-    except UnsupportedModelError as error:
-        packing = [parameter for parameter in inspect.signature(tower.forward).parameters if parameter in _PACKING]
-        if not packing:
-            raise
-        raise UnsupportedModelError(
-            f"{name} packs all images of a batch into one sequence, and separates them by {packing[0]}; pruned "
-            "sequences would need other ones."
-        ) from error
+    packing = packed(tower, config)
+    structure = observe(
+        tower,
+        example_inputs(tower),
+        settings=settings,
+        first_list=name.endswith("ForPreTraining") or config.model_type == "vjepa2",
+        packed=packing is not None or config.model_type == "pixtral",
+        frames=config.model_type == "xclip_vision_model",
+        num_inner_tokens=int(config.model_type == "xclip_vision_model"),
+    )
     needed = _ADAPTATIONS.get(config.model_type)
     adaptations = (*settings, *structure.adaptations, *(() if needed is None else (needed(tower),)))
     patch_size = None if getattr(config, "patch_size", None) is None else pair(config.patch_size)
@@ -156,7 +150,8 @@ def _flat(model: nn.Module) -> Backbone:
     own_names = [name.rpartition(".")[2] for name, _ in tower.named_parameters()]
     downstream = family.get("downstream", "pooled")
     # Behind a projector that takes a grid, image tokens are pruned for the language model by themselves.
-    if prompted or any(part in one for part in (*_DENSE, "VJEPA2Model") for one in names):
+    dense = prompted or any(part in one for part in (*_DENSE, "VJEPA2Model") for one in names)
+    if dense or packing is not None:
         downstream = "all tokens"
     elif names & {*_TAKING_ANY_NUMBER} and downstream == "pooled":
         downstream = "any number"
@@ -173,6 +168,7 @@ def _flat(model: nn.Module) -> Backbone:
         grid_size=None if patch_size is None else (size[0] // patch_size[0], size[1] // patch_size[1]),
         class_token=any(name.startswith(("cls_", "class_")) for name in own_names),
         tower=tower if composite else None,
+        packed=packing,
     )
 
 

@@ -24,6 +24,10 @@ def _idefics3(model: Any) -> int:
     return int(model.config.scale_factor)
 
 
+def _merged(model: Any) -> int:
+    return int(model.config.vision_config.spatial_merge_size)
+
+
 def _from_one(model: nn.Module, given: Mapping[str, Any], before: int) -> Tensor:
     """PaliGemma counts positions from 1."""
     return _from_zero(model, given, before) + 1
@@ -69,7 +73,10 @@ _MODELS: dict[str, dict[str, Any]] = {
     "InternVLModel": {"block": _internvl},
     **{name: {"block": _idefics3} for name in ("Idefics3Model", "SmolVLMModel")},
     **{name: {} for name in ("LlavaNextModel", "LlavaOnevisionModel")},
-    **{name: {"positions": _multimodal} for name in ("Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel")},
+    **{
+        name: {"block": _merged, "positions": _multimodal}
+        for name in ("Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel")
+    },
 }
 _LANGUAGE, _TOWER = ("language_model", "text_model"), ("vision_tower", "vision_model", "visual")
 

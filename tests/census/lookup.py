@@ -12,12 +12,13 @@ from tests.census.entry import Entry
 from tests.census.hosts import is_older, skip_host_fault
 from tests.census.timm import flat, volo
 from tests.census.transformers import composites, language_models, supported, uncovered
+from tests.census.transformers_packed import towers
 from tests.census.transformers_refused import refused
 
 
 @cache
 def _by_name() -> dict[str, Entry]:
-    entries = (*flat(), *volo(), *supported(), *uncovered(), *composites(), *language_models(), *refused())
+    entries = (*flat(), *volo(), *supported(), *uncovered(), *composites(), *language_models(), *towers(), *refused())
     return {entry.name: entry for entry in reversed(entries)}
 
 

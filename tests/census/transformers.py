@@ -116,7 +116,11 @@ def rows(names: str, inputs: Inputs = IMAGES, **given: Any) -> Iterator[Entry]:
 
 def examples() -> list[Entry]:
     """All that are supported, to prove; the plainer ones are compiled and exported as well."""
-    return [*(replace(entry, compiled=True) for entry in supported()), *uncovered(), *composites(), *language_models()]
+    from tests.census import transformers_packed  # which builds its entries with what is here
+
+    plain = [replace(entry, compiled=True) for entry in supported()]
+    packed = [*transformers_packed.towers(), *transformers_packed.composites()]
+    return [*plain, *uncovered(), *composites(), *language_models(), *packed]
 
 
 def supported() -> list[Entry]:

@@ -13,7 +13,6 @@ from tests.census.transformers_inputs import (
     IMAGES,
     NUM_PATCHES,
     PATCH_SIZE,
-    PATCH_VALUES,
     SQUARE,
     VIDEO_SIZES,
     VIDEOS,
@@ -45,10 +44,6 @@ def refused() -> list[Entry]:
     names = ("image_model_config", "patch_model_config", "fov_model_config")
     tiles = {name: {"model_type": "dinov2", "image_size": 24} for name in names}
     halves = dict.fromkeys(("pixel_values", "prompt_pixel_values", "prompt_masks"), (3, IMAGE_SIZE // 2, IMAGE_SIZE))
-    windows = {"window_size": 32, "fullatt_block_indexes": [1, 3], "out_hidden_size": 32}
-    learned = {"num_position_embeddings": NUM_PATCHES, "out_hidden_size": 32}
-    sides = dict.fromkeys(("pos_emb_height", "pos_emb_width"), GRID)
-    flat = packed("pixel_values", shape=lambda total: (total, PATCH_VALUES))
     strip = packed("pixel_values", "target_sizes", lambda total: (1, 3, PATCH_SIZE, total * PATCH_SIZE))
     return [
         *rows("swin SwinModel SwinForImageClassification swinv2 Swinv2Model donut DonutSwinModel "
@@ -97,29 +92,9 @@ def refused() -> list[Entry]:
               backbone_config={**resnet, "out_features": ["stage4"]}, **detr),
         *rows("depth_pro DepthProModel", draw(pixel_values=(3, 96, 96)), patch_size=24, intermediate_hook_ids=(3, 1),
               intermediate_feature_dims=(8, 8), scaled_images_feature_dims=(8, 8, 8), fusion_hidden_size=8, **tiles),
-        *rows("qwen2_vl Qwen2VisionTransformerPretrainedModel", packed(), embed_dim=32),
-        *rows("qwen2_5_vl Qwen2_5_VisionTransformerPretrainedModel qwen2_5_omni Qwen2_5OmniVisionEncoder "
-              "exaone4_5 Exaone4_5_VisionModel", packed(), **windows),
-        *rows("qwen3_vl Qwen3VLVisionModel qwen3_vl_moe Qwen3VLMoeVisionModel "
-              "cohere_compass CohereCompassVisionModel", packed(), deepstack_visual_indexes=(1, 2), **learned),
-        *rows("qwen3_5 Qwen3_5VisionModel", packed(), **learned),
-        *rows("glm4v Glm4vVisionModel", packed(), out_hidden_size=32),
-        *rows("ernie4_5_vl_moe Ernie4_5_VLMoeVisionTransformerPretrainedModel",
-              packed(shape=lambda total: (total, PATCH_VALUES))),
-        *rows("video_llama_3 VideoLlama3VisionModel", both(flat, each(merge_sizes=2))),
-        *rows("paddleocr_vl PaddleOCRVisionModel",
-              packed("pixel_values", shape=lambda total: (1, total, 3, PATCH_SIZE, PATCH_SIZE))),
-        *rows("kimi_k25 Kimi_K25VisionModel",
-              packed("pixel_values", shape=lambda total: (total, 3, PATCH_SIZE, PATCH_SIZE)), **sides),
-        *rows("dots3_note Dots3NoteVisionModel", flat, mlp_layer_types=["dense"] * DEPTH, adapter_in_dim=32,
-              adapter_out_dim=32),
-        *rows("muse_spark MuseSparkVisionModel", packed("pixel_values"), layer_types=["full_attention"] * DEPTH,
-              **sides),
         *rows("inkling2 Inkling2VisionModel",
               packed("pixel_values", "image_grid_thw", lambda total: (total, 2 * PATCH_SIZE, 2 * PATCH_SIZE, 3)),
               text_hidden_size=32, projection_hidden_dim=32),
-        *rows("hunyuan_vl HunYuanVLVisionTransformer", flat, text_hidden_size=32),
-        *rows("minimax_m3_vl MiniMaxM3VLVisionModel", packed("pixel_values")),
         *rows("lfm3_vl Lfm3VlVisionModel", packed("pixel_values"), layer_types=["conv", "full_attention"] * 2),
         *rows("mllama MllamaVisionModel", mllama_tiles, **MLLAMA),
         *rows("minicpmv4_6 MiniCPMV4_6VisionModel minicpmv4_7 MiniCPMV4_7VisionModel minicpm_ocr MiniCPMOcrVisionModel",

@@ -64,8 +64,8 @@ TAIL = """
 - **Hierarchies** (Swin, PVT, Hiera, ConvNeXt, MaxViT, PiT, LeViT and others): they pool tokens as they go.
 - **Windows and grids** (SAM, ViTDet and others): their blocks need the full grid.
 - **Attention that is not over all tokens** (XCiT, CoaT, TimeSformer, VideoPrism): dropping one has no single meaning.
-- **Packed sequences** (the vision towers of Qwen-VL, GLM-4V, Kimi, MiniCPM and others): all images of a batch are one
-  sequence, with lengths of its own.
+- **Packed sequences whose blocks need every token** (MiniCPM-V, LFM3-VL, Inkling 2); [other packed
+  towers](packed-towers.md) are supported.
 - **Models of several parts whose other parts need every token** (Idefics2, Janus, OWL-ViT and others): their towers can
   be sparsified alone. In [vision-language models](vision-language-models.md) with `stages=()`, and in LLaVA-NeXT and
   LLaVA-OneVision with a pruner by name, image tokens are pruned behind the tower.

@@ -27,7 +27,6 @@ class Case(NamedTuple):
         given: What its config is given.
         inputs: Images and prompts for it.
         block: The side of the square of patches that an image token is made of, where it is made of one.
-        tower: Whether its tower can be sparsified with it.
     """
 
     family: str
@@ -35,7 +34,6 @@ class Case(NamedTuple):
     given: dict[str, Any]
     inputs: Callable[[], dict[str, Any]]
     block: int | None = None
-    tower: bool = True
 
     def model(self) -> nn.Module:
         """The model, in eval mode, the same every time."""
@@ -136,13 +134,13 @@ ALL_CASES = [
     _case("llava_onevision", "LlavaOnevisionForConditionalGeneration", tiled, _INDEX, _SIGLIP, _TILES),
     _case("qwen2_vl", "Qwen2VLForConditionalGeneration", packed, _QWEN,
           {"vision_config": {**_PACKED, "embed_dim": 32, "hidden_size": 32}, "text_config": {"rope_parameters": _ROPE}},
-          tower=False),
+          block=2),
     _case("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", packed, _QWEN,
           {"vision_config": {**_PACKED, "window_size": 32, "fullatt_block_indexes": [1, 3]},
-           "text_config": {"rope_parameters": _ROPE}}, tower=False),
+           "text_config": {"rope_parameters": _ROPE}}, block=2),
     _case("qwen3_vl", "Qwen3VLForConditionalGeneration", packed, _QWEN,
           {"vision_config": {**_PACKED, "deepstack_visual_indexes": [1, 2], "num_position_embeddings": 64},
-           "text_config": {"rope_parameters": {**_ROPE, "mrope_interleaved": True}}}, tower=False),
+           "text_config": {"rope_parameters": {**_ROPE, "mrope_interleaved": True}}}, block=2),
 ]  # fmt: skip
 CASES = [case for case in ALL_CASES if case.name in modules_of(case.family)]
 

@@ -36,7 +36,7 @@ def cases(*fast: str) -> Any:
 def options(case: Case) -> list[dict[str, Any]]:
     """How a model is sparsified: behind its tower alone, and in it."""
     inside = {"stages": STAGES, **({} if case.block else {"pruner": "informative"})}
-    return [BEHIND, *([inside] if case.tower else [])]
+    return [BEHIND, inside]
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -182,7 +182,20 @@ def test_without_images_nothing_is_touched(case: Case) -> None:
     assert torch.equal(model.generate(**words, **GENERATE), generated)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.block], ids=lambda case: case.family)
+@pytest.mark.parametrize("case", [case for case in CASES if "qwen" in case.family], ids=lambda case: case.family)
+def test_a_tower_that_packs_images_chooses_merge_groups(case: Case) -> None:
+    model, inputs = tokenprune.sparsify(case.model(), STAGES, RATIOS), case.inputs()
+    wide_scorers(model)
+    run(model, inputs)
+    groups, chosen = model.tokenprune.trace.groups, model.tokenprune.language.trace.indices
+    assert [len(one) for one in groups] == [3, 4, 2]
+    assert all(torch.equal(one, other) for one, other in zip(groups, chosen, strict=True))
+
+
+SQUARE = [case for case in CASES if case.block and "qwen" not in case.family]
+
+
+@pytest.mark.parametrize("case", SQUARE, ids=lambda case: case.family)
 def test_the_tower_chooses_the_tokens_that_it_kept(case: Case) -> None:
     """Of the image tokens go on those made of the patches that stayed in the tower, in its last stage above all."""
     model, inputs = case.model(), case.inputs()

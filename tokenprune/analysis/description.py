@@ -67,7 +67,10 @@ def _side_inputs(
         tokens = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         full = backbone.layout_at(trace.start.layout, list(backbone.blocks).index(block))
         besides = besides_tokens(args, kwargs, tuple(inspect.signature(block.forward).parameters))
-        found.update(names_with_entries(besides, backbone.token_inputs, full, tokens.shape[0]))
+        if backbone.packed is None:
+            found.update(names_with_entries(besides, backbone.token_inputs, full, tokens.shape[0]))
+        else:  # all images are one row
+            found.update(name for name in besides if name in (*backbone.token_inputs, *backbone.packed.lengths))
 
     with ExitStack() as hooks:
         for block in backbone.blocks[first:]:

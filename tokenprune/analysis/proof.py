@@ -18,6 +18,8 @@ from tokenprune.backbones.examples import Example
 from tokenprune.backbones.probing import named_outputs
 from tokenprune.backbones.supported import SupportedModel
 from tokenprune.errors import ProofError
+from tokenprune.pruning.plan import Plan
+from tokenprune.pruning.trace import Trace
 
 IDENTITY = 1e-5
 """Nothing pruned, relative to the largest output: some models build tables anew, in another order of sums."""
@@ -120,12 +122,21 @@ def _prove_invariants(model: nn.Module, arguments: Mapping[str, Any], name: str)
         model(**arguments)
     trace = sparsifier.trace
     assert trace is not None
-    kept, planned = [len(indices[0]) for indices in trace.indices], sparsifier.plan.num_keep(trace.num_patches)
-    if kept != [*planned]:
-        failures.append(f"stages keep {kept} tokens, and the plan says {[*planned]}")
+    for kept, planned in _numbers_kept(trace, sparsifier.plan):
+        if kept != planned:
+            failures.append(f"stages keep {kept} tokens of an image, and the plan says {planned}")
     if failures:
         raise ProofError("\n".join([f"{name}:", *dict.fromkeys(failures)]))
     return trained
+
+
+def _numbers_kept(trace: Trace, plan: Plan) -> Iterator[tuple[list[int], list[int]]]:
+    """How many tokens each stage has kept of an image, and how many it was to keep; of packed images, merge groups."""
+    if trace.images is None:
+        yield [len(indices[0]) for indices in trace.indices], [*plan.num_keep(trace.num_patches)]
+        return
+    for image, (number, groups) in enumerate(zip(trace.images.num_groups, trace.images.groups, strict=True)):
+        yield [len(groups[indices[image]].unique()) for indices in trace.indices], [*plan.num_keep(number)]
 
 
 def _prove_undone(model: nn.Module, arguments: Mapping[str, Any], before: Mapping[str, Tensor], name: str) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from tokenprune.backbones.adaptations import Adaptation
 from tokenprune.backbones.fields import check_fields
 from tokenprune.backbones.levels import Hierarchy
+from tokenprune.backbones.packed import Packed
 from tokenprune.backbones.token_wise import TokenWise
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.tokens import Layout
@@ -59,6 +60,8 @@ class Backbone:
         adaptations: What the model's family needs besides, one object each.
         tower: The part of the model whose forward pass runs the blocks and pools their tokens, where
             the model is more than that; ``None`` means the model itself.
+        packed: *Packed images:* how the model packs the images of a batch into one sequence of tokens, if it does. Then
+            blocks take (T, C) or (1, T, C), without prefix and suffix tokens.
         token_wise: *Two paths:* for each block the parts that treat tokens one by one, for reductions that keep every
             token in the sequence; ``None`` has them found, by running the model, when such a reduction is chosen.
         hierarchy: The levels of a model whose blocks need the full grid of tokens; ``embed_dim``, ``patch_size`` and
@@ -79,6 +82,7 @@ class Backbone:
     neutral_inputs: Mapping[str, Sequence[float]] = field(default_factory=dict)
     adaptations: Sequence[Adaptation] = field(default=())
     tower: nn.Module | None = None
+    packed: Packed | None = None
     token_wise: Sequence[Sequence[TokenWise]] | None = None
     hierarchy: Hierarchy | None = None
 

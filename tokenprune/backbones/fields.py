@@ -10,6 +10,7 @@ from torch import nn
 
 from tokenprune.backbones.adaptations import Adaptation
 from tokenprune.backbones.levels import Hierarchy, Level
+from tokenprune.backbones.packed import Packed
 from tokenprune.backbones.patterns import is_pattern
 from tokenprune.backbones.token_wise import TokenWise
 from tokenprune.errors import UnsupportedModelError
@@ -42,6 +43,10 @@ def check_fields(values: Mapping[str, Any], downstream: Any) -> None:
         "neutral_inputs": (_are_neutral, "expected for names of parameters numbers such as (0.0, 1.0)"),
         "adaptations": (_are_adaptations, "expected a sequence of tokenprune.Adaptation objects"),
         "tower": (_is_module_or_none, "expected a module of the model, or None"),
+        "packed": (
+            lambda value: value is None or isinstance(value, Packed),
+            "expected a tokenprune.Packed, or None where each image has a row of its own",
+        ),
         "token_wise": (_are_parts, "expected for each block a sequence of tokenprune.TokenWise, or None"),
         "hierarchy": (_is_hierarchy, "expected a tokenprune.Hierarchy of tokenprune.Level objects, or None"),
     }

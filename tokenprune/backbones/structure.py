@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from tokenprune.backbones.interception import SOFTMAXES, AttentionCall, Intercep
 from tokenprune.backbones.patterns import besides_tokens, names_with_entries
 from tokenprune.backbones.probing import eval_mode
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.tokens import Layout, output_tokens
+from tokenprune.tokens import Layout
 
 
 class Structure(NamedTuple):
@@ -38,7 +39,8 @@ class Structure(NamedTuple):
         final_norm: The norm whose input is the last block's output, if it norms all tokens.
         attentions: For each block the modules in which it attends over all tokens; the block itself
             where none is named after attention.
-        token_inputs: The names of the blocks' parameters, besides tokens, that have an entry for each token.
+        token_inputs: The names of the blocks' parameters, besides tokens, that have an entry for each token; where
+            images are packed, with which of their dimensions counts tokens.
         adaptations: An `AttentionBias`, where attention adds a bias for each pair of tokens by itself, and a
             `WrittenOutAttention`, where its softmax is its own.
     """
@@ -49,7 +51,7 @@ class Structure(NamedTuple):
     embed_dim: int
     final_norm: nn.Module | None
     attentions: tuple[tuple[nn.Module, ...], ...]
-    token_inputs: Mapping[str, None]
+    token_inputs: Mapping[str, Sequence[str] | None]
     adaptations: tuple[Adaptation, ...]
 
 
@@ -94,7 +96,7 @@ def observe(
             frames, in order.
         settings: What must be set on the model for the blocks to be seen as they will run.
         first_list: Take the first of several lists of blocks, such as an encoder in front of a decoder.
-        packed: Accept all images in one row.
+        packed: Expect the tokens of all images in one sequence, (1, T, C) or (T, C), with attention split in any way.
         frames: Accept several rows an image.
         num_late_prefix_tokens: Prefix tokens that join on the way.
         num_inner_tokens: Keys that blocks add to those of their tokens.
@@ -115,7 +117,7 @@ def observe(
         observer = _Observer()
         for candidate in lists:
             for index, module in enumerate(candidate.modules):
-                enter, leave = _record(candidate, index, observer)
+                enter, leave = _record(candidate, index, observer, packed)
                 hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(leave).remove)
                 for attention in outermost_attention(module):
@@ -174,8 +176,8 @@ def observe(
         final_norm=next(
             (norm for norm, before, after in normed if before is blocks.last and after.shape == before.shape), None
         ),
-        attentions=tuple(_attentions(block, blocks, observer.attended) for block in blocks.modules),
-        token_inputs=dict.fromkeys(name for names in named for name in names),
+        attentions=tuple(_attentions(block, blocks, observer.attended, packed) for block in blocks.modules),
+        token_inputs=_packed_inputs(blocks, full.length) if packed else dict.fromkeys(chain.from_iterable(named)),
         adaptations=(
             *((AttentionBias(),) if _has_bias(blocks) else ()),
             *((WrittenOutAttention(),) if blocks.written_out else ()),
@@ -204,11 +206,28 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _attentions(block: nn.Module, blocks: _List, attended: Mapping[nn.Module, set[int]]) -> tuple[nn.Module, ...]:
+def _packed_inputs(blocks: _List, length: int) -> dict[str, tuple[str, ...] | None]:
+    """Which arguments of blocks have an entry for each token of a packed sequence, and along which dimension."""
+    found: dict[str, tuple[str, ...] | None] = {}
+    for inputs in blocks.besides:
+        for name, value in inputs.items():
+            for tensor in _tensors(value):
+                shape = [*tensor.shape]
+                if length not in shape or name in found:
+                    continue
+                letters = ["n" if axis == shape.index(length) else "acdefg"[axis] for axis in range(len(shape))]
+                is_mask = len(shape) == 4 and shape[-2:] == [length, length]
+                found[name] = None if is_mask else (f"{' '.join(letters)} -> {' '.join(letters)}",)
+    return found
+
+
+def _attentions(
+    block: nn.Module, blocks: _List, attended: Mapping[nn.Module, set[int]], packed: bool
+) -> tuple[nn.Module, ...]:
     """The modules of a block in which it attends over all tokens: as many keys as in most of them."""
     lengths = {length for _, length, *_ in blocks.inputs}
     named = [module for module in outermost_attention(block) if attended.get(module)]
-    over_all = [module for module in named if any(number >= min(lengths) for number in attended[module])]
+    over_all = [module for module in named if packed or any(number >= min(lengths) for number in attended[module])]
     return tuple(over_all) or (block,)
 
 
@@ -249,7 +268,9 @@ class _Observer(Interception):
             seen.add(num_keys)
 
 
-def _record(candidate: _List, index: int, observer: _Observer) -> tuple[Callable[..., None], Callable[..., None]]:
+def _record(
+    candidate: _List, index: int, observer: _Observer, packed: bool
+) -> tuple[Callable[..., None], Callable[..., None]]:
     """Hooks that record what module ``index`` of a list gets, returns and attends over."""
     names = tuple(inspect.signature(candidate.modules[index].forward).parameters)
 
@@ -257,6 +278,7 @@ def _record(candidate: _List, index: int, observer: _Observer) -> tuple[Callable
         candidate.besides.append(besides_tokens(args, kwargs, names))
         observer.blocks.append(candidate)
         tokens = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        tokens = tokens.unsqueeze(0) if packed and tokens is not None and tokens.dim() == 2 else tokens
         candidate.order.append(index)
         candidate.inputs.append(() if tokens is None else tuple(tokens.shape))
         candidate.num_keys.append(set())
@@ -267,9 +289,10 @@ def _record(candidate: _List, index: int, observer: _Observer) -> tuple[Callable
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         observer.running.pop()
         observer.blocks.pop()
-        tokens = None if isinstance(output, tuple) and not output else output_tokens(output)
+        tokens = next(iter(output), None) if isinstance(output, tuple) else output
         candidate.last = tokens if isinstance(tokens, Tensor) else None
-        candidate.outputs.append(() if candidate.last is None else tuple(candidate.last.shape))
+        shape = () if candidate.last is None else tuple(candidate.last.shape)
+        candidate.outputs.append((1, *shape) if packed and len(shape) == 2 else shape)
 
     return enter, leave
 
@@ -297,7 +320,11 @@ def _why_not(
         return "change the number of tokens or their width, as a hierarchy does"
     if shape[1] == num_images and shape[0] != num_images:
         return f"take tokens of shape {shape}, the sequence in front of the batch"
-    if not (shape[0] == num_images or (packed and shape[0] == 1) or (frames and shape[0] % num_images == 0)):
+    if packed:
+        if shape[0] != 1:
+            return f"take tokens of shape {shape}, which are not one sequence for all images"
+        return None if all(candidate.num_keys) else "do not attend, or not all of them"
+    if not (shape[0] == num_images or (frames and shape[0] % num_images == 0)):
         return f"take tokens of shape {shape}, which are not one sequence for each of {num_images} images"
     for (_, length, _), num_keys in zip(candidate.inputs, candidate.num_keys, strict=True):
         if not any(length <= number <= length + num_inner for number in num_keys):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tokenprune.errors import CheckpointError
@@ -44,6 +45,20 @@ class Threshold(NamedTuple):
             return above.sum(dim=1).clamp(min=self.least, max=scores.shape[1])
         reached = (left > 0).sum(dim=1)
         return (above & (left > 0)).sum(dim=1).clamp(min=self.least).minimum(reached)
+
+
+class Counts(NamedTuple):
+    """How many a stage keeps of each image, whatever the scores.
+
+    Attributes:
+        numbers: One an image.
+    """
+
+    numbers: tuple[int, ...]
+
+    def num_keep(self, scores: Tensor, left: Tensor | None) -> Tensor:
+        """The numbers, (B,) int64."""
+        return torch.tensor(self.numbers, device=scores.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from typing import NoReturn
 from torch import Tensor, nn
 
 from tokenprune.backbones.backbone import Backbone
-from tokenprune.errors import InterceptionError, StateError
+from tokenprune.backbones.packed import PackedImages
+from tokenprune.errors import InterceptionError, StateError, UnsupportedModelError
 from tokenprune.pruning.executions import AUTO, Execution, check_execution, default_execution, execution_class
 from tokenprune.pruning.recomputation import recomputing
 from tokenprune.tokens import Layout, sizes
@@ -30,8 +31,8 @@ def check_no_replica(model: nn.Module) -> None:
         )
 
 
-def layout_of(block: nn.Module, tokens: Tensor, backbone: Backbone) -> Layout:
-    """The layout of the sequence (B, L, C) that the first block gets.
+def layout_of(block: nn.Module, tokens: Tensor, backbone: Backbone, images: PackedImages | None = None) -> Layout:
+    """The layout of the sequence (B, L, C) that the first block gets; of a row for each image, where images are packed.
 
     Raises:
         StateError: It is not one that the backbone describes.
@@ -41,6 +42,13 @@ def layout_of(block: nn.Module, tokens: Tensor, backbone: Backbone) -> Layout:
             f"{type(block).__name__} got tokens of width {tokens.shape[2]}, and the Backbone says "
             f"embed_dim={backbone.embed_dim}."
         )
+    if images is not None:
+        if sizes(tokens)[:2] != (1, images.length):
+            raise StateError(
+                f"{type(block).__name__} got tokens of shape {tuple(tokens.shape)}, and the images' grids say that "
+                f"there are {images.length}, {' + '.join(map(str, images.lengths))}."
+            )
+        return Layout(0, images.longest)
     num_others = backbone.num_prefix_tokens + backbone.num_suffix_tokens
     num_patches = sizes(tokens)[1] - num_others
     if num_patches < 1:
@@ -92,6 +100,19 @@ def check_by_image(execution: str, backbone: Backbone) -> None:
             f"in {execution!r} execution all images keep equally many tokens, which an adaptive budget does not give: "
             f"set model.tokenprune.execution = 'auto' or {default_execution(training=False, by_image=True)!r}, or "
             "model.tokenprune.budget = 'fixed'."
+        )
+
+
+def check_not_packed(backbone: Backbone) -> None:
+    """Refuse thresholds where images are of different sizes, and each keeps a fraction of its own tokens.
+
+    Raises:
+        UnsupportedModelError: The model packs images.
+    """
+    if backbone.packed is not None:
+        raise UnsupportedModelError(
+            "this model has all images of a batch in one sequence, and of each the same fraction of its own tokens is "
+            "kept; an adaptive budget is for models that are given images of one size."
         )
 
 

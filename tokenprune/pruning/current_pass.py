@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
+from tokenprune.backbones.packed import PackedImages
 from tokenprune.pruning.attention_scopes import AttentionScopes
 from tokenprune.pruning.budget import Thresholds
 from tokenprune.pruning.executions import AUTO, Execution, Paths
@@ -62,7 +63,8 @@ class CurrentPass(nn.Module):
 
     def _prepare(self) -> None:
         reductions = [cast(Stage, stage).reduction for stage in self.stages]
-        self._restores = self.backbone.downstream == "all tokens" or any(one.restores for one in reductions)
+        needs_all = self.backbone.downstream == "all tokens" or self.backbone.packed is not None
+        self._restores = needs_all or any(one.restores for one in reductions)
         self._whole = any(one.whole for one in reductions)
         self._anew = self._whole and any(one.anew for one in reductions)
         self._restoring = self._restores and not self._whole
@@ -74,6 +76,7 @@ class CurrentPass(nn.Module):
         self._open = False
         self._attended = False
         self._image_size: tuple[int, int] | None = None
+        self._images: PackedImages | None = None
         self._grad_enabled = False
         self._everything: Tensor | None = None
         self._entry = State()
@@ -81,7 +84,8 @@ class CurrentPass(nn.Module):
         self.recomputed = State()
 
     _LIVE: ClassVar[list[str]] = [
-        "trace", "_executions", "_running", "_scopes", "_sum", "_tail", "_everything", "_entry", "_state", "recomputed"
+        "trace", "_executions", "_running", "_images", "_scopes", "_sum", "_tail", "_everything", "_entry", "_state",
+        "recomputed",
     ]  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,20 +125,29 @@ class CurrentPass(nn.Module):
         selection = self._selection(stage_into(self._plan, block, inside=self._inside))
         return None if selection is None or selection.all_kept else selection.indices_in_blocks
 
-    def survival(self) -> tuple[Tensor, tuple[int, int], int] | None:
-        """How long the last pass has kept each patch token, and for how much: (B, N), higher = longer.
+    def survival(self, block: int) -> list[Tensor] | None:
+        """How long the tower has kept what each image token is made of, in the last pass: for each image (n,).
 
-        With it the grid of patches and P, the number of prefix tokens; ``None`` after a pass without pruning.
+        Higher = longer, and among those kept as long, of a higher score. ``None`` after a pass without pruning.
+
+        Args:
+            block: The side of the square of patches that an image token is made of; where the model packs images, it is
+                a merge group.
         """
         trace = self.trace
         if trace is None or not trace.selections:
             return None
-        kept = torch.stack([keep.detach() for keep in trace.keep]).sum(dim=0)
-        if (scores := trace.scores[-1]) is not None:  # among those kept as long, by the score that was asked last
+        kept = torch.stack([keep.detach() for keep in trace.keep]).sum(dim=0)  # (B, N)
+        if trace.images is not None:
+            rows = zip(trace.images.num_groups, trace.images.lengths, trace.images.groups, kept, strict=True)
+            return [row.new_zeros(n).scatter_(0, groups[:length], row[:length]) for n, length, groups, row in rows]
+        if (scores := trace.scores[-1]) is not None:
             ranks = scores.detach().nan_to_num(nan=-torch.inf).argsort(dim=1).argsort(dim=1)
             kept = kept + ranks / ranks.shape[1]
         side = math.isqrt(trace.num_patches)
-        return kept, trace.grid or (side, side), trace.num_prefix_tokens
+        height, width = trace.grid or (side, side)
+        squares = kept.unflatten(1, (height // block, block, width // block, block))
+        return list(squares.sum(dim=(2, 4)).flatten(1))
 
     def full_length(self) -> int | None:
         """L, where tokens are removed in this pass; ``None`` where all stay."""

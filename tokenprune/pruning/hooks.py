@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from tokenprune.backbones.adaptations import Removed, Scope
 from tokenprune.pruning import checks
 from tokenprune.pruning.current_pass import CurrentPass
-from tokenprune.pruning.executions import Execution, Whole, chosen_execution, execution_class
+from tokenprune.pruning.executions import Execution, Whole, chosen_execution, execution_of
 from tokenprune.pruning.places import Place, places, stage_before
 from tokenprune.pruning.recomputation import State, recomputing, remember
 from tokenprune.pruning.selection import Selection
@@ -74,9 +74,11 @@ class PruningHooks(CurrentPass):
         self._in_tower = True
         self._grad_enabled = torch.is_grad_enabled()
         self._image_size = image_size_of(args, kwargs)
+        packed = self.backbone.packed
+        self._images = None if packed is None or not self.enabled else packed.read(model, args, kwargs)
 
     def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        self._in_tower, self._image_size = False, None
+        self._in_tower, self._image_size, self._images = False, None, None
         running, trace = self._running, self.trace
         self._close()
         if output is None or running is None or trace is None or self._restores or not trace.selections:
@@ -95,13 +97,14 @@ class PruningHooks(CurrentPass):
         if recomputing():
             return
         self.trace, self._running, self._state, self._open = None, None, State(), False
-        if not self.enabled:
+        backbone, images = self.backbone, self._images
+        if not self.enabled or (backbone.packed is not None and images is None):
             return
-        backbone, tokens = self.backbone, find_tokens(block, args, kwargs)
-        layout, thresholds = checks.layout_of(block, tokens, backbone), self.thresholds_in_force
+        tokens = find_tokens(block, args, kwargs, packed=self.backbone.packed is not None)
+        layout, thresholds = checks.layout_of(block, tokens, backbone, images), self.thresholds_in_force
         name = chosen_execution(self._execution, training=self.training, by_image=thresholds is not None)
         if name not in self._executions:
-            execution = execution_class(name)(backbone)
+            execution = execution_of(name, backbone)
             self._executions[name] = Whole(execution) if self._whole else execution
         running = self._executions[name]
         if running.trains and self.training and self._hands_on_kept():
@@ -110,13 +113,14 @@ class PruningHooks(CurrentPass):
         self._scopes.close()
         self.trace = Trace(
             execution=name,
-            start=Selection(layout, all_kept=True),
+            start=running.start(layout, images),
             num_prefix_tokens=backbone.num_prefix_at(len(backbone.blocks)),
-            grid=backbone.grid_of(layout.num_patches, self._image_size),
+            grid=None if images else backbone.grid_of(layout.num_patches, self._image_size),
             restored=self._restores,
             whole=self._whole,
             anew=self._anew,
             thresholds=thresholds,
+            images=images,
         )
         self._running, self._open = running, True
 
@@ -130,20 +134,20 @@ class PruningHooks(CurrentPass):
         checks.check_recomputed(running, trace.execution, block)
         if not place.starts and not self._restoring:
             return self._side_inputs(place, running, args, kwargs)
-        given = tokens = find_tokens(block, args, kwargs)  # (B, K, C)
+        given = tokens = find_tokens(block, args, kwargs, packed=self.backbone.packed is not None)  # (B, K, C)
         state = self.recomputed if again else self._state
         passed, alone = place.stage - place.starts, place.starts and self._anew
         before = trace.start if passed < 0 or alone else state.selections[passed]
         if self._restoring:
             tokens = self._resume(place, running, tokens, before, state)
-        elif place.starts:
-            tokens = before.unpack(tokens)
-        now = before
+        rectangles, now = self._restoring and not running.runs_packed, before
         if place.starts:
+            tokens = tokens if rectangles else before.unpack(tokens)
             if running.trains:
                 self._check_grad(block)
             tokens, now = self._prune(place.stage, place.block, tokens, before)
-        tokens = now.pack(tokens)
+        if place.starts or rectangles:
+            tokens = now.pack(tokens)
         if tokens is not given:
             args, kwargs = replace_tokens(args, kwargs, tokens)
         return self._side_inputs(place, running, args, kwargs) or (args, kwargs)
@@ -151,17 +155,17 @@ class PruningHooks(CurrentPass):
     def _prune(self, stage: int, block: int, tokens: Tensor, before: Selection) -> tuple[Tensor, Selection]:
         """Of the sequence (B, K, C) that reaches a stage, in front of a block or inside it, what goes on."""
         again, running, trace = recomputing(), cast(Execution, self._running), cast(Trace, self.trace)
-        counts = self._plan.num_keep(trace.num_patches)
+        counts = trace.num_keep(self._plan)
         tokens, selection = cast(Stage, self.stages[stage]).prune(
             tokens,
             before.replace(layout=self.backbone.layout_at(before.layout, block)),
             running,
             trace,
             num_keep=counts[stage],
-            num_reached=trace.num_patches if stage == 0 or self._anew else counts[stage - 1],
+            num_reached=trace.num_reaching if stage == 0 or self._anew else counts[stage - 1],
             probability=self.keep_probabilities[stage],
             recorded=self.recomputed.selections[stage].recorded if again else self._scopes.take_recorded(),
-            threshold=trace.threshold(stage, counts[stage]),
+            threshold=trace.threshold(stage, counts[stage], self._plan),
         )
         selection = running.lay_out(selection)
         if not again:
@@ -254,7 +258,7 @@ class PruningHooks(CurrentPass):
         if selection is None:
             return None
         given = tokens = output_tokens(output)
-        if self._restoring or place.block == self.backbone.reach[-1]:
+        if (self._restoring or place.block == self.backbone.reach[-1]) and not running.runs_packed:
             tokens = selection.unpack(tokens)
         if self._restoring:
             if self._everything is None:  # a block that somebody called by itself
@@ -306,7 +310,8 @@ class PruningHooks(CurrentPass):
     def _record_tokens(self, tokens: Tensor) -> None:
         running, trace = self._running, self.trace
         if running is not None and trace is not None and torch.is_grad_enabled() and (running.trains or self.training):
-            trace.tokens = tokens
+            packed = trace.images is not None and tokens.dim() == 2
+            trace.tokens = trace.start.unpack(tokens.unsqueeze(0) if packed else tokens)
 
     def _close(self) -> None:
         """Leave what is still entered: the tail's as a rule, a block's after an interrupted pass."""

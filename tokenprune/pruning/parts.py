@@ -76,6 +76,11 @@ def scored_shares(plan: Plan, reductions: Sequence[Reduction]) -> tuple[float, .
 
 def _found(model: nn.Module, backbone: Backbone) -> tuple[tuple[TokenWise, ...], ...]:
     """For each block its token-wise parts, found in the running model."""
+    if backbone.packed is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has all images of a batch in one sequence, in which tokens that stay cannot take "
+            "another path; choose pruned='drop'."
+        )
     tower = model if backbone.tower is None else backbone.tower
     probe = Probe(tower, example_inputs_of(tower, backbone.input_size(model)))
     recording = probe.record()

@@ -41,6 +41,8 @@ class Selection(NamedTuple):
             stands for one.
         notes: In the same shape, what the scorer has noted for the next stage; ``None`` if nothing.
         packing: How the images stand in one sequence while blocks run; ``None`` where each has a row of its own.
+        rows: (t,) int64, where the model itself packs images and tokens are removed: the places in its sequence of
+            those that are left, ascending; ``None`` if all are.
     """
 
     layout: Layout
@@ -58,6 +60,7 @@ class Selection(NamedTuple):
     sizes: Tensor | None = None
     notes: Tensor | None = None
     packing: Packing | None = None
+    rows: Tensor | None = None
 
     def replace(self, **changes: Any) -> Selection:
         """A selection with other entries."""

@@ -13,7 +13,7 @@ from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.vision_language import VisionLanguage
 from tokenprune.errors import CheckpointError, UnsupportedModelError
 from tokenprune.pruning.budget import ADAPTIVE, BUDGETS, FIXED, Budget, Thresholds
-from tokenprune.pruning.checks import check_by_image, check_calibrated
+from tokenprune.pruning.checks import check_by_image, check_calibrated, check_not_packed
 from tokenprune.pruning.compilation import give_own_forward, take_own_forward
 from tokenprune.pruning.executions import check_execution, default_execution
 from tokenprune.pruning.hooks import PruningHooks
@@ -144,6 +144,7 @@ class Sparsifier(PruningHooks):
                     f"with pruned={self.pruned!r} every token stays in the sequence, and as many of each image take "
                     "the one path or the other, which an adaptive budget does not give; choose another reduction."
                 )
+            check_not_packed(self.backbone)
             check_by_image(self._execution, self.backbone)
             check_calibrated(self._plan.keep_ratios, self._thresholds)
         self._budget = budget
@@ -183,7 +184,12 @@ class Sparsifier(PruningHooks):
 
     @contextmanager
     def trying(self, thresholds: Thresholds) -> Iterator[None]:
-        """While it lasts, stages go by these thresholds, and those without one keep equally many of all images."""
+        """While it lasts, stages go by these thresholds, and those without one keep equally many of all images.
+
+        Raises:
+            UnsupportedModelError: In this model, stages do not go by thresholds.
+        """
+        check_not_packed(self.backbone)
         self._tried = thresholds
         try:
             yield

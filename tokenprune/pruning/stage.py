@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import StateError
-from tokenprune.pruning.budget import Threshold
+from tokenprune.pruning.budget import Counts, Threshold
 from tokenprune.pruning.executions import Execution
 from tokenprune.pruning.recording import Recorded
 from tokenprune.pruning.reductions import Drop, Reduction, Split, check_reduced
@@ -46,7 +46,7 @@ class Stage(nn.Module):
         num_reached: int,
         probability: float,
         recorded: Recorded,
-        threshold: Threshold | None = None,
+        threshold: Threshold | Counts | None = None,
     ) -> tuple[Tensor, Selection]:
         """Score, decide and apply: the sequence that goes on, and the selection behind the stage.
 

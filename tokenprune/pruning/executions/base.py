@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
+from tokenprune.backbones.packed import PackedImages
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.trace import Trace
@@ -37,12 +38,15 @@ class Execution(ABC):
         intercepts: Whether attention has to be intercepted in every block behind a stage that has pruned; a block that
             does not call its attention modules is then an error.
         by_image: Whether images may keep different numbers of tokens where decisions are not sampled.
+        runs_packed: Whether the model packs the images of a batch itself, so that what `resume` gives and `restore`
+            takes is one sequence for all.
     """
 
     trains: ClassVar[bool] = False
     removes: ClassVar[bool] = False
     intercepts: ClassVar[bool] = False
     by_image: ClassVar[bool] = False
+    runs_packed: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
@@ -54,6 +58,15 @@ class Execution(ABC):
 
     def begin(self) -> None:  # noqa: B027 - most executions keep nothing
         """Forget what belongs to an earlier pass."""
+
+    def start(self, layout: Layout, images: PackedImages | None) -> Selection:
+        """What reaches the first stage: everything.
+
+        Args:
+            layout: Of the sequence that the first block gets.
+            images: Those in it, where the model packs them into one.
+        """
+        return Selection(layout, all_kept=True)
 
     # Deciding
 

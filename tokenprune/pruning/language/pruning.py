@@ -62,7 +62,7 @@ class LanguagePruning(nn.Module):
         keep_ratio: float | Sequence[float],
         pruner: str | Pruner,
         *,
-        survival: Callable[[], tuple[Tensor, tuple[int, int], int] | None] | None = None,
+        survival: Callable[[int], list[Tensor] | None] | None = None,
     ) -> None:
         """Describe what is pruned.
 
@@ -70,8 +70,8 @@ class LanguagePruning(nn.Module):
             described: What the model looks like.
             keep_ratio: The fraction of an image's tokens that go on, in (0, 1].
             pruner: Chooses them; ``"tower"`` leaves it to the tower.
-            survival: Gives how long the tower has kept each patch, (r, N), the grid of patches, and how many prefix
-                tokens it has; ``None`` after a dense pass.
+            survival: Of the side of the square of patches that an image token is made of, how long the tower has kept
+                each of an image's tokens, (n,) for each row of its batch; ``None`` after a dense pass.
         """
         super().__init__()
         self.described, self.enabled = described, True
@@ -239,23 +239,20 @@ class LanguagePruning(nn.Module):
 
     def _by_tower(self, pieces: list[int], kept: list[int], places: Tensor) -> list[Tensor]:
         """Those that the tower kept longest."""
-        found = None if self._survival is None else self._survival()
-        if found is None or self.described.block is None:
-            raise StateError("the vision tower has pruned nothing; pass pruner=, such as pruner='diverse'.")
-        survival, (height, width), num_prefix = found
         block = self.described.block
-        blocks = survival.unflatten(1, (height // block, block, width // block, block))
-        ranks = blocks.sum(dim=(2, 4)).flatten(1)  # (r, N)
+        ranks = None if self._survival is None or block is None else self._survival(block)
+        if ranks is None:
+            raise StateError("the vision tower has pruned nothing; pass pruner=, such as pruner='diverse'.")
         rows = range(len(pieces)) if len(pieces) == len(ranks) else tower_rows(places, pieces, len(ranks))
         indices = []
         for row, number, k in zip(rows, pieces, kept, strict=True):
-            others = number - ranks.shape[1]  # prefix tokens that are handed on as well
-            if not 0 <= others <= num_prefix:
+            others = number - len(ranks[row])  # a class token that is handed on as well
+            if others not in (0, 1):
                 raise StateError(
-                    f"an image has {number} tokens behind the projector, and the vision tower {ranks.shape[1]} blocks "
-                    "of patches; pass pruner=, such as pruner='diverse'."
+                    f"an image has {number} tokens behind the projector, and {len(ranks[row])} in the vision tower; pass "
+                    "pruner=, such as pruner='diverse'."
                 )
-            rank = torch.cat([ranks.new_full((others,), torch.inf), ranks[row]])
+            rank = torch.cat([ranks[row].new_full((others,), torch.inf), ranks[row]])
             indices.append(rank.argsort(descending=True, stable=True)[:k].sort().values)
         return indices
 

@@ -122,6 +122,11 @@ class Reduction(nn.Module):
         Raises:
             UnsupportedModelError: The message says why, and what can be done instead.
         """
+        if backbone.packed is not None and (self.whole or self.looks_at_pruned):
+            raise UnsupportedModelError(
+                f"pruned={name!r} makes something of pruned tokens, and this model has all images of a batch in one "
+                "sequence, where they are left as they are until they are restored behind every block; choose 'drop'."
+            )
         if self.num_summary and backbone.summary_obstacles:
             raise UnsupportedModelError(
                 f"pruned={name!r} adds a token that stands for several places in the image and has none of its own, "
