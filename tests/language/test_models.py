@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import tokenprune
 from tests.census.transformers_inputs import IMAGE_TOKEN
 from tests.helpers.tolerances import IDENTITY, SHORTENED_PROMPT
-from tests.helpers.vision_language import CASES, Case, alone
+from tests.helpers.vision_language import CASES, Case, alone, packed
 from tests.helpers.zoo import hook_counts, wide_scorers
 
 STAGES, RATIOS = (1, 2), (0.75, 0.5)
@@ -182,7 +182,7 @@ def test_without_images_nothing_is_touched(case: Case) -> None:
     assert torch.equal(model.generate(**words, **GENERATE), generated)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "qwen" in case.family], ids=lambda case: case.family)
+@pytest.mark.parametrize("case", [case for case in CASES if case.inputs is packed], ids=lambda case: case.family)
 def test_a_tower_that_packs_images_chooses_merge_groups(case: Case) -> None:
     model, inputs = tokenprune.sparsify(case.model(), STAGES, RATIOS), case.inputs()
     wide_scorers(model)
@@ -192,7 +192,7 @@ def test_a_tower_that_packs_images_chooses_merge_groups(case: Case) -> None:
     assert all(torch.equal(one, other) for one, other in zip(groups, chosen, strict=True))
 
 
-SQUARE = [case for case in CASES if case.block and "qwen" not in case.family]
+SQUARE = [case for case in CASES if case.block and case.inputs is not packed]
 
 
 @pytest.mark.parametrize("case", SQUARE, ids=lambda case: case.family)

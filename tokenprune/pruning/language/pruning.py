@@ -249,8 +249,8 @@ class LanguagePruning(nn.Module):
             others = number - len(ranks[row])  # a class token that is handed on as well
             if others not in (0, 1):
                 raise StateError(
-                    f"an image has {number} tokens behind the projector, and {len(ranks[row])} in the vision tower; pass "
-                    "pruner=, such as pruner='diverse'."
+                    f"an image has {number} tokens behind the projector, and {len(ranks[row])} in the vision tower; "
+                    "pass pruner=, such as pruner='diverse'."
                 )
             rank = torch.cat([ranks[row].new_full((others,), torch.inf), ranks[row]])
             indices.append(rank.argsort(descending=True, stable=True)[:k].sort().values)
