@@ -17,7 +17,8 @@ def _gemma3(model: Any) -> int:
 
 
 def _internvl(model: Any) -> int:
-    return round(1 / model.config.downsample_ratio)
+    ratio: float = model.config.downsample_ratio
+    return round(1 / ratio)
 
 
 def _idefics3(model: Any) -> int:
