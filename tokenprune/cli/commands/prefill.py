@@ -58,7 +58,7 @@ def prefill(
         except (ValueError, TypeError) as error:
             raise typer.BadParameter(str(error)) from None
         for one in chosen:
-            attached_to(loaded).keep_ratio = one  # type: ignore[assignment]
+            attached_to(loaded).keep_ratio = one
             step(progress, "counting multiply-adds")
             counted = prefill_flops(loaded, inputs)
             timed = prefill_times(
