@@ -44,7 +44,7 @@ def pruned(entry: Entry, **settings: Any) -> tuple[Any, dict[str, Any]]:
 
 def one_by_one(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Of the inputs of several images those of each."""
-    (grids,) = (value for name, value in arguments.items() if "grid" in name)
+    (grids,) = (value for name, value in arguments.items() if "grid" in name or name == "image_sizes")
     lengths = grids.prod(dim=1).tolist()
     for image, (start, length) in enumerate(zip(torch.tensor([0, *lengths]).cumsum(0), lengths, strict=False)):
 
@@ -252,10 +252,27 @@ def test_reductions_that_need_rows_are_refused(reduction: str) -> None:
     assert not hasattr(model, "tokenprune")
 
 
-@pytest.mark.parametrize("scorer", ["cls_attention", "informative", "tome"])
-def test_scorers_that_need_attention_or_keys_are_refused(scorer: str) -> None:
-    with pytest.raises(tokenprune.UnsupportedModelError, match="segment by segment"):
-        tokenprune.sparsify(entry_of(DEEP).model(), scorer=scorer)
+@pytest.mark.parametrize("scorer", ["cls_attention", "redundancy", "informative"])
+@pytest.mark.parametrize("name", [WINDOWED, "PixtralVisionModel"])
+@torch.no_grad()
+def test_attention_is_recorded_segment_by_segment(name: str, scorer: str) -> None:
+    model, arguments = pruned(entry_of(name), scorer=scorer)
+    together = named_outputs(model(**arguments))
+    trace = model.tokenprune.trace
+    if scorer == "cls_attention":  # what all receive on average is 1
+        first, present = trace.scores[0], trace.images.present
+        torch.testing.assert_close(first.nansum(dim=1), present.sum(dim=1), rtol=1e-4, atol=0)
+    model.tokenprune.execution = "mask"
+    for key, output in named_outputs(model(**arguments)).items():
+        scale = float(output.abs().max())
+        torch.testing.assert_close(output, together[key], rtol=0, atol=MASK_EQUALS_GATHER[torch.float32] * scale)
+    for one, other in zip(trace.groups, model.tokenprune.trace.groups, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_scorer_that_merges_one_number_of_all_images_is_refused() -> None:
+    with pytest.raises(tokenprune.UnsupportedModelError, match="different sizes"):
+        tokenprune.sparsify(entry_of(DEEP).model(), scorer="tome")
 
 
 def test_adaptive_budgets_are_refused() -> None:
