@@ -294,3 +294,21 @@ def test_grids_that_do_not_fit_are_one_clear_error() -> None:
         model(**arguments)
     with pytest.raises(tokenprune.StateError, match="without 'grid_thw'"):
         model(arguments["hidden_states"])
+
+
+def test_calibration_trains_predictors_of_each_image_s_own_share() -> None:
+    model, arguments = pruned(entry_of(WINDOWED))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters() if "tokenprune" not in name}
+    tokenprune.calibrate(model, [arguments] * 2, steps=2)
+    assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in before.items())
+    model.train()(**arguments)
+    trace = model.tokenprune.trace
+    for share, keep in zip(trace.shares, trace.keep, strict=True):
+        kept = [row[:number].mean() for row, number in zip(keep, trace.images.lengths, strict=True)]
+        torch.testing.assert_close(share, torch.stack(kept))
+
+
+def test_multiply_adds_of_one_image_size_are_refused() -> None:
+    model, _ = pruned(entry_of(DEEP))
+    with pytest.raises(tokenprune.CountingError, match="grids"):
+        tokenprune.flops(model)

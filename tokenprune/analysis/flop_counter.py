@@ -152,6 +152,11 @@ def flops(
         CountingError: An operator that may do multiply-adds has no handler; the message names it.
     """
     inner = unwrap(model)
+    if sparsifier_of(model).backbone.packed is not None:
+        raise CountingError(
+            f"{type(inner).__name__} is given the patches of images of different sizes, one after the other, and their "
+            "grids, and not an image of input_size=…, so its multiply-adds cannot be counted."
+        )
     if images is not None:
         input_size = images.shape[1:]
     blocks = _names(inner, sparsifier_of(model).backbone.blocks)

@@ -76,6 +76,7 @@ class Stage(nn.Module):
             num_left=num_reached,
             num_keep=num_keep,
             notes=before.notes,
+            lengths=None if trace.images is None else trace.images.present.sum(dim=1),
         )
         scored = self.score(candidates)
         counts = num_keep if threshold is None else threshold.num_keep(scored.scores, before.left)

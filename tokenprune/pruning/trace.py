@@ -80,6 +80,13 @@ class Trace:
         return tuple(selection.keep_of_grid(self.num_patches) for selection in self.selections)
 
     @property
+    def shares(self) -> tuple[Tensor, ...]:
+        """One (B,) float tensor a stage, the share of its own patch tokens that is kept of each image."""
+        if self.images is None:
+            return tuple(keep.mean(dim=1) for keep in self.keep)
+        return tuple(keep.sum(dim=1) / self.images.present.sum(dim=1) for keep in self.keep)
+
+    @property
     def indices(self) -> tuple[Tensor | tuple[Tensor, ...], ...]:
         """Where tokens are removed, one (B, n) int64 tensor a stage: the kept tokens' positions in the grid.
 
