@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -34,6 +34,8 @@ def fine_tune(
     settings: SparseSettings,
     *,
     heads: tuple[str, str] | None = None,
+    pruned: str = "drop",
+    start: Callable[[nn.Module], None] | None = None,
     model_options: Mapping[str, Any] | None = None,
     console: Console | None = None,
     description: str | None = None,
@@ -45,6 +47,8 @@ def fine_tune(
     Args:
         settings: Everything that decides the run.
         heads: The two heads of a model that also classifies its patch tokens; see `tokenprune.DynamicViTLoss`.
+        pruned: The reduction, as for `tokenprune.sparsify`.
+        start: Called with the sparsified model before anything is trained, to give it other weights.
         model_options: As for `recipes.engine.fitting.fit`, as are the errors raised.
         console: Likewise.
         description: Likewise; model and ratio if not given.
@@ -53,11 +57,13 @@ def fine_tune(
     def prepare(model: nn.Module, images_per_step: int) -> Job:
         teacher = copy.deepcopy(model)
         try:
-            sparse = tokenprune.sparsify(model, settings.stages, settings.ratio, scorer=settings.scorer)
+            sparse = tokenprune.sparsify(model, settings.stages, settings.ratio, scorer=settings.scorer, pruned=pruned)
         except ValueError as error:
             raise SettingsError(str(error)) from error
         sparsifier = attached(sparse)
         freeze_embeddings(sparse)
+        if start is not None:
+            start(sparse)
         scorers = set(sparsifier.parameters())
         if is_gathered:
             gathered.begin(sparse, settings, stack)
@@ -72,7 +78,7 @@ def fine_tune(
                 slow_factor=settings.backbone_factor,
             ),
             frozen_epochs=0.0 if is_gathered else settings.frozen_epochs,
-            find_unused_parameters=not is_gathered and 1.0 in sparsifier.plan.keep_probabilities,
+            find_unused_parameters=not is_gathered and 1.0 in sparsifier.keep_probabilities,
         )
 
     is_gathered = settings.schedule == "gathered"

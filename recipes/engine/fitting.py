@@ -155,7 +155,11 @@ def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str,
     """GMACs per image of a dense model, or of both paths of a sparsified one."""
     if not is_sparsified(model):
         # Any stage will do, since only the dense path is counted; every model has a first block.
-        report = tokenprune.flops(tokenprune.sparsify(model, [0], 1.0, scorer="random"), input_size)
+        try:
+            sparse = tokenprune.sparsify(model, [0], 1.0, scorer="random")
+        except tokenprune.UnsupportedModelError:  # a hierarchy, whose tokens all stay
+            sparse = tokenprune.sparsify(model, None, 1.0, scorer="random", pruned="fast")
+        report = tokenprune.flops(sparse, input_size)
         tokenprune.unsparsify(model)
         return {"dense": report.dense_gmacs}
     report = tokenprune.flops(model, input_size)

@@ -45,12 +45,24 @@ def dense_model(settings: TrainingSettings, num_classes: int, *, new_head: bool 
             learned = None if known is None else known.num_classes
         if pretrained and learned not in (None, num_classes) and not new_head:
             raise SettingsError(_do_not_fit(settings, source, num_classes, f"they are for {learned}"))
-        model: nn.Module = timm.create_model(settings.model, pretrained=pretrained, num_classes=num_classes, **options)
+        model = _create(settings.model, pretrained=pretrained, num_classes=num_classes, **options)
     except (RuntimeError, OSError, UnpicklingError, SafetensorError) as error:
         if settings.checkpoint is None:
             raise SettingsError(f"timm cannot make model={settings.model!r}: {error}") from error
         last = str(error).strip().splitlines()[-1].strip()
         raise SettingsError(_do_not_fit(settings, source, num_classes, last)) from error
+    return model
+
+
+def _create(name: str, **options: Any) -> nn.Module:
+    """The model of that name; one that has nothing of the images' size in it is not told the size."""
+    try:
+        model: nn.Module = timm.create_model(name, **options)
+    except TypeError as error:
+        if "unexpected keyword argument 'img_size'" not in str(error):
+            raise
+        del options["img_size"]
+        model = timm.create_model(name, **options)
     return model
 
 

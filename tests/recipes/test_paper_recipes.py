@@ -16,7 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from benchmarks import engine as engine_benchmark
-from recipes import ablation, deit, dense, lvvit, width_scaling
+from recipes import ablation, deit, dense, hierarchy, lvvit, width_scaling
 from recipes.ablation import TABLES, AblationSettings, run_ablation
 from recipes.digits.data import DigitsConfig, make_digits
 from recipes.dynamicvit import Objective, SparseSettings
@@ -58,7 +58,9 @@ def smoke(module: Any, folder: Path, output: Path, *arguments: str) -> dict[str,
     return made
 
 
-@pytest.mark.parametrize("module", [deit, dense, lvvit, ablation, width_scaling], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [deit, dense, hierarchy, lvvit, ablation, width_scaling], ids=lambda module: module.__name__
+)
 def test_recipes_explain_themselves(module: Any) -> None:
     result = CliRunner().invoke(module.app, ["--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0 and "--smoke" in result.output and "--data-dir" in result.output

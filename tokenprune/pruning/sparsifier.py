@@ -204,6 +204,10 @@ class Sparsifier(PruningHooks):
         finally:
             self.execution = before
 
+    def forward(self, value: Any) -> Any:
+        """Pass on what comes: a model that is a container of modules runs this one as its last."""
+        return value
+
     # What goes along in a state dict, so that every file that holds the weights also says what they belong to
 
     @property

@@ -72,7 +72,8 @@ class FastPath(nn.Module):
         paths, tokens = model.paths(self.block), first_tensor(args, kwargs)
         if paths is None or tokens is None:
             return None
-        self._given, self._shape = self._sequence(tokens), tuple(sizes(tokens))
+        # Tokens of a convolution stand column by column; they are laid out once, and not anew for each path.
+        self._given, self._shape = self._sequence(tokens).contiguous(), tuple(sizes(tokens))
         return replace_tokens(args, kwargs, self._in_shape(paths.kept(self._given)))
 
     def _fill(self, model: WholeModel, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
