@@ -168,7 +168,7 @@ class PruningHooks(CurrentPass):
             num_reached=trace.num_patches if stage == 0 or self._anew else counts[stage - 1],
             probability=self.keep_probabilities[stage],
             recorded=self.recomputed.selections[stage].recorded if again else self._scopes.take_recorded(),
-            threshold=trace.threshold(stage, counts[stage], self._plan),
+            threshold=trace.threshold(stage, counts[stage]) or trace.counts(stage, self._plan),
         )
         selection = running.lay_out(selection)
         if not again:

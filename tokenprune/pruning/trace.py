@@ -51,10 +51,12 @@ class Trace:
     images: Images | None = None
     tokens: Tensor | None = None
 
-    def threshold(self, stage: int, num_keep: int, plan: Plan) -> Threshold | Counts | None:
+    def threshold(self, stage: int, num_keep: int) -> Threshold | None:
         """By which a stage keeps ``num_keep`` tokens of an image on average; ``None`` where it keeps so many of all."""
-        if self.thresholds is not None:
-            return self.thresholds.at(stage, num_keep)
+        return None if self.thresholds is None else self.thresholds.at(stage, num_keep)
+
+    def counts(self, stage: int, plan: Plan) -> Counts | None:
+        """How many a stage keeps of each image; ``None`` where all are of one size."""
         return None if self.images is None else Counts.of(self.images, plan, stage)
 
     @property
