@@ -48,6 +48,7 @@ benchmarks: $(READY)
 		--keep-ratio 0.5 --pairs 11 --name training-digits-cpu
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.varlen
+	$(BIN)/python -m benchmarks.hierarchies
 
 benchmarks-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

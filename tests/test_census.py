@@ -18,17 +18,23 @@ from packaging.version import Version
 
 import tokenprune
 from tests.census import timm as census_timm
-from tests.census import timm_other_files, transformers_refused
+from tests.census import (
+    timm_hierarchies,
+    timm_other_files,
+    torchvision_hierarchies,
+    transformers_hierarchies,
+    transformers_refused,
+)
 from tests.census import torchvision as census_torchvision
 from tests.census import transformers as census_transformers
 from tests.census.entry import KEEP_RATIO, STAGES, Entry
 from tests.census.hosts import assert_most_run, is_older, recorded_release
 from tests.helpers.zoo import hook_counts
 
-TIMM = census_timm.examples()
+TIMM = census_timm.flat_examples()
 DISTINCT_TIMM = [entry for entry in TIMM if entry.compiled]
 ALIKE_TIMM = [entry for entry in TIMM if not entry.compiled]
-OTHERS = [*census_transformers.examples(), *census_torchvision.examples()]
+OTHERS = [*census_transformers.flat_examples(), *census_torchvision.flat_examples()]
 OTHER_FILES_OF_TIMM = timm_other_files.other_files()
 REFUSED = transformers_refused.refused() + transformers_refused.refused_composites()
 
@@ -145,7 +151,10 @@ def test_hardly_any_library_s_own_model_fails(library: str, entries: list[Entry]
 
 @pytest.mark.parametrize("library", ["timm", "transformers", "torchvision"])
 def test_nothing_is_listed_as_supported_that_is_not_tested(library: str) -> None:
-    tested = {(entry.library, entry.name) for entry in (*DISTINCT_TIMM, *ALIKE_TIMM, *OTHERS)}
+    hierarchies = (
+        *timm_hierarchies.examples(), *transformers_hierarchies.examples(), *torchvision_hierarchies.every()
+    )  # fmt: skip
+    tested = {(entry.library, entry.name) for entry in (*DISTINCT_TIMM, *ALIKE_TIMM, *OTHERS, *hierarchies)}
     listed = tokenprune.supported(library)
     assert listed
     assert is_older(library) or {(model.library, model.name) for model in listed} <= tested

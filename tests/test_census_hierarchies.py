@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import tokenprune
 from tests.census import timm_hierarchies, torchvision_hierarchies, transformers_hierarchies
 from tests.census.entry import Entry
 from tests.census.hosts import is_older, skip_host_fault
 
-HIERARCHIES = [*timm_hierarchies.every(), *transformers_hierarchies.every(), *torchvision_hierarchies.every()]
+HIERARCHIES = [
+    *timm_hierarchies.every(),
+    *timm_hierarchies.others(),
+    *transformers_hierarchies.every(),
+    *torchvision_hierarchies.every(),
+]
+REFUSED = timm_hierarchies.refused()
 # Of the families whose blocks differ from those of tests/helpers/hierarchies.py, one each.
 FAMILIES = (
     "maxxvit",
@@ -42,3 +49,16 @@ def test_one_model_of_each_kind(entry: Entry) -> None:
 @pytest.mark.parametrize("entry", HIERARCHIES, ids=[f"{entry}-{index}" for index, entry in enumerate(HIERARCHIES)])
 def test_all(entry: Entry) -> None:
     prove(entry)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("entry", "reason"), REFUSED, ids=[str(entry) for entry, _ in REFUSED])
+def test_the_other_files_of_timm_are_refused(entry: Entry, reason: str) -> None:
+    """By what their blocks are, with an error that says so."""
+    skip_host_fault(entry)
+    model = entry.model()
+    with torch.no_grad():
+        model(**entry.example())
+    with pytest.raises(tokenprune.UnsupportedModelError, match=reason):
+        tokenprune.sparsify(model, keep_ratio=entry.keep_ratio, pruned="fast")
+    assert not hasattr(model, "tokenprune")

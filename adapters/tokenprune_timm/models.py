@@ -75,12 +75,14 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
 
 
 def _feature_maps(model: nn.Module) -> Backbone:
-    """What ``features_only=True`` wraps around a model, to get feature maps from its ``forward_intermediates``."""
+    """What ``features_only=True`` makes of a model.
+
+    It wraps one, to get feature maps from its ``forward_intermediates``, or runs the parts of a hierarchy in turn.
+    """
     wrapped = getattr(model, "model", None)
     if wrapped is None:
-        raise UnsupportedModelError(
-            f"timm's {type(model).__name__} takes a model apart; sparsify one that feature_cls='getter' leaves whole."
-        )
+        apart = f"timm's {type(model).__name__} runs the parts of a model in turn, and needs all of their tokens."
+        return describe_hierarchy(model, example_inputs(model), image_size(model), obstacle=apart)
     found = describe(wrapped)
     others = (one for one in found.adaptations if not isinstance(one, GridMethods))
     return replace(found, adaptations=(*others, GridMethods(model, ("forward",))))
@@ -160,8 +162,8 @@ def image_size(model: Any) -> tuple[int, int]:
 
 def num_channels(model: nn.Module) -> int:
     """Channels of the images, from the layer that embeds patches: a convolution, or a linear one over their pixels."""
-    embeddings = (part for name, part in model.named_modules() if name.endswith(("patch_embed", "embeds")))
-    embedding = next(embeddings, nn.Identity())
+    embeddings = (part for name, part in model.named_children() if name.endswith(("patch_embed", "embeds")))
+    embedding = next(embeddings, None) or _first_layer(model)
     patch_size = _patch_size(model)
     for module in embedding.modules():
         if isinstance(module, nn.Conv2d):
@@ -169,6 +171,12 @@ def num_channels(model: nn.Module) -> int:
         if isinstance(module, nn.Linear) and patch_size is not None:
             return int(module.in_features) // (patch_size[0] * patch_size[1])
     return _input_size(model)[0]
+
+
+def _first_layer(model: nn.Module) -> nn.Module:
+    """The convolution that timm's own configuration calls the first one; an empty module if it names none."""
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv")
+    return dict(model.named_modules()).get(name, nn.Identity()) if isinstance(name, str) else nn.Identity()
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:

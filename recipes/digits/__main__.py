@@ -10,12 +10,15 @@ from rich.console import Console
 
 from recipes.digits.budgets import run_budgets
 from recipes.digits.calibration import run_calibration
+from recipes.digits.data import make_digits
 from recipes.digits.demo import run_demo
 from recipes.digits.dense import train_digits
+from recipes.digits.flat import run_flat
 from recipes.digits.model import WEIGHTS
-from recipes.digits.presets import DATA
+from recipes.digits.presets import DATA, DIGITS_DENSE, DIGITS_SPARSE
 from recipes.digits.study import SCORERS, run_study
 from recipes.small.command_line import resumable
+from recipes.small.hierarchy_study import Study
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console()
@@ -128,6 +131,25 @@ def budgets(
     ratios = keep_ratio or [0.7, 0.5, 0.35]
     with resumable(console):
         run_budgets(data=data, output=output, keep_ratios=ratios, seeds=range(seeds), steps=steps, console=console)
+
+
+@app.command()
+def hierarchies(
+    data: Data = DATA,
+    output: Output = Path("runs/digits-hierarchies"),
+    steps: Steps = 100,
+    seed: int = 0,
+    flat_ratio: Annotated[
+        float | None, typer.Option(min=0.05, max=1.0, help="Compare fast paths with dropping in the demo's model too.")
+    ] = None,
+) -> None:
+    """Train a small Swin and a small ConvNeXt, and compare starts of their fast paths, scorers and keep ratios."""
+    with resumable(console):
+        make_digits(data)
+        study = Study(dense=DIGITS_DENSE, sparse=DIGITS_SPARSE, data=data, output=output, steps=steps, seed=seed)
+        study.run(console=console)
+        if flat_ratio is not None:
+            run_flat(data=data, output=output, keep_ratio=flat_ratio, steps=steps, seed=seed, console=console)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from recipes.engine.checkpoints import write_whole
 IMAGE_SIZE = 64
 
 
-def default_cfgs(name: str, num_classes: int) -> Any:
+def default_cfgs(name: str, num_classes: int, *, first_conv: str = "patch_embed.proj", classifier: str = "head") -> Any:
     """What timm is told of an architecture; a module that registers one calls it ``default_cfgs``."""
     return generate_default_cfgs(
         {
@@ -26,8 +26,8 @@ def default_cfgs(name: str, num_classes: int) -> Any:
                 "std": (0.5, 0.5, 0.5),
                 "interpolation": "bicubic",
                 "crop_pct": 1.0,
-                "first_conv": "patch_embed.proj",
-                "classifier": "head",
+                "first_conv": first_conv,
+                "classifier": classifier,
             }
         }
     )

@@ -231,7 +231,14 @@ def naflex_dict() -> list[Entry]:
 
 
 def examples() -> list[Entry]:
-    """All that are supported, to prove; the first of each architecture is compiled and exported as well."""
+    """All that are supported, to prove: flat models, and hierarchies with a fast path."""
+    from tests.census import timm_hierarchies  # which is written with what is here
+
+    return [*flat_examples(), *timm_hierarchies.examples()]
+
+
+def flat_examples() -> list[Entry]:
+    """Flat models; the first of each architecture is compiled and exported as well."""
     entries = [*flat(), *volo(), *naflex_dict()]
     first = {entry.name for entry in distinct(entries)}
     return [replace(entry, compiled=entry.name in first) for entry in entries]

@@ -1,4 +1,7 @@
-"""Every entry point of timm's hierarchies, at a small size, for the fast path."""
+"""timm's hierarchies at a small size, for the fast path.
+
+Of the files that the paper's method is meant for, every entry point; of each other file, one.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from typing import Any, NamedTuple
 
 import timm
 
+from tests.census import timm_other_files
 from tests.census.entry import Entry
 from tests.census.timm import Arguments, Changes, create, images, num_classes
 
+FAST: dict[str, Any] = {"stages": None, "keep_ratio": 0.6, "pruned": "fast"}
 WIDTHS, DEPTHS, HEADS = (16, 32, 48, 64), (1, 1, 4, 1), (2, 2, 2, 2)
 
 
@@ -84,10 +89,58 @@ def every() -> list[Entry]:
             name=name,
             build=_small(name, family),
             inputs=partial(images, family.side, family.side),
-            stages=None,
-            keep_ratio=0.6,
-            pruned="fast",
+            **FAST,
         )
         for file, family in HIERARCHIES.items()
         for name in timm.list_models(module=file)
     ]
+
+
+# Files besides, with blocks in which a part treats tokens one by one: mobile networks among them, whose blocks widen
+# and narrow channels by 1 x 1 convolutions. With sizes, where those of the flat census leave too few tokens to prune,
+# or are not those that the model says it was built for.
+OTHERS: dict[str, _Family | None] = {
+    **dict.fromkeys(
+        ("coat", "cpubone", "crossvit", "csatv2", "edgenext", "efficientformer", "efficientvim", "efficientvit_msra",
+         "fasternet", "fastvit", "hardcorenas", "iformer", "lowformer", "mambaout", "mobilenetv3", "mobilenetv5",
+         "mobilevit", "pit", "repvit", "sequencer", "swiftformer", "visformer", "xcit"),
+    ),
+    "efficientformer_v2": _Family(224, _sizes()),
+    "efficientvit_mit": _Family(128, _sizes(head_widths=(64, 64))),
+    "gcvit": _Family(224, _sizes(embed_dim=32)),
+    "levit": _Family(224, _sizes(img_size=224, embed_dim=(32, 48, 64), num_heads=(2, 3, 4))),
+    "nextvit": _Family(64, _sizes(depths=(1, 1, 5, 1))),
+    "repghost": _Family(96, _sizes()),
+    "shvit": _Family(128, _sizes(embed_dim=(32, 48, 64), partial_dim=(8, 16, 16))),
+    "starnet": _Family(64, _sizes()),
+}  # fmt: skip
+
+# What the error says of the others.
+_NO_PART = "no list of blocks that take and give tokens of one shape|no part that treats tokens one by one"
+_ELSEWHERE = "what treats tokens one by one does not see them as the block gets them"
+REFUSED = {"tnt": _ELSEWHERE, "tresnet": _ELSEWHERE}
+"""Of these files; of all others `_NO_PART`."""
+
+
+def others() -> list[Entry]:
+    """One entry point of each file in `OTHERS`."""
+    entries = {entry.family: entry for entry in timm_other_files.other_files() if entry.family in OTHERS}
+    sized = {file: family for file, family in OTHERS.items() if family is not None and file in entries}
+    for file, family in sized.items():
+        entries[file] = replace(
+            entries[file],
+            build=_small(entries[file].name, family),
+            inputs=partial(images, family.side, family.side),
+        )
+    return [replace(entry, **FAST) for entry in entries.values()]
+
+
+def examples() -> list[Entry]:
+    """All that are proved."""
+    return [*every(), *others()]
+
+
+def refused() -> list[tuple[Entry, str]]:
+    """One entry point of each file that is in none of the tables, with a pattern of the reason why."""
+    left = [entry for entry in timm_other_files.other_files() if entry.family not in {*HIERARCHIES, *OTHERS}]
+    return [(replace(entry, **FAST), REFUSED.get(entry.family, _NO_PART)) for entry in left]

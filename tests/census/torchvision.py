@@ -28,7 +28,14 @@ def _create(name: str) -> nn.Module:
 
 
 def examples() -> list[Entry]:
-    """All that are supported, to prove; the first is compiled and exported as well."""
+    """All that are supported, to prove: flat models, and hierarchies with a fast path."""
+    from tests.census import torchvision_hierarchies  # which is written with what is here
+
+    return [*flat_examples(), *torchvision_hierarchies.every()]
+
+
+def flat_examples() -> list[Entry]:
+    """Flat models; the first is compiled and exported as well."""
     first, *others = supported()
     return [replace(first, compiled=True), *others]
 

@@ -115,7 +115,14 @@ def rows(names: str, inputs: Inputs = IMAGES, **given: Any) -> Iterator[Entry]:
 
 
 def examples() -> list[Entry]:
-    """All that are supported, to prove; the plainer ones are compiled and exported as well."""
+    """All that are supported, to prove: flat models, and hierarchies with a fast path."""
+    from tests.census import transformers_hierarchies  # which builds its entries with what is here
+
+    return [*flat_examples(), *transformers_hierarchies.examples()]
+
+
+def flat_examples() -> list[Entry]:
+    """Flat models; the plainer ones are compiled and exported as well."""
     from tests.census import transformers_packed  # which builds its entries with what is here
 
     plain = [replace(entry, compiled=True) for entry in supported()]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.census.entry import Entry
-from tests.census.transformers import rows
+from tests.census.transformers import flat_examples, rows
 from tests.census.transformers_inputs import DEPTH, draw
 from tests.census.transformers_refused import refused
 
@@ -24,6 +24,13 @@ def every() -> list[Entry]:
         replace(entry, stages=None, keep_ratio=0.6, pruned="fast")
         for entry in (*(entry for entry in refused() if entry.family in _FAMILIES), *_more(), *_dense())
     ]
+
+
+def examples() -> list[Entry]:
+    """One of each class, for the list of supported models, but for those that are listed with a flat backbone."""
+    flat = {entry.name for entry in flat_examples()}
+    first = {entry.name: entry for entry in reversed(every()) if entry.name not in flat}
+    return [*first.values()][::-1]
 
 
 def _more() -> list[Entry]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
+from tokenprune_timm.models import num_channels
 from torch import Tensor, nn
 
 import tokenprune
@@ -28,6 +30,12 @@ def convnext_maps() -> nn.Module:
     return timm.create_model("convnext_tiny", depths=DEPTHS, dims=WIDTHS, **options)
 
 
+def taken_apart(feature_cls: str) -> nn.Module:
+    """Parts of a model in a container that runs them in turn."""
+    options = {"features_only": True, "feature_cls": feature_cls, "ls_init_value": None}
+    return timm.create_model("convnext_tiny", depths=DEPTHS, dims=WIDTHS, **options)
+
+
 def auto_backbone() -> nn.Module:
     from transformers import AutoBackbone, SwinConfig
 
@@ -39,7 +47,9 @@ def maps_of(model: nn.Module) -> list[Tensor]:
     return list(output) if isinstance(output, list) else list(output.feature_maps)
 
 
-@pytest.mark.parametrize("build", [swin_maps, convnext_maps, auto_backbone])
+@pytest.mark.parametrize(
+    "build", [swin_maps, convnext_maps, partial(taken_apart, "list"), partial(taken_apart, "hook"), auto_backbone]
+)
 def test_feature_maps_have_dense_shapes_and_train(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = build().eval()
@@ -59,10 +69,12 @@ def test_feature_maps_have_dense_shapes_and_train(build: Callable[[], nn.Module]
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
-def test_a_model_that_was_taken_apart_is_refused() -> None:
-    model = timm.create_model("convnext_tiny", features_only=True, depths=DEPTHS, dims=WIDTHS)
-    with pytest.raises(tokenprune.UnsupportedModelError, match="feature_cls='getter' leaves whole"):
-        tokenprune.sparsify(model, pruned="fast")
+def test_images_of_one_channel() -> None:
+    """The convolution that timm calls the first one says how many there are."""
+    for name in ("test_convnext", "test_byobnet"):
+        assert num_channels(timm.create_model(name, in_chans=1)) == 1
+    model = tokenprune.sparsify(timm.create_model("test_convnext", in_chans=1).eval(), pruned="fast")
+    assert model(torch.zeros(2, 1, 96, 96)).shape[0] == 2
 
 
 @torch.no_grad()

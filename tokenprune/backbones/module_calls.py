@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.backbones.token_wise import first_tensor
-from tokenprune.tokens import output_tokens
 
 
 @dataclass
@@ -90,7 +89,7 @@ def record_calls(model: nn.Module, run: Callable[[], None]) -> Recording:
         calls[module] = Call(() if tokens is None else tuple(tokens.shape), len(calls), norm)
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        tokens = None if isinstance(output, tuple) and not output else output_tokens(output)
+        tokens = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(tokens, Tensor):
             return
         call, widths = calls[module], linear_widths(module)

@@ -75,8 +75,12 @@ def _names(library: str, models: tuple[SupportedModel, ...]) -> Table:
     from rich.table import Table
 
     table = Table(title=f"Models of {library} that the tests have proved")
-    table.add_column("family")
-    table.add_column("names")
-    for family, members in groupby(sorted(models, key=lambda model: model.family), key=lambda model: model.family):
-        table.add_row(family, ", ".join(model.name for model in members))
+    for column in ("family", "pruned", "names"):
+        table.add_column(column)
+    for (family, pruned), members in groupby(sorted(models, key=_kind), key=_kind):
+        table.add_row(family, pruned, ", ".join(model.name for model in members))
     return table
+
+
+def _kind(model: SupportedModel) -> tuple[str, str]:
+    return model.family, model.pruned

@@ -1,0 +1,150 @@
+"""What fast paths cost in accuracy: a small Swin and a small ConvNeXt on one of the small data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+from rich.console import Console
+from timm.models import load_state_dict
+
+import recipes.small.hierarchies  # noqa: F401 - registers the models
+import tokenprune
+from recipes.dense import DenseSettings, train_dense
+from recipes.engine.checkpoints import write_json
+from recipes.engine.data import class_indices, open_images
+from recipes.engine.fitting import evaluate_model, run_once
+from recipes.engine.models import data_config
+from recipes.engine.randomness import seed_everything
+from recipes.engine.tables import Table
+from recipes.hierarchy import REDUCTION, HierarchySettings, keep_ratios, start_fast_paths, train_hierarchy
+from recipes.small.presets import learning_rates
+
+STARTS = ("zero", "random", "fitted")
+FITTED = (("predictor", "fitted"), ("random", "fitted"))
+ROWS: dict[float, tuple[tuple[str, str], ...]] = {
+    0.7: (*(("predictor", start) for start in STARTS[:-1]), *FITTED),
+    0.5: FITTED,
+}
+"""By ρ, the scorers with starts of the fast paths. A predictor that was not trained says as little as chance."""
+EPOCHS = {"small_swin": 6, "small_convnext": 4}
+"""Of dense training, by model: a few minutes of one core."""
+BATCH_SIZE = 64
+"""Of dense training; half of the flat models'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A result.
+
+    Attributes:
+        model: timm's name.
+        keep_ratio: ρ of ρ, ρ − 0.2, ρ − 0.4; 1 for the dense model.
+        scorer: Its name.
+        fast_paths: How they start.
+        steps: Of fine-tuning.
+        accuracy: On the validation images, as a fraction.
+        gmacs: An image.
+    """
+
+    model: str
+    keep_ratio: float
+    scorer: str
+    fast_paths: str
+    steps: int
+    accuracy: float
+    gmacs: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What decides the results.
+
+    Attributes:
+        dense: Settings of dense training.
+        sparse: Settings of fine-tuning.
+        data: The image folder.
+        output: Every run gets a folder in it.
+        steps: Of fine-tuning.
+        seed: Of everything random.
+    """
+
+    dense: Mapping[str, Any]
+    sparse: Mapping[str, Any]
+    data: Path
+    output: Path
+    steps: int
+    seed: int
+
+    def run(self, models: Sequence[str] = tuple(EPOCHS), *, console: Console) -> list[Row]:
+        """Train what has not been trained yet, and print the table; ``hierarchies.json`` has it too."""
+        rows = [row for model in models for row in self.rows(model)]
+        write_json(self.output / "hierarchies.json", [asdict(row) for row in rows])
+        console.print(table(rows).rich())
+        return rows
+
+    def rows(self, model: str) -> Iterator[Row]:
+        """The results of one model."""
+        dense = self.dense_settings(model)
+        made = run_once(dense, partial(train_dense, dense, description=f"{model}, dense"))
+        yield Row(model=model, keep_ratio=1.0, scorer="", fast_paths="", steps=0,
+                  accuracy=made["scores"]["top1"], gmacs=made["gmacs"]["dense"])  # fmt: skip
+        for settings in self.sparse_settings(model):
+            yield self._untrained(settings)
+            label = f"{model}, {settings.scorer}, {settings.fast_paths}, ρ {settings.keep_ratio}"
+            made = run_once(settings, partial(train_hierarchy, settings, description=label))
+            yield _row(settings, self.steps, made["scores"]["top1"], made["gmacs"]["sparse"])
+
+    def dense_settings(self, model: str) -> DenseSettings:
+        """Of the dense model."""
+        given = {
+            "model": model,
+            "data_dir": self.data,
+            "epochs": EPOCHS[model],
+            "warmup_epochs": 0.5,
+            "seed": self.seed,
+        }
+        given |= {"seed": self.seed, "batch_size": BATCH_SIZE, "learning_rate": 1.5e-3 * 1024 / BATCH_SIZE}
+        given["output"] = self.output / f"{model}-dense-seed{self.seed}"
+        return DenseSettings(**{**self.dense, **given, "resume": True})
+
+    def sparse_settings(self, model: str) -> Iterator[HierarchySettings]:
+        """Of every run of fine-tuning."""
+        weights = self.dense_settings(model).output / "model.safetensors"
+        for ratio, rows in ROWS.items():
+            for scorer, start in rows:
+                given = {"model": model, "data_dir": self.data, "checkpoint": weights, "keep_ratio": keep_ratios(ratio)}
+                given |= {"scorer": scorer, "fast_paths": start, "steps_per_epoch": self.steps, "seed": self.seed}
+                name = f"{model}-{scorer}-{start}-{ratio:g}-{self.steps}-seed{self.seed}"
+                given |= {**learning_rates(scorer), "output": self.output / name}
+                yield HierarchySettings(**{**self.sparse, **given, "resume": True})
+
+    def _untrained(self, settings: HierarchySettings) -> Row:
+        seed_everything(settings.seed)
+        classes = class_indices(open_images(settings, training=True)) or {}
+        model = timm.create_model(settings.model, num_classes=len(classes))
+        model.load_state_dict(load_state_dict(str(settings.checkpoint)))
+        tokenprune.sparsify(model.eval(), keep_ratio=settings.ratio, scorer=settings.scorer, pruned=REDUCTION)
+        start_fast_paths(model, settings)
+        gmacs = tokenprune.flops(model, data_config(settings, model)["input_size"]).sparse_gmacs
+        return _row(settings, 0, evaluate_model(model, settings, classes=classes)["top1"], gmacs)
+
+
+def _row(settings: HierarchySettings, steps: int, accuracy: float, gmacs: float) -> Row:
+    ratio = (settings.keep_ratio or [1.0])[0]
+    return Row(model=settings.model, keep_ratio=ratio, scorer=settings.scorer, fast_paths=settings.fast_paths,
+               steps=steps, accuracy=accuracy, gmacs=gmacs)  # fmt: skip
+
+
+def table(rows: list[Row]) -> Table:
+    """The rows, one a line."""
+    made = Table(title="Fast paths", columns=("model", "ρ", "scorer", "fast paths", "steps", "accuracy", "MMACs"))
+    for row in rows:
+        what = ("dense", "", "", "") if row.keep_ratio == 1 else (f"{row.keep_ratio:g}", row.scorer, row.fast_paths,
+                                                                   str(row.steps))  # fmt: skip
+        made.add(row.model, *what, f"{row.accuracy:.2%}", f"{row.gmacs * 1e3:.2f}")
+    return made
