@@ -16,6 +16,7 @@ from tokenprune.backbones.structure import observe
 from tokenprune_transformers.example_inputs import example_inputs, image_size, pair, vision_config
 from tokenprune_transformers.families import FrameMessage, FullLength, PositionInput, SharedTables
 from tokenprune_transformers.packed import PackedObstacleError, grids_of, packed
+from tokenprune_transformers.vision_language import vision_language
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,8 +75,7 @@ _POOLING = (
     "BlipModel", "VisionTextDualEncoderModel",
 )  # fmt: skip
 _TAKING_ANY_NUMBER = (
-    "VisionEncoderDecoderModel", "LlavaModel", "LlavaForConditionalGeneration",
-    "PaliGemmaModel", "PaliGemmaForConditionalGeneration",
+    "VisionEncoderDecoderModel",
     "BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering", "Blip2Model",
     "Blip2ForConditionalGeneration", "Blip2VisionModelWithProjection", "InstructBlipForConditionalGeneration",
 )  # fmt: skip
@@ -124,11 +124,13 @@ def _flat(model: nn.Module) -> Backbone:
         raise UnsupportedModelError(f"transformers' {name} is a part of a model; sparsify the model it belongs to.")
     config = vision_config(model.config)
     tower: nn.Module = model
-    composite = _has_other_parts(model)
+    composite, prompted = _has_other_parts(model), vision_language(model) is not None
     if composite:
         tower = _vision_tower(model, config)
-        # A tower that packs images gives as many tokens as it would without pruning.
-        if not names & {*_POOLING, *_TAKING_ANY_NUMBER} and grids_of(tower) is None:
+        # A tower that packs images gives as many tokens as it would without pruning. What follows Pixtral's takes them by
+        # the sizes of its images, and has not been tried.
+        takes_any = prompted or names & {*_POOLING, *_TAKING_ANY_NUMBER} or grids_of(tower) is not None
+        if not takes_any or config.model_type == "pixtral":
             raise UnsupportedModelError(
                 f"what {name} does with its vision tokens may need every one of them; sparsify its "
                 f"{type(tower).__name__} alone if it does not."
@@ -151,7 +153,9 @@ def _flat(model: nn.Module) -> Backbone:
     size = image_size(tower, config)
     own_names = [name.rpartition(".")[2] for name, _ in tower.named_parameters()]
     downstream = family.get("downstream", "pooled")
-    if any(part in one for part in (*_DENSE, "VJEPA2Model") for one in names) or packing is not None:
+    # Behind a projector that takes a grid, image tokens are pruned for the language model by themselves.
+    dense = prompted or any(part in one for part in (*_DENSE, "VJEPA2Model") for one in names)
+    if dense or packing is not None:
         downstream = "all tokens"
     elif names & {*_TAKING_ANY_NUMBER} and downstream == "pooled":
         downstream = "any number"

@@ -76,11 +76,6 @@ def composites() -> list[Entry]:
               vision_config={"deepstack_visual_indexes": (1, 2), **LEARNED}),
         *rows("glm4v Glm4vModel Glm4vForConditionalGeneration", both_kinds, text_config=rotary, **ids,
               vision_config={"out_hidden_size": 32}),
-        *rows("llava LlavaForConditionalGeneration", both(padded(sizes="image_sizes"), prompt(areas())),
-              image_token_index=IMAGE_TOKEN, vision_config={"model_type": "pixtral"},
-              vision_feature_select_strategy="full", vision_feature_layer=-1),
-        *rows("mistral3 Mistral3ForConditionalGeneration", both(padded(sizes="image_sizes"), prompt(areas(4))),
-              image_token_index=IMAGE_TOKEN),
     ]  # fmt: skip
 
 
