@@ -127,8 +127,8 @@ def _flat(model: nn.Module) -> Backbone:
     composite, prompted = _has_other_parts(model), vision_language(model) is not None
     if composite:
         tower = _vision_tower(model, config)
-        # A tower that packs images gives as many tokens as it would without pruning. What follows Pixtral's takes them by
-        # the sizes of its images, and has not been tried.
+        # A tower that packs images gives as many tokens as it would without pruning. What follows Pixtral's takes them
+        # by the sizes of its images, and has not been tried.
         takes_any = prompted or names & {*_POOLING, *_TAKING_ANY_NUMBER} or grids_of(tower) is not None
         if not takes_any or config.model_type == "pixtral":
             raise UnsupportedModelError(
