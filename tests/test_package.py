@@ -139,14 +139,16 @@ def test_the_public_names_are_these() -> None:
     assert tokenprune.__all__ == [
         "Adaptation", "Adapter", "Backbone", "BudgetReport", "CalibrationReport", "Candidates", "CheckpointError",
         "CountingError", "DynamicViTLoss", "Example", "ExportError", "ExportReport", "FlopReport", "Hierarchy",
-        "HostError", "InterceptionError", "KeptTokens", "Level", "MissingExtraError", "Packed", "PictureError", "Plan",
-        "PlanError", "Preprocessing", "ProofError", "Reduced", "Reduction", "ReductionContext", "Scored",
-        "Scorer", "ScorerContext", "Selection", "Setting", "Sparsifier", "Split", "StateError", "SupportedModel",
+        "HostError", "InterceptionError", "KeptTokens", "LanguagePruning", "LanguageTrace", "Level",
+        "MissingExtraError", "Packed", "PictureError", "Plan", "PlanError", "PrefillReport", "PrefillTimes",
+        "Preprocessing", "PromptError", "ProofError", "Reduced", "Reduction", "ReductionContext", "Scored", "Scorer",
+        "ScorerContext", "Selection", "Setting", "Sparsifier", "Split", "StateError", "SupportedModel",
         "ThroughputReport", "TokenTable", "TokenWise", "TokenpruneError", "Trace", "UnknownModelError",
-        "UnsupportedModelError", "VerificationReport", "animate", "calibrate", "calibrate_budget", "dense", "export",
-        "fit_fast_paths", "flops", "from_pretrained", "functional", "gathered", "kept_tokens", "load_dynamicvit",
-        "plan_for", "prove", "push_to_hub", "register_reduction", "register_scorer", "report", "save_pretrained",
-        "show", "sparsify", "supported", "throughput", "tome_keep_ratios", "unsparsify", "verify",
+        "UnsupportedModelError", "VerificationReport", "VisionLanguage", "animate", "calibrate", "calibrate_budget",
+        "dense", "export", "fit_fast_paths", "flops", "from_pretrained", "functional", "gathered", "kept_tokens",
+        "load_dynamicvit", "plan_for", "prefill_flops", "prefill_times", "prove", "push_to_hub", "register_pruner",
+        "register_reduction", "register_scorer", "report", "save_pretrained", "show", "sparsify", "supported",
+        "throughput", "tome_keep_ratios", "unsparsify", "verify",
     ]  # fmt: skip
     for name in tokenprune.__all__:
         assert getattr(tokenprune, name).__doc__, name

@@ -9,6 +9,7 @@ from tokenprune.analysis.flop_counter import FlopReport, flops
 from tokenprune.analysis.kept_tokens import KeptTokens, kept_tokens
 from tokenprune.analysis.overlays import animate, show
 from tokenprune.analysis.planning import plan_for
+from tokenprune.analysis.prefill import PrefillReport, PrefillTimes, prefill_flops, prefill_times
 from tokenprune.analysis.proof import prove
 from tokenprune.analysis.report import report
 from tokenprune.analysis.verification import VerificationReport, verify
@@ -23,6 +24,7 @@ from tokenprune.backbones.packed import Packed
 from tokenprune.backbones.preprocessing import Preprocessing
 from tokenprune.backbones.supported import SupportedModel, supported
 from tokenprune.backbones.token_wise import TokenWise
+from tokenprune.backbones.vision_language import VisionLanguage
 from tokenprune.errors import (
     CheckpointError,
     CountingError,
@@ -32,12 +34,14 @@ from tokenprune.errors import (
     MissingExtraError,
     PictureError,
     PlanError,
+    PromptError,
     ProofError,
     StateError,
     TokenpruneError,
     UnknownModelError,
     UnsupportedModelError,
 )
+from tokenprune.pruning.language import LanguagePruning, LanguageTrace, register_pruner
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.reductions import Reduced, Reduction, ReductionContext, Split, register_reduction
 from tokenprune.pruning.selection import Selection
@@ -78,13 +82,18 @@ __all__ = [
     "HostError",
     "InterceptionError",
     "KeptTokens",
+    "LanguagePruning",
+    "LanguageTrace",
     "Level",
     "MissingExtraError",
     "Packed",
     "PictureError",
     "Plan",
     "PlanError",
+    "PrefillReport",
+    "PrefillTimes",
     "Preprocessing",
+    "PromptError",
     "ProofError",
     "Reduced",
     "Reduction",
@@ -106,6 +115,7 @@ __all__ = [
     "UnknownModelError",
     "UnsupportedModelError",
     "VerificationReport",
+    "VisionLanguage",
     "animate",
     "calibrate",
     "calibrate_budget",
@@ -119,8 +129,11 @@ __all__ = [
     "kept_tokens",
     "load_dynamicvit",
     "plan_for",
+    "prefill_flops",
+    "prefill_times",
     "prove",
     "push_to_hub",
+    "register_pruner",
     "register_reduction",
     "register_scorer",
     "report",

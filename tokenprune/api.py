@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tokenprune.backbones.adapters import describe
+from tokenprune.backbones.adapters import describe, vision_language_of
 from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.vision_language import VisionLanguage
 from tokenprune.errors import PlanError, StateError, UnsupportedModelError
+from tokenprune.pruning.language import LanguagePruning, Pruner
 from tokenprune.pruning.parts import Parts, scored_shares
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.reductions import (
@@ -27,6 +29,7 @@ from tokenprune.pruning.stage import Stage
 from tokenprune.scorers import Scorer, ScorerBuilder, ScorerContext, scorer_builder, scorer_name
 
 Model = TypeVar("Model", bound=nn.Module)
+_ATTACHED = (Sparsifier, LanguagePruning)
 Built = TypeVar("Built", bound=nn.Module)
 
 
@@ -37,6 +40,7 @@ def sparsify(
     *,
     scorer: str | ScorerBuilder = "predictor",
     pruned: str | ReductionBuilder = "drop",
+    pruner: str | Pruner | None = None,
     backbone: Backbone | None = None,
 ) -> Model:
     """Let a Vision Transformer drop the tokens it does not need.
@@ -53,8 +57,10 @@ def sparsify(
         stages: Indices of the blocks in front of which tokens are pruned, ascending; ``None`` means
             the multiples of depth // 4, such as 3, 6, 9 of 12 blocks. Blocks of a hierarchy are counted through all its
             levels, and stages stand in one of them: with ``None`` in the one whose MLPs cost most, as a rule the third.
+            Of a vision-language model ``()`` leaves the vision tower as it is.
         keep_ratio: A number ρ keeps ρ, ρ², ρ³ … of the original patch tokens; a sequence gives one
-            such fraction a stage. In (0, 1].
+            such fraction a stage. In (0, 1]. The language model of a vision-language model is given the fraction of the
+            last stage of each image's tokens, or, without stages, ρ.
         scorer: ``"predictor"`` (learned, DynamicViT's); with nothing to learn ``"cls_attention"`` (what a token
             receives in the block before the stage), ``"redundancy"`` (how much it differs from the others),
             ``"informative"`` (both) and ``"tome"`` (ToMe's matching, whose stages stand inside of their blocks,
@@ -72,6 +78,11 @@ def sparsify(
             every stage decides on all tokens anew, and with ``"fast_nested"`` on those that the stage before has
             kept. Models that need every token by themselves, such as those with a dense head of transformers, get
             them either way. Or a callable that takes a `ReductionContext` and returns a new `Reduction`.
+        pruner: Of a vision-language model, which of an image's tokens the language model is given. ``"tower"``, the
+            default with stages: those that the tower kept longest. By their embeddings behind the projector:
+            ``"diverse"`` (DivPrune's, the default without stages), ``"informative"``, ``"random"``, or a callable
+            ``pruner(embeddings, grid, k)`` that returns the positions of k of them, ascending, of (N, C) embeddings on
+            a grid of (height, width) tokens or ``None``.
         backbone: What the model looks like, where no adapter says.
 
     Returns:
@@ -81,12 +92,20 @@ def sparsify(
         PlanError: Stages or ratios make no plan for this model.
         UnsupportedModelError: The model cannot be sparsified, or not in this way; the message says why.
         StateError: It is sparsified already.
-        ValueError, TypeError: The scorer or the reduction is unknown.
+        ValueError, TypeError: The scorer, the reduction or the pruner is unknown.
 
     Whatever is raised, the model is left exactly as it was.
     """
-    _check_model(model)
     build_scorer, build_reduction = scorer_builder(scorer), reduction_builder(pruned)
+    language = _language_of(model, pruner)
+    if language is not None and stages is not None and len(stages) == 0:
+        _check_behind_tower(model, scorer, pruned, pruner)
+        behind = LanguagePruning(language, keep_ratio, pruner or "diverse")
+        behind.train(model.training)
+        behind.attach(model)
+        return model
+    _check_model(model)
+    _check_pruner(model, language, pruner)
     backbone = describe(model) if backbone is None else backbone
     if not isinstance(backbone, Backbone):
         raise TypeError(f"backbone={type(backbone).__name__}: expected a tokenprune.Backbone that describes the model.")
@@ -108,7 +127,15 @@ def sparsify(
         scorer_context = ScorerContext(backbone.embed_dim, probability, backbone.grid_size)
         built.append(Stage(_built(Scorer, build_scorer, scorer_context, f"scorer={scorer!r}"), reduction))
     _check_scorers(plan, backbone, built, scorer)
-    sparsifier = Sparsifier(plan, backbone, built, pruned=reduction_name(pruned), scorer=scorer_name(scorer))
+    sparsifier = Sparsifier(
+        plan,
+        backbone,
+        built,
+        pruned=reduction_name(pruned),
+        scorer=scorer_name(scorer),
+        language=language,
+        pruner=pruner,
+    )
     for adaptation in backbone.adaptations:
         adaptation.check(model, restores=sparsifier.restores)
     for index, stage in zip(plan.stages, built, strict=True):
@@ -129,7 +156,7 @@ def unsparsify(model: Model) -> Model:
     Raises:
         StateError: It is not sparsified.
     """
-    sparsifier_of(model).detach(model)
+    attached_to(model).detach(model)
     return model
 
 
@@ -140,28 +167,65 @@ def dense(model: nn.Module) -> Iterator[None]:
     Raises:
         StateError: The model is not sparsified.
     """
-    with sparsifier_of(model).disabled():
+    with attached_to(model).disabled():
         yield
+
+
+def attached_to(model: nn.Module) -> Sparsifier | LanguagePruning:
+    """What `sparsify` has attached to a model, also through wrappers such as DDP and `torch.compile`.
+
+    Raises:
+        StateError: The model is not sparsified.
+    """
+    inner = unwrap(model)
+    attached = getattr(inner, "tokenprune", None)
+    if not isinstance(attached, _ATTACHED):
+        raise StateError(f"this {type(inner).__name__} is not sparsified; call tokenprune.sparsify(model) first.")
+    return attached
 
 
 def sparsifier_of(model: nn.Module) -> Sparsifier:
     """The sparsifier of a model, also through wrappers such as DDP and `torch.compile`.
 
     Raises:
+        StateError: The model is not sparsified, or has no stages.
+    """
+    attached = attached_to(model)
+    if isinstance(attached, LanguagePruning):
+        raise StateError(
+            f"this {type(unwrap(model)).__name__} was sparsified with stages=(), behind its vision tower alone, and "
+            "this needs stages in the tower; sparsify it with stages, or the tower by itself."
+        )
+    return attached
+
+
+def language_of(model: nn.Module) -> LanguagePruning | None:
+    """What prunes the image tokens of a sparsified vision-language model; ``None`` of any other one.
+
+    Raises:
         StateError: The model is not sparsified.
     """
-    inner = unwrap(model)
-    sparsifier = getattr(inner, "tokenprune", None)
-    if not isinstance(sparsifier, Sparsifier):
-        raise StateError(f"this {type(inner).__name__} is not sparsified; call tokenprune.sparsify(model) first.")
-    return sparsifier
+    return attached_to(model).language
+
+
+def refuse_prompts(model: nn.Module, function: str) -> None:
+    """Refuse a vision-language model, which does not run on images alone.
+
+    Raises:
+        StateError: It is one; the message names the function to call.
+    """
+    if language_of(model) is not None:
+        raise StateError(
+            f"{type(unwrap(model)).__name__} reads prompts beside images; call tokenprune.{function}(model, inputs) "
+            "with what its processor makes of both."
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside wrappers that hold it as ``module`` (DDP) or ``_orig_mod`` (`torch.compile`)."""
     for name in ("_orig_mod", "module"):
         inner = model._modules.get(name)
-        if inner is not None and not isinstance(model._modules.get("tokenprune"), Sparsifier):
+        if inner is not None and not isinstance(model._modules.get("tokenprune"), _ATTACHED):
             return unwrap(inner)
     return model
 
@@ -194,7 +258,7 @@ def _check_hierarchy(
 def _check_scorers(plan: Plan, backbone: Backbone, stages: Sequence[Stage], scorer: str | ScorerBuilder) -> None:
     """Refuse scorers that would not get what they need of the model's blocks."""
     scorers = [stage.scorer for stage in stages]
-    if any(one.inside_block for one in scorers) and backbone.packed is None:
+    if any(one.inside_block for one in scorers):
         _check_inside(plan, backbone, stages, scorer)
     if not any(one.needs_recording for one in scorers):
         return
@@ -202,11 +266,6 @@ def _check_scorers(plan: Plan, backbone: Backbone, stages: Sequence[Stage], scor
         raise UnsupportedModelError(
             f"scorer={scorer!r} needs attention scores over all tokens, and the blocks of a hierarchy attend within "
             "windows or not at all; take another scorer, such as 'predictor'."
-        )
-    if backbone.packed is not None:
-        raise UnsupportedModelError(
-            f"scorer={scorer!r} needs attention scores or keys of the block before a stage, and this model attends "
-            "segment by segment of all images in one sequence; take another scorer, such as 'predictor'."
         )
     if plan.stages[0] == 0 and not scorers[0].inside_block:
         raise PlanError(
@@ -226,6 +285,11 @@ def _check_inside(plan: Plan, backbone: Backbone, stages: Sequence[Stage], score
     """Refuse stages inside of blocks where tokens cannot be merged there."""
     if not all(stage.scorer.inside_block for stage in stages):
         raise PlanError(f"scorer={scorer!r}: stages stand inside of their blocks or in front of them, all alike.")
+    if backbone.packed is not None:
+        raise UnsupportedModelError(
+            f"scorer={scorer!r} merges one number of tokens of every image, and this model is given images of "
+            "different sizes; take another scorer, such as 'predictor'."
+        )
     if any(stage.reduction.whole for stage in stages):
         raise PlanError(
             f"scorer={scorer!r} has its stages inside of blocks, and this reduction leaves all tokens in them; take "
@@ -240,13 +304,45 @@ def _check_inside(plan: Plan, backbone: Backbone, stages: Sequence[Stage], score
             )
 
 
+def _language_of(model: nn.Module, pruner: str | Pruner | None) -> VisionLanguage | None:
+    """What a vision-language model looks like; ``None`` of any other model, which takes no pruner."""
+    language = vision_language_of(model) if isinstance(model, nn.Module) else None
+    if language is None and pruner is not None:
+        raise UnsupportedModelError(
+            f"pruner={pruner!r} chooses image tokens for a language model, and {type(model).__name__} is no "
+            "vision-language model that an adapter knows; its tokens are chosen by scorer=."
+        )
+    return language
+
+
+def _check_pruner(model: nn.Module, language: VisionLanguage | None, pruner: str | Pruner | None) -> None:
+    if language is not None and language.block is None and pruner in (None, "tower"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} makes image tokens of its patches in a way that leaves it unknown which of them "
+            "the tower has kept; pass pruner=, such as pruner='diverse', to choose them behind the projector."
+        )
+
+
+def _check_behind_tower(
+    model: nn.Module, scorer: str | ScorerBuilder, pruned: str | ReductionBuilder, pruner: str | Pruner | None
+) -> None:
+    """Refuse what has no meaning without stages, and a model that prunes behind its tower already."""
+    if scorer != "predictor" or pruned != "drop" or pruner == "tower":
+        raise PlanError(
+            f"stages=() leaves the vision tower as it is, so scorer={scorer!r}, pruned={pruned!r} and "
+            f"pruner={pruner!r} would have nothing to decide; pass stages, or another pruner alone."
+        )
+    if hasattr(model, "tokenprune") or any(isinstance(module, LanguagePruning) for module in model.modules()):
+        raise StateError(f"this {type(model).__name__} is sparsified already; call tokenprune.unsparsify first.")
+
+
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError(f"{type(model).__name__} is TorchScript; sparsify the Python model it came from.")
     for name, module in model.named_modules():
-        if isinstance(module, Sparsifier):
+        if isinstance(module, _ATTACHED):
             where = f"its {name.removesuffix('.tokenprune')}" if name != "tokenprune" else "it"
             raise StateError(
                 f"this {type(model).__name__} is sparsified already ({where} carries tokenprune); set "

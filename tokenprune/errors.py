@@ -21,6 +21,10 @@ class StateError(TokenpruneError, RuntimeError):
     """The call does not fit the state the model is in, such as sparsifying it twice."""
 
 
+class PromptError(TokenpruneError, ValueError):
+    """A prompt has places for another number of image tokens than its images give."""
+
+
 class InterceptionError(TokenpruneError, RuntimeError):
     """A masked forward pass reached code whose attention could not be masked."""
 

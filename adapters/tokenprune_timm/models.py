@@ -100,8 +100,9 @@ def _grid_tail(model: nn.Module) -> dict[str, Any]:
 
 
 def _naflex(model: nn.Module) -> dict[str, Any]:
-    """NaFlexViT pools with a mask of the patches that are there, one for each of the original patches."""
-    return {"downstream": "pooled" if getattr(model, "global_pool", "") == "token" else "all tokens"}
+    """NaFlexViT is given a mask of the patches that are there, and pools with it, by all of the original patches."""
+    downstream = "pooled" if getattr(model, "global_pool", "") == "token" else "all tokens"
+    return {"downstream": downstream, "patch_mask": "patch_valid"}
 
 
 def _cait(model: nn.Module) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from tokenprune import Adapter, Backbone, Preprocessing
-from tokenprune_transformers import example_inputs, loading, models, preprocessing, rebuilding
+from tokenprune.backbones.vision_language import VisionLanguage
+from tokenprune_transformers import example_inputs, loading, models, preprocessing, rebuilding, vision_language
 
 __all__ = ["TransformersAdapter", "adapter"]
 
@@ -22,6 +23,9 @@ class TransformersAdapter(Adapter):
 
     def describe(self, model: nn.Module) -> Backbone:
         return models.describe(model)
+
+    def vision_language(self, model: nn.Module) -> VisionLanguage | None:
+        return vision_language.vision_language(model)
 
     def example_inputs(self, model: Any) -> Mapping[str, Any]:
         return example_inputs.example_inputs(model)

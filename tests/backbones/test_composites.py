@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tokenprune
-from tests.census.entry import STAGES, Entry
+from tests.census.entry import STAGES
 from tests.census.lookup import entry_of
-from tests.census.transformers import language_models
-from tests.census.transformers_inputs import GRID, IMAGE_TOKEN, NUM_PATCHES, prompt
+from tests.census.transformers_inputs import GRID, NUM_PATCHES
 from tests.helpers.zoo import wide_scorers
 from tokenprune.analysis.verification import named_outputs
 
@@ -50,40 +47,6 @@ def test_image_embeddings(name: str) -> None:
     for key in pooled:
         torch.testing.assert_close(masked[key], gathered[key], rtol=0, atol=1e-4)
         assert (gathered[key] - dense[key]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("entry", language_models(), ids=lambda entry: entry.name)
-def test_a_language_model_generates_from_fewer_image_tokens(entry: Entry) -> None:
-    model, inputs = entry.model(), entry.example()
-    tokenprune.sparsify(model, STAGES, KEEP_RATIO)
-    wide_scorers(model)
-    # Words have as many places for image tokens as are left.
-    words = prompt(KEPT[-1])(len(inputs["pixel_values"]), torch.Generator().manual_seed(8))
-    assert (words["input_ids"] == IMAGE_TOKEN).sum(dim=1).tolist() == [KEPT[-1]] * 3
-    extra = {name: value for name, value in inputs.items() if name not in words}
-    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-
-    def run(words: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return model(**extra, **words).logits, model.generate(**extra, **words, **options)
-
-    lengths = block_lengths(model)
-    logits, generated = run(words)
-    prefix = model.tokenprune.backbone.num_prefix_tokens
-    assert lengths[:4] == [prefix + NUM_PATCHES, *(prefix + kept for kept in (KEPT[0], KEPT[1], KEPT[1]))]
-    assert generated.shape[1] == words["input_ids"].shape[1] + 5
-    model.tokenprune.execution = "mask"
-    masked_logits, masked_generated = run(words)
-    torch.testing.assert_close(masked_logits, logits, rtol=0, atol=1e-4 * float(logits.abs().max()))
-    assert torch.equal(masked_generated, generated)
-    with tokenprune.dense(model):
-        everything = run({name: inputs[name] for name in words})[0]
-    assert everything.shape[1] == logits.shape[1] + NUM_PATCHES - KEPT[-1]
-
-    model.train()
-    model.tokenprune.execution = "auto"
-    with pytest.raises(tokenprune.StateError, match="train the tower by itself"):
-        model(**extra, **words)
 
 
 @pytest.mark.parametrize("layer", [-2, -3])

@@ -127,7 +127,7 @@ def flat_examples() -> list[Entry]:
 
     plain = [replace(entry, compiled=True) for entry in supported()]
     packed = [*transformers_packed.towers(), *transformers_packed.composites()]
-    return [*plain, *uncovered(), *composites(), *packed]
+    return [*plain, *uncovered(), *composites(), *language_models(), *packed]
 
 
 def supported() -> list[Entry]:
@@ -163,7 +163,6 @@ def supported() -> list[Entry]:
               padded("patch_attention_mask")),
         *rows("mgp_str MgpstrModel MgpstrForSceneTextRecognition", image_size=SQUARE, **mgp),
         *rows("phi4_multimodal Phi4MultimodalVisionModel", padded("patch_attention_mask"), crop_size=IMAGE_SIZE),
-        *rows("pixtral PixtralVisionModel", padded(sizes="image_sizes")),
         *rows("radio RadioModel", max_img_size=IMAGE_SIZE),
         *rows("sapiens2 Sapiens2Model", **SAPIENS),
         *rows("siglip2 Siglip2VisionModel Siglip2ForImageClassification", naflex, num_patches=NUM_PATCHES,
@@ -250,14 +249,17 @@ def composites() -> list[Entry]:
 
 
 def language_models() -> list[Entry]:
-    """Language models that take any number of image tokens, as many as the words have places for."""
-    image = both(IMAGES, prompt(NUM_PATCHES))
-    token = {"image_token_index": IMAGE_TOKEN}
+    """Vision-language models whose language model is given as many image tokens as are left."""
+    image, nine = both(IMAGES, prompt(NUM_PATCHES)), both(IMAGES, prompt(9))
+    token, token_id = {"image_token_index": IMAGE_TOKEN}, {"image_token_id": IMAGE_TOKEN}
     clip = {"vision_config": {"model_type": "clip_vision_model"}}
     full = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
     siglip = {"vision_config": {"model_type": "siglip_vision_model"}, **full}
+    images = both(padded("pixel_attention_mask", PATCH_SIZE, images=2), prompt(2 * 9))
     return [
-        *rows("llava LlavaForConditionalGeneration", image, **token, **clip),
+        *rows("llava LlavaModel LlavaForConditionalGeneration", image, **token, **clip),
         *rows("llava LlavaForConditionalGeneration", image, **token, **siglip),
         *rows("paligemma PaliGemmaForConditionalGeneration", image, projection_dim=32, **token),
+        *rows("internvl InternVLForConditionalGeneration", nine, **token_id),
+        *rows("idefics3 Idefics3ForConditionalGeneration smolvlm SmolVLMForConditionalGeneration", images, **token_id),
     ]  # fmt: skip

@@ -36,7 +36,7 @@ TABLES: dict[str, dict[str, list[Entry]]] = {
     "transformers": {
         "classes that differ little from a list of blocks": census_transformers.supported(),
         "classes that differ more": census_transformers.uncovered(),
-        "models of several parts": census_transformers.composites(),
+        "models of several parts": [*census_transformers.composites(), *census_transformers.language_models()],
         "hierarchies with a fast path": transformers_hierarchies.examples(),
     },
     "torchvision": {
@@ -76,8 +76,9 @@ Where pruned tokens leave the sequence, as with every reduction but `"fast"` and
 - **Attention that is not over all tokens** (XCiT, CoaT, TimeSformer, VideoPrism): dropping one has no single meaning.
 - **Packed sequences whose blocks need every token** (MiniCPM-V, LFM3-VL, Inkling 2); [other packed
   towers](packed-towers.md) are supported.
-- **Models of several parts whose other parts need every token** (LLaVA-NeXT, Idefics, Janus, OWL-ViT and others): their
-  towers can be sparsified alone.
+- **Models of several parts whose other parts need every token** (Idefics2, Janus, OWL-ViT and others): their towers can
+  be sparsified alone. In [vision-language models](vision-language-models.md) with `stages=()`, and in LLaVA-NeXT and
+  LLaVA-OneVision with a pruner by name, image tokens are pruned behind the tower.
 
 With [`pruned="fast"`](hierarchies.md):
 

@@ -40,3 +40,6 @@ VARLEN = {
     # The same in double precision.
     torch.float64: 1e-9,
 }
+
+SHORTENED_PROMPT = 1e-5
+"""Logits of about 1, in single precision: sums over the tokens that are left run over other lengths."""

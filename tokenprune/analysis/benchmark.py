@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenprune.api import dense, sparsifier_of, unwrap
+from tokenprune.api import dense, refuse_prompts, sparsifier_of, unwrap
 from tokenprune.backbones.probing import eval_mode, random_inputs
 
 MIN_PAIRS = 8
@@ -148,7 +148,7 @@ def throughput(
         progress: Called after each pair with the number of pairs done and of all.
 
     Raises:
-        StateError: The model is not sparsified.
+        StateError: The model is not sparsified, or reads prompts beside images; see `prefill_times`.
         ValueError: There are fewer than two pairs, too few for a spread, ``warmup`` is negative, or the batch empty.
     """
     if batch_size < 1:
@@ -157,6 +157,7 @@ def throughput(
         raise ValueError(f"pairs={pairs}: at least 2 are needed for a spread.")
     if warmup < 0:
         raise ValueError(f"warmup={warmup}: a number of pairs from 0.")
+    refuse_prompts(model, "prefill_times")
     sparsifier = sparsifier_of(model)
     images = random_inputs(unwrap(model), images=(batch_size, *input_size))["images"]
     dense_seconds: list[float] = []

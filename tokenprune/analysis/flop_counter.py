@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tokenprune.analysis.flop_handlers import HANDLERS, is_weightless
 from tokenprune.analysis.flops_by_image import Costs, count_by_image
-from tokenprune.api import dense, sparsifier_of, unwrap
+from tokenprune.api import dense, refuse_prompts, sparsifier_of, unwrap
 from tokenprune.backbones.probing import eval_mode, random_inputs
 from tokenprune.errors import CountingError
 
@@ -148,10 +148,16 @@ def flops(
         The counts, in all and by block and stage.
 
     Raises:
-        StateError: The model is not sparsified.
+        StateError: The model is not sparsified, or reads prompts beside images; see `prefill_flops`.
         CountingError: An operator that may do multiply-adds has no handler; the message names it.
     """
     inner = unwrap(model)
+    refuse_prompts(model, "prefill_flops")
+    if sparsifier_of(model).backbone.packed is not None:
+        raise CountingError(
+            f"{type(inner).__name__} is given the patches of images of different sizes, one after the other, and their "
+            "grids, and not an image of input_size=…, so its multiply-adds cannot be counted."
+        )
     if images is not None:
         input_size = images.shape[1:]
     blocks = _names(inner, sparsifier_of(model).backbone.blocks)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.api import dense, sparsifier_of
+from tokenprune.api import dense, language_of, sparsifier_of
 from tokenprune.backbones.probing import call, eval_mode, kept_modes, named_outputs
 from tokenprune.errors import TokenpruneError
 from tokenprune.pruning.executions import default_execution, executions
@@ -112,10 +112,13 @@ def verify(model: nn.Module, inputs: Any, *, tolerance: float = 1e-4) -> Verific
         with eval_mode(model), torch.no_grad():
             with dense(model):
                 unpruned = _run(model, inputs)
-            ratios = sparsifier.keep_ratio
+            ratios, language = sparsifier.keep_ratio, sparsifier.language
+            behind = None if language is None else language.keep_ratio
             sparsifier.keep_ratio = 1.0
             kept_all = _run(model, inputs)
             sparsifier.keep_ratio = ratios
+            if language is not None and behind is not None:
+                language.keep_ratio = behind
             with _hashed_scores(sparsifier):
                 reference, gathered = _in_execution(default_execution(training=False), model, sparsifier, inputs)
                 others, cannot_run = _in_other_executions(reference.execution, model, sparsifier, inputs)
@@ -238,7 +241,9 @@ def _in_other_executions(
 
 
 def _run(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
-    return named_outputs(call(model, inputs))
+    language = language_of(model)
+    fewer = () if language is None else tuple(f"output.{name}" for name in language.described.outputs)
+    return {name: tensor for name, tensor in named_outputs(call(model, inputs)).items() if not name.startswith(fewer)}
 
 
 def _of_tokens_left(

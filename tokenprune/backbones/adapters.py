@@ -18,6 +18,7 @@ from tokenprune.backbones.examples import Example
 from tokenprune.backbones.preprocessing import Preprocessing
 from tokenprune.backbones.probing import random_inputs
 from tokenprune.backbones.supported import supported
+from tokenprune.backbones.vision_language import VisionLanguage
 from tokenprune.errors import CheckpointError, TokenpruneError, UnknownModelError, UnsupportedModelError
 
 
@@ -41,6 +42,10 @@ class Adapter(ABC):
         Raises:
             UnsupportedModelError: The model cannot be described; the message says why.
         """
+
+    def vision_language(self, model: nn.Module) -> VisionLanguage | None:
+        """Where a vision-language model puts image tokens into its prompts; ``None`` of any other model."""
+        return None
 
     def identity(self, model: nn.Module) -> dict[str, Any]:
         """What `build` builds ``model`` from, as an object of JSON; for `save_pretrained`.
@@ -227,6 +232,12 @@ def describe(model: nn.Module) -> Backbone:
     if library is None:
         raise UnsupportedModelError(_unknown(model))
     return adapter(library).describe(model)
+
+
+def vision_language_of(model: nn.Module) -> VisionLanguage | None:
+    """Where ``model`` puts image tokens into its prompts, by the adapter of its library; ``None`` if it does not."""
+    library = library_of(model)
+    return None if library is None else adapter(library).vision_language(model)
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:

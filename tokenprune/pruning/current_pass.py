@@ -5,14 +5,17 @@ Shapes: B images, n kept patch tokens, L tokens before any pruning, K tokens of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
 from tokenprune.backbones.packed import PackedImages
+from tokenprune.backbones.padded import Images
 from tokenprune.pruning.attention_scopes import AttentionScopes
 from tokenprune.pruning.budget import Thresholds
 from tokenprune.pruning.executions import AUTO, Execution, Paths
@@ -66,7 +69,7 @@ class CurrentPass(nn.Module):
         self._whole = any(one.whole for one in reductions)
         self._anew = self._whole and any(one.anew for one in reductions)
         self._restoring = self._restores and not self._whole
-        self._executions: dict[str, Execution] = {}
+        self._executions: dict[tuple[str, bool], Execution] = {}
         self._running: Execution | None = None
         self._scopes = AttentionScopes(self.backbone)
         self._tail: Interception | None = None
@@ -74,7 +77,7 @@ class CurrentPass(nn.Module):
         self._open = False
         self._attended = False
         self._image_size: tuple[int, int] | None = None
-        self._images: PackedImages | None = None
+        self._images: Images | None = None
         self._grad_enabled = False
         self._everything: Tensor | None = None
         self._entry = State()
@@ -122,6 +125,30 @@ class CurrentPass(nn.Module):
         """(B, n) int64, the positions in the grid of the patch tokens that a block gets; ``None`` if all."""
         selection = self._selection(stage_into(self._plan, block, inside=self._inside))
         return None if selection is None or selection.all_kept else selection.indices_in_blocks
+
+    def survival(self, block: int) -> list[Tensor] | None:
+        """How long the tower has kept what each image token is made of, in the last pass: for each image (n,).
+
+        Higher = longer, and among those kept as long, of a higher score. ``None`` after a pass without pruning.
+
+        Args:
+            block: The side of the square of patches that an image token is made of; where the model packs images, it is
+                a merge group.
+        """
+        trace = self.trace
+        if trace is None or not trace.selections:
+            return None
+        kept = torch.stack([keep.detach() for keep in trace.keep]).sum(dim=0)  # (B, N)
+        if isinstance(trace.images, PackedImages):
+            rows = zip(trace.images.num_groups, trace.images.lengths, trace.images.groups, kept, strict=True)
+            return [row.new_zeros(n).scatter_(0, groups[:length], row[:length]) for n, length, groups, row in rows]
+        if (scores := trace.scores[-1]) is not None:
+            ranks = scores.detach().nan_to_num(nan=-torch.inf).argsort(dim=1).argsort(dim=1)
+            kept = kept + ranks / ranks.shape[1]
+        side = math.isqrt(trace.num_patches)
+        height, width = trace.grid or (side, side)
+        squares = kept.unflatten(1, (height // block, block, width // block, block))
+        return list(squares.sum(dim=(2, 4)).flatten(1))
 
     def full_length(self) -> int | None:
         """L, where tokens are removed in this pass; ``None`` where all stay."""

@@ -84,7 +84,7 @@ class Plan:
 
     def num_keep(self, num_patches: int) -> tuple[int, ...]:
         """Kept patch tokens after each stage: ``floor(num_patches · ratio)``, at least 1."""
-        return tuple(_num_keep(num_patches, ratio) for ratio in self.keep_ratios)
+        return tuple(num_kept(num_patches, ratio) for ratio in self.keep_ratios)
 
     @property
     def keep_probabilities(self) -> tuple[float, ...]:
@@ -155,7 +155,8 @@ def cumulative_ratios(keep_ratio: float | Sequence[float], num_stages: int) -> t
     return ratios
 
 
-def _num_keep(num_patches: int, ratio: float) -> int:
+def num_kept(num_patches: int, ratio: float) -> int:
+    """How many of a number of tokens a ratio keeps: the floor of their product, and at least one."""
     # A product such as 100 · 0.7² = 48.999999999999993 means 49: rounding errors are no reason to lose a token.
     return max(1, math.floor(num_patches * ratio + 1e-9))
 

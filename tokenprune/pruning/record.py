@@ -4,18 +4,45 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokenprune.errors import CheckpointError, PlanError
 from tokenprune.pruning.budget import BUDGETS, FIXED, Budget, Thresholds
-from tokenprune.pruning.plan import Plan
+from tokenprune.pruning.plan import Plan, cumulative_ratios
 
 # A state dict's tensor is as long as this, or a multiple, whatever the figures in it, so that averages of
 # models (EMA) that copy one state dict into another find the same shapes at another keep ratio.
 _NUM_BYTES = 1024
+
+
+class LanguageRecord(NamedTuple):
+    """What a language model is given behind the tower.
+
+    Attributes:
+        pruner: The name of the pruner; ``None`` for one without a registered name.
+        keep_ratio: The fraction of each image's tokens.
+    """
+
+    pruner: str | None
+    keep_ratio: float
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> LanguageRecord:
+        """Read an object of JSON.
+
+        Raises:
+            CheckpointError: It is something else.
+        """
+        try:
+            ratio, pruner = cumulative_ratios(fields["keep_ratio"], 1)[0], fields["pruner"]
+        except (TypeError, KeyError, PlanError) as error:
+            raise CheckpointError(
+                f"language={fields!r}: expected a pruner and a keep ratio in the record of how a model was sparsified."
+            ) from error
+        return cls(pruner, ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +56,7 @@ class Record:
         budget: How many tokens stages keep of each image, ``"fixed"`` or ``"adaptive"``.
         thresholds: What was calibrated for the latter, one entry for each plan.
         norm_eps: The ε of the layer norms in scorers and reductions; ``None`` for that of new ones.
+        language: Of a vision-language model what its language model is given; else ``None``.
     """
 
     plan: Plan
@@ -37,12 +65,15 @@ class Record:
     budget: Budget = FIXED
     thresholds: tuple[Thresholds, ...] = ()
     norm_eps: float | None = None
+    language: LanguageRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As an object of JSON, which `from_dict` reads; the plan carries the version."""
         fields = {"plan": json.loads(self.plan.to_json()), "scorer": self.scorer, "pruned": self.pruned}
         if self.thresholds:
             fields |= {"budget": self.budget, "thresholds": [one.to_dict() for one in self.thresholds]}
+        if self.language is not None:
+            fields["language"] = self.language._asdict()
         return fields if self.norm_eps is None else {**fields, "norm_eps": self.norm_eps}
 
     @classmethod
@@ -78,7 +109,11 @@ class Record:
             raise CheckpointError(
                 f"norm_eps={eps!r}: expected a number above 0 in the record of how a model was sparsified."
             )
-        return cls(plan=plan, scorer=scorer, pruned=pruned, budget=budget, thresholds=read, norm_eps=eps)
+        found = fields.get("language")
+        language = None if found is None else LanguageRecord.from_dict(found)
+        return cls(
+            plan=plan, scorer=scorer, pruned=pruned, budget=budget, thresholds=read, norm_eps=eps, language=language
+        )
 
     def to_tensor(self) -> Tensor:
         """As bytes in a tensor, since formats without pickle hold tensors alone."""

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.vision_language import VisionLanguage
 from tokenprune.errors import CheckpointError, UnsupportedModelError
 from tokenprune.pruning.budget import ADAPTIVE, BUDGETS, FIXED, Budget, Thresholds
 from tokenprune.pruning.checks import check_by_image, check_calibrated, check_not_packed
 from tokenprune.pruning.compilation import give_own_forward, take_own_forward
 from tokenprune.pruning.executions import check_execution, default_execution
 from tokenprune.pruning.hooks import PruningHooks
+from tokenprune.pruning.language import LanguagePruning, Pruner
 from tokenprune.pruning.norms import norm_eps, set_norm_eps
 from tokenprune.pruning.plan import Plan
-from tokenprune.pruning.record import Record
+from tokenprune.pruning.record import LanguageRecord, Record
 from tokenprune.pruning.stage import Stage
 
 
@@ -32,6 +34,7 @@ class Sparsifier(PruningHooks):
         backbone: What the model looks like.
         pruned: The name under which the reduction is registered; ``None`` for one without a name.
         scorer: The name under which the scorer is registered; ``None`` for one without a name.
+        language: Of a vision-language model what prunes image tokens for the language model; else ``None``.
         trace: The record of the last forward pass; ``None`` before the first one and after an
             unpruned one.
         enabled: Whether the model runs pruned; see `disabled`.
@@ -45,8 +48,13 @@ class Sparsifier(PruningHooks):
         *,
         pruned: str | None = "drop",
         scorer: str | None = None,
+        language: VisionLanguage | None = None,
+        pruner: str | Pruner | None = None,
     ) -> None:
         super().__init__(plan, backbone, stages)
+        self.language: LanguagePruning | None = None
+        if language is not None:
+            self.language = LanguagePruning(language, plan.keep_ratios[-1], pruner or "tower", survival=self.survival)
         self._budget: Budget = FIXED
         self._thresholds: dict[tuple[float, ...], Thresholds] = {}
         self._tried: Thresholds | None = None
@@ -78,6 +86,8 @@ class Sparsifier(PruningHooks):
         if self._budget == ADAPTIVE:
             check_calibrated(plan.keep_ratios, self._thresholds)
         self._plan = plan
+        if self.language is not None:
+            self.language.keep_ratio = plan.keep_ratios[-1]
 
     @property
     def execution(self) -> str:
@@ -191,7 +201,8 @@ class Sparsifier(PruningHooks):
         """While it lasts, the model runs unpruned."""
         before, self.enabled = self.enabled, False
         try:
-            yield
+            with nullcontext() if self.language is None else self.language.disabled():
+                yield
         finally:
             self.enabled = before
 
@@ -219,6 +230,9 @@ class Sparsifier(PruningHooks):
             pruned=self.pruned,
             budget=self._budget,
             thresholds=self.thresholds,
+            language=None
+            if self.language is None
+            else LanguageRecord(self.language.pruner_name, self.language.keep_ratio),
             norm_eps=norm_eps(self),
         )
 
@@ -261,6 +275,8 @@ class Sparsifier(PruningHooks):
             self._own_forward = give_own_forward(self._guarded())
             for handle in self._install_hooks(self._tower(model)):
                 self._handles.append(handle)
+            if self.language is not None:
+                self.language.install()
             model.add_module("tokenprune", self)
         except BaseException:
             self.detach(model)
@@ -271,6 +287,8 @@ class Sparsifier(PruningHooks):
         self._close()
         for handle in self._handles:
             handle.remove()
+        if self.language is not None:
+            self.language.uninstall()
         take_own_forward(self._own_forward)
         for adaptation in reversed(self.backbone.adaptations):
             adaptation.undo()

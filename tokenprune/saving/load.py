@@ -17,6 +17,7 @@ from tokenprune.api import sparsifier_of, sparsify, unsparsify
 from tokenprune.backbones.adapters import describe
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.errors import CheckpointError, PlanError, StateError, UnknownModelError, UnsupportedModelError
+from tokenprune.pruning.language import Pruner, pruner_of
 from tokenprune.pruning.norms import set_norm_eps
 from tokenprune.pruning.record import Record
 from tokenprune.pruning.reductions import ReductionBuilder, reduction_builder
@@ -36,6 +37,7 @@ def from_pretrained(
     model: nn.Module | None = None,
     scorer: str | ScorerBuilder | None = None,
     pruned: str | ReductionBuilder | None = None,
+    pruner: str | Pruner | None = None,
     backbone: Backbone | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -55,6 +57,7 @@ def from_pretrained(
             model is user-written or modified.
         scorer: Builds the scorers where they have no registered name.
         pruned: Builds the reductions where they have no registered name.
+        pruner: Chooses image tokens for a language model where the pruner has no registered name.
         backbone: What ``model`` looks like, where no adapter says.
         revision: Branch, tag or commit of the repository.
         token: For the Hub; ``None`` means the one that is stored on this machine.
@@ -65,7 +68,7 @@ def from_pretrained(
 
     Raises:
         CheckpointError: The source does not exist, is damaged, incomplete, of a later version or of another
-            architecture, or needs ``model``, ``scorer`` or ``pruned``; nothing has been changed.
+            architecture, or needs ``model``, ``scorer``, ``pruned`` or ``pruner``; nothing has been changed.
         StateError: ``model`` is sparsified already.
     """
     folder = hub.local_folder(source, revision=revision, token=token, cache_dir=cache_dir)
@@ -77,8 +80,8 @@ def from_pretrained(
         raise StateError("model= is sparsified already; pass a dense one, or call tokenprune.unsparsify first.")
     with torch.random.fork_rng(devices=[]):  # new weights are drawn, and the saved ones take their places
         if not (folder / MANIFEST).exists():
-            return _from_library_folder(folder, model, scorer, pruned, backbone)
-        return _from_own_folder(folder, model, scorer, pruned, backbone)
+            return _from_library_folder(folder, model, (scorer, pruned, pruner), backbone)
+        return _from_own_folder(folder, model, (scorer, pruned, pruner), backbone)
 
 
 class _Builders(NamedTuple):
@@ -86,18 +89,21 @@ class _Builders(NamedTuple):
 
     scorer: str | ScorerBuilder
     pruned: str | ReductionBuilder
+    pruner: str | Pruner | None = None
+
+
+_Given = tuple[str | ScorerBuilder | None, str | ReductionBuilder | None, str | Pruner | None]
 
 
 def _from_own_folder(
     folder: Path,
     model: nn.Module | None,
-    scorer: str | ScorerBuilder | None,
-    pruned: str | ReductionBuilder | None,
+    given: _Given,
     backbone: Backbone | None,
 ) -> nn.Module:
     manifest = Manifest.read(folder)
     state = weights.read([folder / WEIGHTS])
-    chosen = _builders(manifest.record, scorer, pruned)
+    chosen = _builders(manifest.record, *given)
     own = {name: tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
     base = {name: tensor for name, tensor in state.items() if name not in own}
     if manifest.scorers_only:
@@ -179,6 +185,8 @@ def _sparsified(
     sparsifier.thresholds = record.thresholds
     sparsifier.budget = record.budget
     set_norm_eps(sparsifier, record.norm_eps)
+    if sparsifier.language is not None and record.language is not None:
+        sparsifier.language.keep_ratio = record.language.keep_ratio
     expected = {f"{_PREFIX}{name}": value for name, value in sparsifier.state_dict().items()}
     expected.pop(_EXTRA, None)
     built = f"scorer={builders.scorer!r} and pruned={builders.pruned!r} build"
@@ -189,21 +197,33 @@ def _sparsified(
         raise
 
 
-def _builders(record: Record, scorer: str | ScorerBuilder | None, pruned: str | ReductionBuilder | None) -> _Builders:
+def _builders(
+    record: Record,
+    scorer: str | ScorerBuilder | None,
+    pruned: str | ReductionBuilder | None,
+    pruner: str | Pruner | None,
+) -> _Builders:
     """What was given, and what was recorded where nothing was."""
+    language = record.language
     return _Builders(
         _builder("scorer", record.scorer, scorer, scorer_builder),
         _builder("pruned", record.pruned, pruned, reduction_builder),
+        pruner if language is None else _builder("pruner", language.pruner, pruner, _check_pruner),
     )
+
+
+def _check_pruner(pruner: str | Pruner) -> None:
+    if pruner != "tower":
+        pruner_of(pruner)
 
 
 _Builder = TypeVar("_Builder", bound=Callable[..., Any])
 
 
 def _builder(
-    option: str, recorded: str | None, given: str | _Builder | None, resolve: Callable[[str | _Builder], _Builder]
+    option: str, recorded: str | None, given: str | _Builder | None, resolve: Callable[[str | _Builder], Any]
 ) -> str | _Builder:
-    what = {"scorer": "scorer", "pruned": "reduction"}[option]
+    what = {"scorer": "scorer", "pruned": "reduction", "pruner": "pruner"}[option]
     if given is not None:
         resolve(given)
         return given
@@ -251,8 +271,7 @@ def _cast(model: nn.Module, state: dict[str, Tensor]) -> None:
 def _from_library_folder(
     folder: Path,
     model: nn.Module | None,
-    scorer: str | ScorerBuilder | None,
-    pruned: str | ReductionBuilder | None,
+    given: _Given,
     backbone: Backbone | None,
 ) -> nn.Module:
     """From what the model's own library wrote while it was sparsified: its files, with our tensors among them."""
@@ -263,7 +282,7 @@ def _from_library_folder(
             "with its own library and call tokenprune.sparsify."
         )
     record = Record.from_tensor(own.pop(_EXTRA))
-    chosen = _builders(record, scorer, pruned)
+    chosen = _builders(record, *given)
     try:
         # By the library itself, which may write other names than its models' state dicts have.
         loaded = load_from_library(str(folder), pretrained=True)

@@ -59,8 +59,8 @@ def save_pretrained(
 
     Warns:
         UserWarning: The model cannot be built again from what is saved, because it is user-written or modified, or
-            its scorer has no registered name: `from_pretrained` then needs ``model=`` or ``scorer=``. The warning
-            says why.
+            its scorer, reduction or pruner has no registered name: `from_pretrained` then needs ``model=`` or that
+            argument. The warning says why.
     """
     sparsifier, inner, folder = sparsifier_of(model), unwrap(model), Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -103,10 +103,12 @@ def _manifest(model: nn.Module, sparsifier: Sparsifier, scorers_only: bool) -> M
         record = replace(record, scorer=None)
     if record.pruned is not None and not _reductions_fit(sparsifier, record.pruned):
         record = replace(record, pruned=None)
-    for option, what, name in (("scorer", "scorer", record.scorer), ("pruned", "reduction", record.pruned)):
+    names = [("scorer=builder", "scorer", record.scorer), ("pruned=builder", "reduction", record.pruned)]
+    names += [] if record.language is None else [("pruner=function", "pruner", record.language.pruner)]
+    for option, what, name in names:
         if name is None:
             warnings.warn(
-                f"the {what} has no registered name, so tokenprune.from_pretrained will need {option}=builder; "
+                f"the {what} has no registered name, so tokenprune.from_pretrained will need {option}; "
                 f"@tokenprune.register_{what}(name) gives it one.",
                 stacklevel=3,
             )
