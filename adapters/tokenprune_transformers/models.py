@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 # What the families do differently, by the model type of their config: attributes of a Backbone.
 _FAMILIES: dict[str, dict[str, Any]] = {
-    # All images of a batch are one row of tokens.
-    "pixtral": {"token_inputs": {"position_embeddings": ("n d -> n d",)}},
     # Rotary tables that attention spreads over the heads by itself, or over heads and images.
     "step3p5_vision": {"token_inputs": {"position_embeddings": ("n d -> b n d",)}, "downstream": "all tokens"},
     "mlcd_vision_model": {"token_inputs": {"position_embeddings": ("n d -> b n d",)}},
@@ -47,6 +45,11 @@ _FAMILIES: dict[str, dict[str, Any]] = {
             "janus_vision_model",
         )
     },
+}
+# Masks of the patches that are there, where rows of them are padded, by the same key. Before transformers 5, a tower
+# inside of a model has the shorter name.
+_PATCH_MASKS = {
+    "siglip2_vision_model": ("pixel_attention_mask", "attention_mask"),
 }
 # The adaptations that the families need, by the same key: made of the vision tower.
 _ADAPTATIONS: dict[str, Callable[[nn.Module], Adaptation]] = {
@@ -124,9 +127,10 @@ def _flat(model: nn.Module) -> Backbone:
     composite, prompted = _has_other_parts(model), vision_language(model) is not None
     if composite:
         tower = _vision_tower(model, config)
-        # A tower that packs images gives as many tokens as it would without pruning; but Pixtral's gives fewer.
-        takes_any = (prompted or names & {*_POOLING, *_TAKING_ANY_NUMBER}) and config.model_type != "pixtral"
-        if not takes_any and grids_of(tower) is None:
+        # A tower that packs images gives as many tokens as it would without pruning. What follows Pixtral's takes them
+        # by the sizes of its images, and has not been tried.
+        takes_any = prompted or names & {*_POOLING, *_TAKING_ANY_NUMBER} or grids_of(tower) is not None
+        if not takes_any or config.model_type == "pixtral":
             raise UnsupportedModelError(
                 f"what {name} does with its vision tokens may need every one of them; sparsify its "
                 f"{type(tower).__name__} alone if it does not."
@@ -139,7 +143,7 @@ def _flat(model: nn.Module) -> Backbone:
         example_inputs(tower),
         settings=settings,
         first_list=name.endswith("ForPreTraining") or config.model_type == "vjepa2",
-        packed=packing is not None or config.model_type == "pixtral",
+        packed=packing is not None,
         frames=config.model_type == "xclip_vision_model",
         num_inner_tokens=int(config.model_type == "xclip_vision_model"),
     )
@@ -169,7 +173,14 @@ def _flat(model: nn.Module) -> Backbone:
         class_token=any(name.startswith(("cls_", "class_")) for name in own_names),
         tower=tower if composite else None,
         packed=packing,
+        patch_mask=_patch_mask(tower, config),
     )
+
+
+def _patch_mask(tower: nn.Module, config: Any) -> str | None:
+    """The name by which a tower is told which patches of padded rows are there."""
+    names = inspect.signature(tower.forward).parameters
+    return next((name for name in _PATCH_MASKS.get(config.model_type, ()) if name in names), None)
 
 
 def _has_other_parts(model: PreTrainedModel) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenprune import Packed, UnsupportedModelError
 
 # The parameters that say how many patches each image has.
-GRIDS = ("grid_thw", "image_grid_thw", "target_sizes")
+GRIDS = ("grid_thw", "image_grid_thw", "image_sizes", "target_sizes")
 # What is between the blocks, by the model type of a tower's config, where packed tokens cannot be pruned.
 _OBSTACLES = {
     **dict.fromkeys(
@@ -56,6 +56,8 @@ def packed(tower: nn.Module, config: Any) -> Packed | None:
     if config.model_type in _OBSTACLES:
         why = _OBSTACLES[config.model_type]
         raise PackedObstacleError(f"{type(tower).__name__} packs all images of a batch into one sequence, and {why}.")
+    if grids == "image_sizes":  # in pixels, and images stand row by row
+        return Packed(grids=grids, lengths=(), patch_size=int(config.patch_size))
     settings = {"merge_size": _merge_size(config), **_FAMILIES.get(config.model_type, {})}
     return Packed(grids=grids, order=_order(tower), **settings)
 

@@ -163,7 +163,6 @@ def supported() -> list[Entry]:
               padded("patch_attention_mask")),
         *rows("mgp_str MgpstrModel MgpstrForSceneTextRecognition", image_size=SQUARE, **mgp),
         *rows("phi4_multimodal Phi4MultimodalVisionModel", padded("patch_attention_mask"), crop_size=IMAGE_SIZE),
-        *rows("pixtral PixtralVisionModel", padded(sizes="image_sizes")),
         *rows("radio RadioModel", max_img_size=IMAGE_SIZE),
         *rows("sapiens2 Sapiens2Model", **SAPIENS),
         *rows("siglip2 Siglip2VisionModel Siglip2ForImageClassification", naflex, num_patches=NUM_PATCHES,

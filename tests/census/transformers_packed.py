@@ -19,6 +19,7 @@ from tests.census.transformers_inputs import (
     both,
     each,
     packed,
+    padded,
     prompt,
 )
 
@@ -57,6 +58,7 @@ def towers() -> list[Entry]:
         *rows("hunyuan_vl HunYuanVLVisionTransformer", FLAT, text_hidden_size=32),
         *rows("minimax_m3_vl MiniMaxM3VLVisionModel", packed("pixel_values")),
         *rows("cosmos3_edge Cosmos3EdgeVisionModel", FLAT, num_patches=NUM_PATCHES),
+        *rows("pixtral PixtralVisionModel", padded(sizes="image_sizes")),
     ]  # fmt: skip
 
 

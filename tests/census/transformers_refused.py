@@ -108,7 +108,6 @@ def refused_composites() -> list[Entry]:
     image, nine = both(IMAGES, prompt(NUM_PATCHES)), both(IMAGES, prompt(9))
     token, token_id = {"image_token_index": IMAGE_TOKEN}, {"image_token_id": IMAGE_TOKEN}
     full = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
-    pixtral = {"vision_config": {"model_type": "pixtral"}, **full}
     patches = {"vision_config": {"num_patches": NUM_PATCHES}}
     images = padded("pixel_attention_mask", PATCH_SIZE, images=2)
     wide = [IMAGE_SIZE, 2 * IMAGE_SIZE]
@@ -130,7 +129,7 @@ def refused_composites() -> list[Entry]:
         *rows("kosmos2 Kosmos2ForConditionalGeneration", both(IMAGES, prompt(9, places="image_embeds_position_mask")),
               latent_query_num=9, text_config={"layers": 2, "ffn_dim": 64}),
         *rows("llava LlavaForConditionalGeneration", both(padded(sizes="image_sizes"), prompt(areas())),
-              **token, **pixtral),
+              **token, vision_config={"model_type": "pixtral"}, **full),
         *rows("mistral3 Mistral3ForConditionalGeneration", both(padded(sizes="image_sizes"), prompt(areas(4))),
               **token),
         *rows("llava_next LlavaNextForConditionalGeneration llava_onevision LlavaOnevisionForConditionalGeneration",

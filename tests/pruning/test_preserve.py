@@ -96,7 +96,6 @@ def test_the_three_invariants(case: Case) -> None:
         "Dinov2WithRegistersModel",
         "DINOv3ViTModel",
         "SiglipVisionModel",
-        "PixtralVisionModel",  # all images in one row
         "VJEPA2Model",  # positions are told
         "LlavaForConditionalGeneration",  # a tower in front of something else
     ],

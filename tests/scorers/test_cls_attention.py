@@ -120,7 +120,7 @@ def test_a_bias_and_rotary_positions_count() -> None:
         "SiglipVisionModel",
         "Dinov2WithRegistersForImageClassification",
         "BlipVisionModel",  # attention written out
-        "PixtralVisionModel",  # all images in one row
+        "PixtralVisionModel",  # all images in one sequence
         "YolosForObjectDetection",  # tokens put back
     ],
 )

@@ -153,6 +153,11 @@ def flops(
     """
     inner = unwrap(model)
     refuse_prompts(model, "prefill_flops")
+    if sparsifier_of(model).backbone.packed is not None:
+        raise CountingError(
+            f"{type(inner).__name__} is given the patches of images of different sizes, one after the other, and their "
+            "grids, and not an image of input_size=…, so its multiply-adds cannot be counted."
+        )
     if images is not None:
         input_size = images.shape[1:]
     blocks = _names(inner, sparsifier_of(model).backbone.blocks)

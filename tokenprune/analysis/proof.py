@@ -15,6 +15,7 @@ from tokenprune.analysis.verification import verify
 from tokenprune.api import sparsifier_of, sparsify, unsparsify
 from tokenprune.backbones.adapters import library_of
 from tokenprune.backbones.examples import Example
+from tokenprune.backbones.packed import PackedImages
 from tokenprune.backbones.probing import named_outputs
 from tokenprune.backbones.supported import SupportedModel
 from tokenprune.errors import ProofError
@@ -132,11 +133,15 @@ def _prove_invariants(model: nn.Module, arguments: Mapping[str, Any], name: str)
 
 def _numbers_kept(trace: Trace, plan: Plan) -> Iterator[tuple[list[int], list[int]]]:
     """How many tokens each stage has kept of an image, and how many it was to keep; of packed images, merge groups."""
-    if trace.images is None:
+    images = trace.images
+    if isinstance(images, PackedImages):
+        for image, (number, groups) in enumerate(zip(images.num_groups, images.groups, strict=True)):
+            yield [len(groups[indices[image]].unique()) for indices in trace.indices], [*plan.num_keep(number)]
+    elif images is not None:
+        for image, number in enumerate(images.present.sum(dim=1).long().tolist()):
+            yield [len(indices[image]) for indices in trace.indices], [*plan.num_keep(number)]
+    else:
         yield [len(indices[0]) for indices in trace.indices], [*plan.num_keep(trace.num_patches)]
-        return
-    for image, (number, groups) in enumerate(zip(trace.images.num_groups, trace.images.groups, strict=True)):
-        yield [len(groups[indices[image]].unique()) for indices in trace.indices], [*plan.num_keep(number)]
 
 
 def _prove_undone(model: nn.Module, arguments: Mapping[str, Any], before: Mapping[str, Tensor], name: str) -> None:

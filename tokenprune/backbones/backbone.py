@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from tokenprune.backbones.adaptations import Adaptation
 from tokenprune.backbones.fields import check_fields
 from tokenprune.backbones.levels import Hierarchy
 from tokenprune.backbones.packed import Packed
+from tokenprune.backbones.padded import Images, padded_images
 from tokenprune.backbones.token_wise import TokenWise
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.tokens import Layout
@@ -62,6 +63,9 @@ class Backbone:
             the model is more than that; ``None`` means the model itself.
         packed: *Packed images:* how the model packs the images of a batch into one sequence of tokens, if it does. Then
             blocks take (T, C) or (1, T, C), without prefix and suffix tokens.
+        patch_mask: *Padded images:* the name of the tower's parameter, or of an entry of a mapping that it is given,
+            that says which patches are there, (B, N) or (B, rows, columns), where images of different sizes are rows
+            of patches, padded to the longest; ``None`` where all have as many.
         token_wise: *Two paths:* for each block the parts that treat tokens one by one, for reductions that keep every
             token in the sequence; ``None`` has them found, by running the model, when such a reduction is chosen.
         hierarchy: The levels of a model whose blocks need the full grid of tokens; ``embed_dim``, ``patch_size`` and
@@ -83,6 +87,7 @@ class Backbone:
     adaptations: Sequence[Adaptation] = field(default=())
     tower: nn.Module | None = None
     packed: Packed | None = None
+    patch_mask: str | None = None
     token_wise: Sequence[Sequence[TokenWise]] | None = None
     hierarchy: Hierarchy | None = None
 
@@ -151,6 +156,16 @@ class Backbone:
             return None
         fits = self.grid_size is not None and math.prod(self.grid_size) == num_patches
         return self.grid_size if fits else None
+
+    def images(self, tower: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Images | None:
+        """The images that the tower is called with, where they are of different sizes.
+
+        Raises:
+            StateError: They are packed into one sequence, and nothing says where each ends.
+        """
+        if self.packed is not None:
+            return self.packed.read(tower, args, kwargs)
+        return None if self.patch_mask is None else padded_images(tower, args, kwargs, self.patch_mask)
 
     @property
     def summary_obstacles(self) -> tuple[str, ...]:

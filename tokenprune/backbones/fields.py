@@ -47,6 +47,10 @@ def check_fields(values: Mapping[str, Any], downstream: Any) -> None:
             lambda value: value is None or isinstance(value, Packed),
             "expected a tokenprune.Packed, or None where each image has a row of its own",
         ),
+        "patch_mask": (
+            lambda value: value is None or isinstance(value, str),
+            "expected the name of a parameter, or None",
+        ),
         "token_wise": (_are_parts, "expected for each block a sequence of tokenprune.TokenWise, or None"),
         "hierarchy": (_is_hierarchy, "expected a tokenprune.Hierarchy of tokenprune.Level objects, or None"),
     }

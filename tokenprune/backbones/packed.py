@@ -86,8 +86,7 @@ class Packed:
         Raises:
             StateError: There are no grids among the arguments.
         """
-        names = tuple(inspect.signature(tower.forward).parameters)
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments = arguments_of(tower, args, kwargs)
         given = arguments.get(self.grids)
         images = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
         if given is None and self.patch_size > 1 and images is not None and images.dim() == 4:  # all of the same size
@@ -110,6 +109,11 @@ class Packed:
             return tuple((int(one), int(one)) for one in arguments[size])
         pair = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         return (pair,) * num_images
+
+
+def arguments_of(tower: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a module is called with, by name."""
+    return {**dict(zip(inspect.signature(tower.forward).parameters, args, strict=False)), **kwargs}
 
 
 class _Numbers(NamedTuple):

@@ -16,6 +16,7 @@ from tokenprune.backbones.interception import SOFTMAXES, AttentionCall, Intercep
 from tokenprune.errors import InterceptionError
 from tokenprune.functional import additive, compute_dtype, mask_block, masked_weights, score_blocks
 from tokenprune.pruning.executions.packed_attention import split
+from tokenprune.pruning.packing import Packing
 from tokenprune.pruning.selection import Selection
 from tokenprune.tokens import Layout, of_length, sizes
 
@@ -29,13 +30,16 @@ class AttentionRecorder(Interception):
 
     Args:
         class_token: Whether the first prefix token, if there is one, is a class token.
+        segments: Whether the model attends segment by segment of one sequence for all images. What a token receives is
+            then that of its segment, times the number of tokens in it, so that 1 is what all receive on average.
 
     Attributes:
         recorded: (B, n), one for each time that attention was seen.
     """
 
-    def __init__(self, *, class_token: bool) -> None:
+    def __init__(self, *, class_token: bool, segments: bool = False) -> None:
         super().__init__()
+        self._segments: list[Tensor] | None = [] if segments else None
         self._class_token = class_token
         self._selection: Selection | None = None
         self._layouts: tuple[Layout, ...] = ()
@@ -44,6 +48,7 @@ class AttentionRecorder(Interception):
     def prepare(self, selection: Selection, layouts: Sequence[Layout]) -> AttentionRecorder:
         """Itself, for what is in force, in sequences of these layouts."""
         self._selection, self._layouts, self.recorded = selection, tuple(layouts), []
+        self._segments = None if self._segments is None else []
         return self
 
     def leave(self) -> None:
@@ -61,6 +66,9 @@ class AttentionRecorder(Interception):
     def attention(self, call: AttentionCall) -> Tensor:
         assert self._selection is not None
         packing = self._selection.packing
+        if packing is not None and self._segments is not None:
+            self._of_segment(call, packing, self._segments)
+            return call.run()
         if packing is not None:  # each image's tokens attend to one another alone
             received = [self._received(part, self._layouts[0], keep=None) for part in split(call, packing)]
             rows = packing.unpack(torch.cat([part.flatten() for part in received]).unsqueeze(0))  # (B, L)
@@ -77,6 +85,17 @@ class AttentionRecorder(Interception):
         keep = self._visible(layout, compute_dtype(query))
         self.recorded.append(layout.patches(self._received(call, layout, keep=keep)))
         return call.run()
+
+    def _of_segment(self, call: AttentionCall, packing: Packing, done: list[Tensor]) -> None:
+        """Take down what the tokens of one more segment receive."""
+        start, length = sum(sizes(one)[1] for one in done), sizes(call.key)[-2]
+        seen = self._visible(self._layouts[0], compute_dtype(call.query))
+        keep = None if seen is None else packing.pack(seen)[:, start : start + length]  # (1, t)
+        number = length if keep is None else keep.sum()
+        done.append(self._received(call, self._layouts[0], keep=keep) * number)
+        rows = packing.unpack_segments(done)  # (B, L)
+        if rows is not None:
+            self.recorded.append(self._layouts[0].patches(rows))
 
     def _received(self, call: AttentionCall, layout: Layout, *, keep: Tensor | None) -> Tensor:
         """What each token receives in a call over those of one image, (B, L)."""

@@ -35,7 +35,7 @@ class AttentionScopes:
             one for one in backbone.adaptations if type(one).around_attention is not Adaptation.around_attention
         )
         self.entered: list[Scope] = []
-        self._recorder = AttentionRecorder(class_token=backbone.class_token)
+        self._recorder = AttentionRecorder(class_token=backbone.class_token, segments=backbone.packed is not None)
         self._key_recorder = KeyRecorder()
         self._proportional = ProportionalAttention()
         self._attention: list[Tensor] = []

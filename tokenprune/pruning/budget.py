@@ -14,7 +14,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenprune.backbones.packed import PackedImages
+from tokenprune.backbones.padded import Images
 from tokenprune.errors import CheckpointError
+from tokenprune.pruning.plan import Plan
+from tokenprune.tokens import sizes
 
 Budget = Literal["fixed", "adaptive"]
 FIXED: Budget = "fixed"
@@ -48,17 +52,28 @@ class Threshold(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How many a stage keeps of each image, whatever the scores.
+    """How many a stage keeps of each image, whatever the scores: the plan's fraction of its own.
 
     Attributes:
-        numbers: One an image.
+        numbers: (B,) int64; patch tokens, or merge groups where the model packs images into one sequence.
     """
 
-    numbers: tuple[int, ...]
+    numbers: Tensor
+
+    @classmethod
+    def of(cls, images: Images, plan: Plan, stage: int) -> Counts:
+        """The numbers at a stage."""
+        if isinstance(images, PackedImages):
+            numbers = [plan.num_keep(number)[stage] for number in images.num_groups]
+            return cls(torch.tensor(numbers, device=images.groups.device))
+        present = images.present
+        # Of every number that there may be, so that none has to be read from the device.
+        table = [plan.num_keep(number)[stage] for number in range(sizes(present)[1] + 1)]
+        return cls(torch.tensor(table, device=present.device)[present.sum(dim=1).long()])
 
     def num_keep(self, scores: Tensor, left: Tensor | None) -> Tensor:
-        """The numbers, (B,) int64."""
-        return torch.tensor(self.numbers, device=scores.device)
+        """The numbers."""
+        return self.numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.packed import PackedImages
+from tokenprune.backbones.padded import Images
 from tokenprune.errors import InterceptionError, StateError, UnsupportedModelError
 from tokenprune.pruning.executions import AUTO, Execution, check_execution, default_execution, execution_class
 from tokenprune.pruning.recomputation import recomputing
@@ -31,7 +32,7 @@ def check_no_replica(model: nn.Module) -> None:
         )
 
 
-def layout_of(block: nn.Module, tokens: Tensor, backbone: Backbone, images: PackedImages | None = None) -> Layout:
+def layout_of(block: nn.Module, tokens: Tensor, backbone: Backbone, images: Images | None = None) -> Layout:
     """The layout of the sequence (B, L, C) that the first block gets; of a row for each image, where images are packed.
 
     Raises:
@@ -42,7 +43,7 @@ def layout_of(block: nn.Module, tokens: Tensor, backbone: Backbone, images: Pack
             f"{type(block).__name__} got tokens of width {tokens.shape[2]}, and the Backbone says "
             f"embed_dim={backbone.embed_dim}."
         )
-    if images is not None:
+    if isinstance(images, PackedImages):
         if sizes(tokens)[:2] != (1, images.length):
             raise StateError(
                 f"{type(block).__name__} got tokens of shape {tuple(tokens.shape)}, and the images' grids say that "
@@ -55,6 +56,11 @@ def layout_of(block: nn.Module, tokens: Tensor, backbone: Backbone, images: Pack
         raise StateError(
             f"{type(block).__name__} got {tokens.shape[1]} tokens, and {num_others} are "
             "prefix or suffix tokens; there is no patch token to prune."
+        )
+    if images is not None and sizes(images.present)[1] != num_patches:
+        raise StateError(
+            f"{type(block).__name__} got {num_patches} patch tokens of each image, and {backbone.patch_mask!r} says "
+            f"which of {images.present.shape[1]} are there."
         )
     return Layout(backbone.num_prefix_tokens, num_patches, num_suffix=backbone.num_suffix_tokens)
 
@@ -101,6 +107,18 @@ def check_by_image(execution: str, backbone: Backbone) -> None:
             f"set model.tokenprune.execution = 'auto' or {default_execution(training=False, by_image=True)!r}, or "
             "model.tokenprune.budget = 'fixed'."
         )
+
+
+def refuse_sizes() -> NoReturn:
+    """Refuse images of different sizes where stages merge one number of tokens of each.
+
+    Raises:
+        StateError: It says what to do instead.
+    """
+    raise StateError(
+        "the model is given images of different sizes, and scorer='tome' merges one number of tokens of each; give it "
+        "images of one size, or take another scorer, such as 'predictor'."
+    )
 
 
 def check_not_packed(backbone: Backbone) -> None:

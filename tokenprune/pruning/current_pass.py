@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
 from tokenprune.backbones.packed import PackedImages
+from tokenprune.backbones.padded import Images
 from tokenprune.pruning.attention_scopes import AttentionScopes
 from tokenprune.pruning.budget import Thresholds
 from tokenprune.pruning.executions import AUTO, Execution, Paths
@@ -70,7 +71,7 @@ class CurrentPass(nn.Module):
         self._whole = any(one.whole for one in reductions)
         self._anew = self._whole and any(one.anew for one in reductions)
         self._restoring = self._restores and not self._whole
-        self._executions: dict[str, Execution] = {}
+        self._executions: dict[tuple[str, bool], Execution] = {}
         self._running: Execution | None = None
         self._scopes = AttentionScopes(self.backbone)
         self._tail: Interception | None = None
@@ -78,7 +79,7 @@ class CurrentPass(nn.Module):
         self._open = False
         self._attended = False
         self._image_size: tuple[int, int] | None = None
-        self._images: PackedImages | None = None
+        self._images: Images | None = None
         self._grad_enabled = False
         self._everything: Tensor | None = None
         self._entry = State()
@@ -141,7 +142,7 @@ class CurrentPass(nn.Module):
         if trace is None or not trace.selections:
             return None
         kept = torch.stack([keep.detach() for keep in trace.keep]).sum(dim=0)  # (B, N)
-        if trace.images is not None:
+        if isinstance(trace.images, PackedImages):
             rows = zip(trace.images.num_groups, trace.images.lengths, trace.images.groups, kept, strict=True)
             return [row.new_zeros(n).scatter_(0, groups[:length], row[:length]) for n, length, groups, row in rows]
         if (scores := trace.scores[-1]) is not None:

@@ -74,8 +74,10 @@ class PruningHooks(CurrentPass):
         self._in_tower = True
         self._grad_enabled = torch.is_grad_enabled()
         self._image_size = image_size_of(args, kwargs)
-        packed = self.backbone.packed
-        self._images = None if packed is None or not self.enabled else packed.read(model, args, kwargs)
+        # With the sequence whole, all images have as many tokens on either path.
+        self._images = self.backbone.images(model, args, kwargs) if self.enabled and not self._whole else None
+        if self._inside and self._images is not None:
+            checks.refuse_sizes()
 
     def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._in_tower, self._image_size, self._images = False, None, None
@@ -104,10 +106,11 @@ class PruningHooks(CurrentPass):
         tokens = find_tokens(block, args, kwargs, packed=self.backbone.packed is not None)
         layout, thresholds = checks.layout_of(block, tokens, backbone, images), self.thresholds_in_force
         name = chosen_execution(self._execution, training=self.training, by_image=thresholds is not None)
-        if name not in self._executions:
-            execution = execution_of(name, backbone)
-            self._executions[name] = Whole(execution) if self._whole else execution
-        running = self._executions[name]
+        kind = (name, images is not None)
+        if kind not in self._executions:
+            execution = execution_of(name, backbone, images)
+            self._executions[kind] = Whole(execution) if self._whole else execution
+        running = self._executions[kind]
         if running.trains and self.training and self._hands_on_kept():
             checks.refuse_training_in_place()
         running.begin()
@@ -116,7 +119,7 @@ class PruningHooks(CurrentPass):
             execution=name,
             start=running.start(layout, images),
             num_prefix_tokens=backbone.num_prefix_at(len(backbone.blocks)),
-            grid=None if images else backbone.grid_of(layout.num_patches, self._image_size),
+            grid=None if images is not None else backbone.grid_of(layout.num_patches, self._image_size),
             restored=self._restores,
             whole=self._whole,
             anew=self._anew,
@@ -156,17 +159,17 @@ class PruningHooks(CurrentPass):
     def _prune(self, stage: int, block: int, tokens: Tensor, before: Selection) -> tuple[Tensor, Selection]:
         """Of the sequence (B, K, C) that reaches a stage, in front of a block or inside it, what goes on."""
         again, running, trace = recomputing(), cast(Execution, self._running), cast(Trace, self.trace)
-        counts = trace.num_keep(self._plan)
+        counts = self._plan.num_keep(trace.num_patches)
         tokens, selection = cast(Stage, self.stages[stage]).prune(
             tokens,
             before.replace(layout=self.backbone.layout_at(before.layout, block)),
             running,
             trace,
             num_keep=counts[stage],
-            num_reached=trace.num_reaching if stage == 0 or self._anew else counts[stage - 1],
+            num_reached=trace.num_patches if stage == 0 or self._anew else counts[stage - 1],
             probability=self.keep_probabilities[stage],
             recorded=self.recomputed.selections[stage].recorded if again else self._scopes.take_recorded(),
-            threshold=trace.threshold(stage, counts[stage], self._plan),
+            threshold=trace.threshold(stage, counts[stage]) or trace.counts(stage, self._plan),
         )
         selection = running.lay_out(selection)
         if not again:
@@ -311,7 +314,7 @@ class PruningHooks(CurrentPass):
     def _record_tokens(self, tokens: Tensor) -> None:
         running, trace = self._running, self.trace
         if running is not None and trace is not None and torch.is_grad_enabled() and (running.trains or self.training):
-            packed = trace.images is not None and tokens.dim() == 2
+            packed = self.backbone.packed is not None and tokens.dim() == 2
             trace.tokens = trace.start.unpack(tokens.unsqueeze(0) if packed else tokens)
 
     def _close(self) -> None:

@@ -32,11 +32,12 @@ class KeyRecorder(Interception):
         super().__init__()
         self._packing: Packing | None = None
         self._layouts: tuple[Layout, ...] = ()
+        self._segments: list[Tensor] = []
         self.recorded: list[Tensor] = []
 
     def prepare(self, selection: Selection, layouts: Sequence[Layout]) -> KeyRecorder:
         """Itself, for what is in force, in sequences of these layouts."""
-        self._packing, self._layouts, self.recorded = selection.packing, tuple(layouts), []
+        self._packing, self._layouts, self._segments, self.recorded = selection.packing, tuple(layouts), [], []
         return self
 
     def check(self, module: nn.Module) -> None:
@@ -48,13 +49,15 @@ class KeyRecorder(Interception):
             )
 
     def attention(self, call: AttentionCall) -> Tensor:
-        length, packing = sizes(call.key)[-2], self._packing
-        packed = packing is not None and length == packing.length
-        layout = self._layouts[0] if packed else of_length(self._layouts, length)
+        packing = self._packing
+        layout = of_length(self._layouts, sizes(call.key)[-2]) if packing is None else self._layouts[0]
         if layout is not None and call.key.dim() == 4:
             with torch.no_grad():
-                keys = call.key.to(compute_dtype(call.key)).mean(dim=1)  # (B, L, D)
-                if packing is not None and packed:
-                    keys = packing.unpack(keys)
-                self.recorded.append(layout.patches(keys))
+                keys: Tensor | None = call.key.to(compute_dtype(call.key)).mean(dim=1)  # (B, L, D)
+                if packing is not None:  # all in one call, or segment by segment
+                    assert keys is not None
+                    self._segments.append(keys)
+                    keys = packing.unpack_segments(self._segments)
+                if keys is not None:
+                    self.recorded.append(layout.patches(keys))
         return call.run()

@@ -118,6 +118,11 @@ class Packing(NamedTuple):
         rectangle: Tensor = flat.unflatten(0, self.shape)
         return rectangle
 
+    def unpack_segments(self, segments: Sequence[Tensor]) -> Tensor | None:
+        """Of consecutive segments (1, t, …) of a packed sequence the rectangle; ``None`` while some are missing."""
+        complete = sum(sizes(segment)[1] for segment in segments) >= self.length
+        return self.unpack(torch.cat([*segments], dim=1)) if complete else None
+
     def split(self, values: Tensor) -> list[Tensor]:
         """Of queries, keys or values (1, H, T, D) those of each part: (images, H, k, D), without a copy."""
         by_token = values[0].transpose(0, 1)  # (T, H, D)

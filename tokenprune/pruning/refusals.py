@@ -37,7 +37,7 @@ def check_hierarchy(
 def check_scorers(plan: Plan, backbone: Backbone, stages: Sequence[Stage], scorer: str | ScorerBuilder) -> None:
     """Refuse scorers that would not get what they need of the model's blocks."""
     scorers = [stage.scorer for stage in stages]
-    if any(one.inside_block for one in scorers) and backbone.packed is None:
+    if any(one.inside_block for one in scorers):
         _check_inside(plan, backbone, stages, scorer)
     if not any(one.needs_recording for one in scorers):
         return
@@ -45,11 +45,6 @@ def check_scorers(plan: Plan, backbone: Backbone, stages: Sequence[Stage], score
         raise UnsupportedModelError(
             f"scorer={scorer!r} needs attention scores over all tokens, and the blocks of a hierarchy attend within "
             "windows or not at all; take another scorer, such as 'predictor'."
-        )
-    if backbone.packed is not None:
-        raise UnsupportedModelError(
-            f"scorer={scorer!r} needs attention scores or keys of the block before a stage, and this model attends "
-            "segment by segment of all images in one sequence; take another scorer, such as 'predictor'."
         )
     if plan.stages[0] == 0 and not scorers[0].inside_block:
         raise PlanError(
@@ -69,6 +64,11 @@ def _check_inside(plan: Plan, backbone: Backbone, stages: Sequence[Stage], score
     """Refuse stages inside of blocks where tokens cannot be merged there."""
     if not all(stage.scorer.inside_block for stage in stages):
         raise PlanError(f"scorer={scorer!r}: stages stand inside of their blocks or in front of them, all alike.")
+    if backbone.packed is not None:
+        raise UnsupportedModelError(
+            f"scorer={scorer!r} merges one number of tokens of every image, and this model is given images of "
+            "different sizes; take another scorer, such as 'predictor'."
+        )
     if any(stage.reduction.whole for stage in stages):
         raise PlanError(
             f"scorer={scorer!r} has its stages inside of blocks, and this reduction leaves all tokens in them; take "

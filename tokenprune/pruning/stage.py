@@ -76,10 +76,14 @@ class Stage(nn.Module):
             num_left=num_reached,
             num_keep=num_keep,
             notes=before.notes,
+            lengths=None if trace.images is None else trace.images.present.sum(dim=1),
         )
         scored = self.score(candidates)
         counts = num_keep if threshold is None else threshold.num_keep(scored.scores, before.left)
-        selection = execution.decide(scored.scores, before, counts, sampled=sampled)
+        if isinstance(counts, Tensor) and isinstance(threshold, Counts):
+            selection = execution.decide_up_to(scored.scores, before, counts, num_keep, sampled=sampled)
+        else:
+            selection = execution.decide(scored.scores, before, counts, sampled=sampled)
         selection = selection.replace(scores=scored.scores, **recorded._asdict())
         selection = selection.replace(sizes=selection.of_kept(before.sizes), notes=selection.of_kept(scored.notes))
         if not self.reduction.looks_at_pruned:

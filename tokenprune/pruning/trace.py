@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.backbones.packed import PackedImages
+from tokenprune.backbones.padded import Images
 from tokenprune.pruning.budget import Counts, Threshold, Thresholds
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.selection import Selection
@@ -33,7 +34,7 @@ class Trace:
         whole: Whether they never left it, and went on by another path.
         anew: Whether every stage decided on all patch tokens, whatever the one before had decided.
         thresholds: By which images keep different numbers of tokens; ``None`` where all keep as many.
-        images: The images of the pass, where the model packs them into one sequence.
+        images: The images of the pass, where they are of different sizes, in one sequence or in padded rows.
         tokens: The final normalised tokens, laid out as `layout` says, (B, L, C); recorded for losses in training
             mode, and in executions that train, while gradients are enabled.
     """
@@ -47,29 +48,16 @@ class Trace:
     whole: bool = False
     anew: bool = False
     thresholds: Thresholds | None = None
-    images: PackedImages | None = None
+    images: Images | None = None
     tokens: Tensor | None = None
 
-    def num_keep(self, plan: Plan) -> tuple[int, ...]:
-        """How many patch tokens of an image each stage keeps; where the model packs images, of all of them together.
-
-        In a packed sequence, what is counted is merge groups, and each image keeps the plan's fraction of its own.
-        """
-        if self.images is None:
-            return plan.num_keep(self.num_patches)
-        by_image = [plan.num_keep(number) for number in self.images.num_groups]
-        return tuple(map(sum, zip(*by_image, strict=True)))
-
-    @property
-    def num_reaching(self) -> int:
-        """How many, counted in the same way, reach the first stage."""
-        return self.num_patches if self.images is None else sum(self.images.num_groups)
-
-    def threshold(self, stage: int, num_keep: int, plan: Plan) -> Threshold | Counts | None:
+    def threshold(self, stage: int, num_keep: int) -> Threshold | None:
         """By which a stage keeps ``num_keep`` tokens of an image on average; ``None`` where it keeps so many of all."""
-        if self.images is not None:
-            return Counts(tuple(plan.num_keep(number)[stage] for number in self.images.num_groups))
         return None if self.thresholds is None else self.thresholds.at(stage, num_keep)
+
+    def counts(self, stage: int, plan: Plan) -> Counts | None:
+        """How many a stage keeps of each image; ``None`` where all are of one size."""
+        return None if self.images is None else Counts.of(self.images, plan, stage)
 
     @property
     def num_patches(self) -> int:
@@ -94,6 +82,13 @@ class Trace:
         return tuple(selection.keep_of_grid(self.num_patches) for selection in self.selections)
 
     @property
+    def shares(self) -> tuple[Tensor, ...]:
+        """One (B,) float tensor a stage, the share of its own patch tokens that is kept of each image."""
+        if self.images is None:
+            return tuple(keep.mean(dim=1) for keep in self.keep)
+        return tuple(keep.sum(dim=1) / self.images.present.sum(dim=1) for keep in self.keep)
+
+    @property
     def indices(self) -> tuple[Tensor | tuple[Tensor, ...], ...]:
         """Where tokens are removed, one (B, n) int64 tensor a stage: the kept tokens' positions in the grid.
 
@@ -112,7 +107,7 @@ class Trace:
         A group is what becomes one output of the tower behind the blocks; those of an image are numbered from 0, row
         by row. Ascending. Of an image of which nothing is pruned, all; empty for a model that packs none.
         """
-        if self.images is None:
+        if not isinstance(self.images, PackedImages):
             return ()
         kept = (self.selections[-1] if self.selections else self.start).keep_of_grid(self.num_patches)  # (B, N)
         rows = zip(self.images.groups, kept, strict=True)

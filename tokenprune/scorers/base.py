@@ -34,6 +34,7 @@ class Candidates(NamedTuple):
         num_left: How many of the candidates an image has left, and
         num_keep: how many of them are to be kept, the same for every image where decisions are not sampled.
         notes: (B, n), what the scorer of the stage before has noted of each, see `Scored`; ``None`` if nothing.
+        lengths: (B,), how many patch tokens each image had before any pruning; ``None`` where all had N.
     """
 
     patches: Tensor
@@ -47,6 +48,7 @@ class Candidates(NamedTuple):
     num_left: int | None = None
     num_keep: int | None = None
     notes: Tensor | None = None
+    lengths: Tensor | None = None
 
     def at_candidates(self, values: Tensor) -> Tensor:
         """Values (B, N) for the whole image, in row-major order, as those of the candidates: (B, n)."""

@@ -104,6 +104,8 @@ class Comparison:
         return (patches * keep).sum(dim=1) / keep.sum(dim=1)
 
     def _layout(self, tokens: Tensor, trace: Trace | None) -> Layout:
+        if self.sparsifier.backbone.packed is not None:  # one sequence, every token of which is restored
+            return Layout(0, tokens.shape[1])
         if trace is not None:
             return trace.layout
         backbone = self.sparsifier.backbone

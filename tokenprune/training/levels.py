@@ -49,13 +49,14 @@ class Levelled(Scorer):
         scores: Tensor = self.scorer(candidates).float()
         left = torch.ones_like(scores) if candidates.keep is None else candidates.keep.detach().to(scores.dtype)
         self.share = (scores.sigmoid() * left).sum(dim=1) / left.sum(dim=1)
-        return scores + level(scores, left, self.ratio * candidates.num_patches)
+        lengths = left.new_tensor(candidates.num_patches) if candidates.lengths is None else candidates.lengths
+        return scores + level(scores, left, self.ratio * lengths.reshape(-1, 1))
 
     def importance(self, scores: Tensor) -> Tensor:
         return self.scorer.importance(scores)
 
 
-def level(scores: Tensor, left: Tensor, number: float) -> Tensor:
+def level(scores: Tensor, left: Tensor, number: float | Tensor) -> Tensor:
     """What to add to an image's log-odds so that so many tokens are expected to be kept: (B, 1).
 
     Its gradient is that of the solution: raising one score lowers all.
@@ -63,7 +64,7 @@ def level(scores: Tensor, left: Tensor, number: float) -> Tensor:
     Args:
         scores: (B, n), log-odds of keeping.
         left: (B, n), 1 = may be kept, 0 = pruned already.
-        number: How many are to be kept; at most all but a thousandth of those left are.
+        number: How many are to be kept, of each image (B, 1) or of all; at most all but a thousandth of those left are.
     """
     with torch.no_grad():
         wanted = (left.sum(dim=1, keepdim=True) * (1 - 1e-3)).clamp(max=number)  # (B, 1)

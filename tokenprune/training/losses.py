@@ -144,7 +144,7 @@ class DynamicViTLoss(nn.Module):
                     else _mean_over_kept(errors, keep[-1])
                 )
         if self.ratio_weight and execution_class(trace.execution).trains:
-            parts["ratio"] = _ratio(keep, sparsifier.plan.keep_ratios)
+            parts["ratio"] = _ratio(trace.shares, sparsifier.plan.keep_ratios)
         total = (
             parts["classification"]
             + self.kl_weight * parts["kl"]
@@ -318,9 +318,7 @@ def _mean_over_kept(errors: Tensor, keep: Tensor) -> Tensor:
     return (errors * kept).sum() / kept.sum().clamp(min=1)
 
 
-def _ratio(keep: tuple[Tensor, ...], keep_ratios: tuple[float, ...]) -> Tensor:
-    """Squared difference between planned and actual keep ratio, mean over images and stages."""
-    errors = [
-        (ratio - decisions.mean(dim=1)).square().mean() for ratio, decisions in zip(keep_ratios, keep, strict=True)
-    ]
+def _ratio(shares: tuple[Tensor, ...], keep_ratios: tuple[float, ...]) -> Tensor:
+    """Squared difference between planned and actual keep ratio (B,), mean over images and stages."""
+    errors = [(ratio - share).square().mean() for ratio, share in zip(keep_ratios, shares, strict=True)]
     return torch.stack(errors).mean()

@@ -49,7 +49,7 @@ class ScorerObjective:
         ]
         if errors:
             loss = loss + RATIO_WEIGHT * torch.stack(errors).mean()
-        return Step(loss, student.trace.keep[-1].detach().mean())
+        return Step(loss, student.trace.shares[-1].detach().mean())
 
     def _draw(self) -> float | tuple[float, ...]:
         if self.keep_ratio_range is None:
@@ -77,4 +77,4 @@ class BackboneObjective:
             student = comparison.pruned(inputs)
         assert student.trace is not None
         loss = comparison.distance(student, teacher) + DISTILL_WEIGHT * comparison.token_distance(student, teacher)
-        return Step(loss, student.trace.keep[-1].mean())
+        return Step(loss, student.trace.shares[-1].mean())

@@ -15,7 +15,7 @@ from tokenprune.pruning.executions.base import (
 )
 from tokenprune.pruning.executions.gather import Gather
 from tokenprune.pruning.executions.mask import Mask
-from tokenprune.pruning.executions.packed import execution_of
+from tokenprune.pruning.executions.of_sizes import execution_of
 from tokenprune.pruning.executions.paths import Paths
 from tokenprune.pruning.executions.varlen import Varlen
 from tokenprune.pruning.executions.whole import Whole

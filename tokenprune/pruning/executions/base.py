@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
-from tokenprune.backbones.packed import PackedImages
+from tokenprune.backbones.padded import Images
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.trace import Trace
@@ -59,12 +59,12 @@ class Execution(ABC):
     def begin(self) -> None:  # noqa: B027 - most executions keep nothing
         """Forget what belongs to an earlier pass."""
 
-    def start(self, layout: Layout, images: PackedImages | None) -> Selection:
+    def start(self, layout: Layout, images: Images | None) -> Selection:
         """What reaches the first stage: everything.
 
         Args:
             layout: Of the sequence that the first block gets.
-            images: Those in it, where the model packs them into one.
+            images: Those in it, where they are of different sizes.
         """
         return Selection(layout, all_kept=True)
 
@@ -98,6 +98,12 @@ class Execution(ABC):
                 ``by_image``, (B,) int64.
             sampled: Whether the scorer's decisions are to be sampled, which an execution that trains does.
         """
+
+    def decide_up_to(
+        self, scores: Tensor, before: Selection, num_keep: Tensor, most: int, *, sampled: bool
+    ) -> Selection:
+        """The same where images are of different sizes, and no one of them keeps more than ``most``."""
+        return self.decide(scores, before, num_keep, sampled=sampled)
 
     # Applying
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.pruning.executions.base import Execution, register_execution
-from tokenprune.pruning.sampling import top_k
+from tokenprune.pruning.sampling import counted, top_k
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.side_inputs import SideInputs
 from tokenprune.tokens import Layout, restore, select, sizes
@@ -50,6 +50,19 @@ class Gather(Execution):
         layout = before.layout.replace(num_patches=num_keep)
         return before.replace(layout=layout, indices=indices, chosen=chosen, all_kept=False)
 
+    def by_number(self, scores: Tensor, before: Selection, num_keep: Tensor, most: int) -> Selection:
+        """The selection where images keep different numbers (B,), up to ``most``: rows are that long."""
+        self._inputs.forget()
+        keep = counted(scores.detach(), before.present, num_keep)  # (B, m)
+        chosen = keep.argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, n), the kept ones first
+        return before.replace(
+            layout=before.layout.replace(num_patches=most),
+            indices=chosen if before.indices is None else before.indices.gather(1, chosen),
+            present=keep.gather(1, chosen),
+            chosen=chosen,
+            all_kept=False,
+        )
+
     def remove(self, tokens: Tensor, before: Selection, selection: Selection) -> Tensor:
         assert selection.chosen is not None
         return select(tokens, before.layout.positions(selection.chosen))
@@ -62,6 +75,10 @@ class Gather(Execution):
     def restore(self, tokens: Tensor, selection: Selection, everything: Tensor, full: Layout) -> Tensor:
         if selection.all_kept or selection.indices is None:
             return tokens
+        if selection.present is not None:  # what only fills a row stays as it was
+            there = selection.layout.replace(num_prefix=full.num_prefix, num_summary=0).with_others(selection.present)
+            before = select(everything, full.positions(selection.indices))
+            tokens = torch.where(there.unsqueeze(-1) > 0, tokens, before)
         restored = restore(tokens, full.positions(selection.indices), everything)
         if selection.hosts is None:
             return restored

@@ -77,7 +77,8 @@ class Mask(Execution):
             return tokens
         kept = full.with_others(selection.keep).unsqueeze(-1).to(tokens.dtype)  # (B, L, 1)
         if selection.hosts is not None:
-            patches = full.patches(tokens)
+            # Padding, which is its own host, is restored as it was.
+            patches = full.patches(torch.where(kept.detach() > 0, tokens, everything))
             everything = full.with_patches(everything, select(patches, selection.hosts))
         return tokens * kept + everything * (1 - kept)
 

@@ -17,22 +17,15 @@ from torch import Tensor, nn
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.interception import Interception
 from tokenprune.backbones.packed import PackedImages
+from tokenprune.backbones.padded import Images
 from tokenprune.errors import InterceptionError
-from tokenprune.pruning.executions.base import Execution, execution_class
+from tokenprune.pruning.executions.base import Execution
 from tokenprune.pruning.executions.masked_attention import MaskedAttention
 from tokenprune.pruning.packing import Packing, Part
 from tokenprune.pruning.sampling import counted, sample
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.side_inputs import SideInputs
 from tokenprune.tokens import Layout
-
-
-def execution_of(name: str, backbone: Backbone) -> Execution:
-    """The execution of a name for a model, which may pack the images of a batch itself."""
-    execution = execution_class(name)
-    if backbone.packed is None:
-        return execution(backbone)
-    return MaskingOfPacked(backbone) if execution.trains else RemovingOfPacked(backbone)
 
 
 class OfPacked(Execution):
@@ -48,8 +41,8 @@ class OfPacked(Execution):
         assert backbone.packed is not None
         self.lengths = frozenset(backbone.packed.lengths)
 
-    def start(self, layout: Layout, images: PackedImages | None) -> Selection:
-        assert images is not None
+    def start(self, layout: Layout, images: Images | None) -> Selection:
+        assert isinstance(images, PackedImages)
         self._images = images
         num_images = len(images.lengths)
         slots = images.places.flatten().argsort(stable=True)[: images.length]  # (T,)
@@ -57,7 +50,7 @@ class OfPacked(Execution):
         return Selection(layout, all_kept=True, packing=packing)
 
     def keeps_all(self, num_keep: int, num_reached: int, *, probability: float, sampled: bool) -> bool:
-        return probability == 1.0 if sampled else num_keep >= num_reached
+        return probability == 1.0
 
     def pass_all(self, before: Selection, tokens: Tensor) -> Selection:
         return before.replace(chosen=None, scores=None, attention=None)
@@ -99,7 +92,7 @@ class RemovingOfPacked(OfPacked):
     def begin(self) -> None:
         self._forget()
 
-    def start(self, layout: Layout, images: PackedImages | None) -> Selection:
+    def start(self, layout: Layout, images: Images | None) -> Selection:
         everything = super().start(layout, images)
         indices = torch.arange(layout.num_patches, device=self._images.groups.device)
         return everything.replace(indices=indices.expand_as(self._images.groups), present=self._images.present)
@@ -181,7 +174,7 @@ class MaskingOfPacked(OfPacked):
         super().__init__(backbone)
         self._attention = SegmentAttention()
 
-    def start(self, layout: Layout, images: PackedImages | None) -> Selection:
+    def start(self, layout: Layout, images: Images | None) -> Selection:
         return super().start(layout, images).replace(keep=self._images.present)
 
     def decide(self, scores: Tensor, before: Selection, num_keep: int | Tensor, *, sampled: bool) -> Selection:

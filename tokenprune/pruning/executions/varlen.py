@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenprune.backbones.adaptations import Adaptation
@@ -21,10 +20,9 @@ from tokenprune.pruning.executions.masked_output import of_blocks
 from tokenprune.pruning.executions.masked_tail import MaskedTail
 from tokenprune.pruning.executions.packed_attention import PackedAttention
 from tokenprune.pruning.packing import Packing
-from tokenprune.pruning.sampling import counted
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.trace import Trace
-from tokenprune.tokens import Layout, select
+from tokenprune.tokens import Layout
 
 
 @register_execution("varlen")
@@ -59,18 +57,7 @@ class Varlen(Gather):
         if isinstance(num_keep, int):  # no more than are left, behind a stage that went by the image
             assert before.present is not None
             num_keep = before.present.sum(dim=1).long().clamp(max=num_keep)
-        self._inputs.forget()
-        keep = counted(scores.detach(), before.present, num_keep)  # (B, m)
-        most = int(num_keep.max())
-        chosen = keep.argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, n), the kept ones first
-        indices = chosen if before.indices is None else before.indices.gather(1, chosen)
-        return before.replace(
-            layout=before.layout.replace(num_patches=most),
-            indices=indices,
-            present=keep.gather(1, chosen),
-            chosen=chosen,
-            all_kept=False,
-        )
+        return self.by_number(scores, before, num_keep, int(num_keep.max()))
 
     def lay_out(self, selection: Selection) -> Selection:
         if selection.all_kept or selection.packing is not None:
@@ -80,13 +67,6 @@ class Varlen(Gather):
         if seen is None:
             return selection.replace(packing=Packing.of_equal(len(selection.indices), selection.layout.length))
         return selection.replace(packing=Packing.of(seen))
-
-    def restore(self, tokens: Tensor, selection: Selection, everything: Tensor, full: Layout) -> Tensor:
-        if selection.present is not None and selection.indices is not None:
-            positions = full.positions(selection.indices)
-            there = selection.layout.replace(num_prefix=full.num_prefix, num_summary=0).with_others(selection.present)
-            tokens = torch.where(there.unsqueeze(-1) > 0, tokens, select(everything, positions))
-        return super().restore(tokens, selection, everything, full)
 
     def attention(self, selection: Selection, layouts: Sequence[Layout]) -> Interception | None:
         return None if selection.packing is None else self._attention.prepare(selection.packing)
