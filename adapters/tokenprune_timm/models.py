@@ -174,9 +174,15 @@ def num_channels(model: nn.Module) -> int:
 
 
 def _first_layer(model: nn.Module) -> nn.Module:
-    """The convolution that timm's own configuration calls the first one; an empty module if it names none."""
+    """The convolution that timm's own configuration calls the first one; an empty module if it names none.
+
+    Or if pixels have been folded into channels before it, 4 x 4 of them as TResNet does.
+    """
     name = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv")
-    return dict(model.named_modules()).get(name, nn.Identity()) if isinstance(name, str) else nn.Identity()
+    found = dict(model.named_modules()).get(name) if isinstance(name, str) else None
+    if not isinstance(found, nn.Conv2d) or found.in_channels == 16 * _input_size(model)[0]:
+        return nn.Identity()
+    return found
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:

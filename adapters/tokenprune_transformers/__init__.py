@@ -13,7 +13,15 @@ from torch import nn
 
 from tokenprune import Adapter, Backbone, Preprocessing
 from tokenprune.backbones.vision_language import VisionLanguage
-from tokenprune_transformers import example_inputs, loading, models, preprocessing, rebuilding, vision_language
+from tokenprune_transformers import (
+    example_inputs,
+    example_prompts,
+    loading,
+    models,
+    preprocessing,
+    rebuilding,
+    vision_language,
+)
 
 __all__ = ["TransformersAdapter", "adapter"]
 
@@ -26,6 +34,11 @@ class TransformersAdapter(Adapter):
 
     def vision_language(self, model: nn.Module) -> VisionLanguage | None:
         return vision_language.vision_language(model)
+
+    def example_prompts(
+        self, model: Any, described: VisionLanguage, *, num_prompts: int, num_words: int
+    ) -> Mapping[str, Any]:
+        return example_prompts.example_prompts(model, described, num_prompts=num_prompts, num_words=num_words)
 
     def example_inputs(self, model: Any) -> Mapping[str, Any]:
         return example_inputs.example_inputs(model)

@@ -47,6 +47,22 @@ class Adapter(ABC):
         """Where a vision-language model puts image tokens into its prompts; ``None`` of any other model."""
         return None
 
+    def example_prompts(
+        self, model: nn.Module, described: VisionLanguage, *, num_prompts: int, num_words: int
+    ) -> Mapping[str, Any]:
+        """Keyword arguments of a forward pass on prompts with a random image each; for ``tokenprune prefill``.
+
+        Args:
+            model: A vision-language model.
+            described: What `vision_language` says of it.
+            num_prompts: How many prompts.
+            num_words: How many tokens each has besides those of its image.
+
+        Raises:
+            UnsupportedModelError: The adapter makes none.
+        """
+        raise UnsupportedModelError(f"{self} makes no prompts; pass those of the model's processor to the functions.")
+
     def identity(self, model: nn.Module) -> dict[str, Any]:
         """What `build` builds ``model`` from, as an object of JSON; for `save_pretrained`.
 
@@ -238,6 +254,19 @@ def vision_language_of(model: nn.Module) -> VisionLanguage | None:
     """Where ``model`` puts image tokens into its prompts, by the adapter of its library; ``None`` if it does not."""
     library = library_of(model)
     return None if library is None else adapter(library).vision_language(model)
+
+
+def example_prompts_of(
+    model: nn.Module, described: VisionLanguage, *, num_prompts: int, num_words: int
+) -> Mapping[str, Any]:
+    """Keyword arguments of a forward pass of a vision-language model, by the adapter of its library.
+
+    Raises:
+        UnsupportedModelError: The adapter makes none.
+    """
+    library = library_of(model)
+    assert library is not None  # whose adapter has described the model
+    return adapter(library).example_prompts(model, described, num_prompts=num_prompts, num_words=num_words)
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
