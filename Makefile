@@ -49,6 +49,7 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.varlen
 	$(BIN)/python -m benchmarks.hierarchies
+	$(BIN)/python -m benchmarks.prefill
 
 benchmarks-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
