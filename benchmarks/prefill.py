@@ -29,9 +29,10 @@ def small_llava(width: int, depth: int) -> nn.Module:
     words = LlamaConfig(
         hidden_size=width, intermediate_size=3 * width, num_hidden_layers=depth, num_attention_heads=width // 64
     )
-    return LlavaForConditionalGeneration(
+    model: nn.Module = LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, text_config=words, image_token_index=31999)
     ).eval()
+    return model
 
 
 def main(
@@ -52,8 +53,8 @@ def main(
     inputs = example_prompts_of(models["random, behind the tower"], described, num_prompts=1, num_words=32)
     counts = {}
     for way, given in WAYS.items():
-        ratio = keep_ratio if not given["stages"] else tuple(1 - (1 - keep_ratio) * part / 3 for part in (1, 2, 3))
-        tokenprune.sparsify(models[way], keep_ratio=ratio, **given)
+        kept = keep_ratio if not given["stages"] else tuple(1 - (1 - keep_ratio) * part / 3 for part in (1, 2, 3))
+        tokenprune.sparsify(models[way], keep_ratio=kept, **given)
         counts[way] = tokenprune.prefill_flops(models[way], inputs)
 
     def run(way: str, context: Callable[[], AbstractContextManager[Any]]) -> Callable[[], Any]:
