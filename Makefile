@@ -48,6 +48,10 @@ benchmarks: $(READY)
 		--keep-ratio 0.5 --pairs 11 --name training-digits-cpu
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.varlen
+	$(BIN)/python -m benchmarks.planning
+	$(BIN)/python -m benchmarks.frozen
+	$(BIN)/python -m benchmarks.frozen --model digits_vit --batch-size 1 --batch-size 64 --pairs 61 \
+		--name frozen-digits-cpu
 	$(BIN)/python -m benchmarks.hierarchies
 	$(BIN)/python -m benchmarks.prefill
 

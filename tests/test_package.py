@@ -145,10 +145,10 @@ def test_the_public_names_are_these() -> None:
         "ScorerContext", "Selection", "Setting", "Sparsifier", "Split", "StateError", "SupportedModel",
         "ThroughputReport", "TokenTable", "TokenWise", "TokenpruneError", "Trace", "UnknownModelError",
         "UnsupportedModelError", "VerificationReport", "VisionLanguage", "animate", "calibrate", "calibrate_budget",
-        "dense", "export", "fit_fast_paths", "flops", "from_pretrained", "functional", "gathered", "kept_tokens",
-        "load_dynamicvit", "plan_for", "prefill_flops", "prefill_times", "prove", "push_to_hub", "register_pruner",
-        "register_reduction", "register_scorer", "report", "save_pretrained", "show", "sparsify", "supported",
-        "throughput", "tome_keep_ratios", "unsparsify", "verify",
+        "dense", "export", "fit_fast_paths", "flops", "freeze", "from_pretrained", "functional", "gathered",
+        "kept_tokens", "load_dynamicvit", "plan_for", "prefill_flops", "prefill_times", "prove", "push_to_hub",
+        "register_pruner", "register_reduction", "register_scorer", "report", "save_pretrained", "show", "sparsify",
+        "supported", "throughput", "tome_keep_ratios", "unfreeze", "unsparsify", "verify",
     ]  # fmt: skip
     for name in tokenprune.__all__:
         assert getattr(tokenprune, name).__doc__, name

@@ -13,7 +13,7 @@ from tokenprune.analysis.prefill import PrefillReport, PrefillTimes, prefill_flo
 from tokenprune.analysis.proof import prove
 from tokenprune.analysis.report import report
 from tokenprune.analysis.verification import VerificationReport, verify
-from tokenprune.api import dense, sparsify, unsparsify
+from tokenprune.api import dense, freeze, sparsify, unfreeze, unsparsify
 from tokenprune.backbones import probing, structure
 from tokenprune.backbones.adaptations import Adaptation, Setting, TokenTable
 from tokenprune.backbones.adapters import Adapter
@@ -123,6 +123,7 @@ __all__ = [
     "export",
     "fit_fast_paths",
     "flops",
+    "freeze",
     "from_pretrained",
     "functional",
     "gathered",
@@ -143,6 +144,7 @@ __all__ = [
     "supported",
     "throughput",
     "tome_keep_ratios",
+    "unfreeze",
     "unsparsify",
     "verify",
 ]

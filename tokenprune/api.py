@@ -12,8 +12,11 @@ from torch import nn
 
 from tokenprune.backbones.adapters import describe, vision_language_of
 from tokenprune.backbones.backbone import Backbone
+from tokenprune.backbones.probing import call, eval_mode, random_inputs
 from tokenprune.backbones.vision_language import VisionLanguage
-from tokenprune.errors import PlanError, StateError, UnsupportedModelError
+from tokenprune.errors import StateError, UnsupportedModelError
+from tokenprune.pruning.executions import default_execution
+from tokenprune.pruning.frozen import FrozenStage
 from tokenprune.pruning.language import LanguagePruning, Pruner
 from tokenprune.pruning.parts import Parts, scored_shares
 from tokenprune.pruning.plan import Plan
@@ -24,6 +27,7 @@ from tokenprune.pruning.reductions import (
     reduction_builder,
     reduction_name,
 )
+from tokenprune.pruning.refusals import check_behind_tower, check_hierarchy, check_model, check_pruner, check_scorers
 from tokenprune.pruning.sparsifier import Sparsifier
 from tokenprune.pruning.stage import Stage
 from tokenprune.scorers import Scorer, ScorerBuilder, ScorerContext, scorer_builder, scorer_name
@@ -61,11 +65,11 @@ def sparsify(
         keep_ratio: A number ρ keeps ρ, ρ², ρ³ … of the original patch tokens; a sequence gives one
             such fraction a stage. In (0, 1]. The language model of a vision-language model is given the fraction of the
             last stage of each image's tokens, or, without stages, ρ.
-        scorer: ``"predictor"`` (learned, DynamicViT's); with nothing to learn ``"cls_attention"`` (what a token
-            receives in the block before the stage), ``"redundancy"`` (how much it differs from the others),
-            ``"informative"`` (both) and ``"tome"`` (ToMe's matching, whose stages stand inside of their blocks,
-            between attention and MLP); ``"random"``, ``"static"``, or a callable that takes a `ScorerContext` and
-            returns a new `Scorer`.
+        scorer: ``"predictor"`` (learned, DynamicViT's) or ``"predictor_slim"`` (learned, a twelfth of its cost); with
+            nothing to learn ``"cls_attention"`` (what a token receives in the block before the stage),
+            ``"redundancy"`` (how much it differs from the others), ``"informative"`` (both) and ``"tome"`` (ToMe's
+            matching, whose stages stand inside of their blocks, between attention and MLP); ``"random"``,
+            ``"static"``, or a callable that takes a `ScorerContext` and returns a new `Scorer`.
         pruned: What becomes of pruned tokens. ``"drop"``: they are gone for good. ``"fuse"``: those of a stage go on
             as one token, their mean weighted with their importance (EViT's). ``"merge"``: each is folded into the
             most similar token that is kept (TPS'). ``"merge_sizes"``: the same by means weighted with the number of
@@ -99,13 +103,13 @@ def sparsify(
     build_scorer, build_reduction = scorer_builder(scorer), reduction_builder(pruned)
     language = _language_of(model, pruner)
     if language is not None and stages is not None and len(stages) == 0:
-        _check_behind_tower(model, scorer, pruned, pruner)
+        check_behind_tower(model, scorer, pruned, pruner)
         behind = LanguagePruning(language, keep_ratio, pruner or "diverse")
         behind.train(model.training)
         behind.attach(model)
         return model
-    _check_model(model)
-    _check_pruner(model, language, pruner)
+    check_model(model)
+    check_pruner(model, language, pruner)
     backbone = describe(model) if backbone is None else backbone
     if not isinstance(backbone, Backbone):
         raise TypeError(f"backbone={type(backbone).__name__}: expected a tokenprune.Backbone that describes the model.")
@@ -118,7 +122,7 @@ def sparsify(
     for number, probability in enumerate(plan.keep_probabilities):
         context = ReductionContext(backbone.embed_dim, probability, partial(parts.behind, plan, number))
         reductions.append(_built(Reduction, build_reduction, context, f"pruned={pruned!r}"))
-    _check_hierarchy(model, backbone, reductions, pruned)
+    check_hierarchy(model, backbone, reductions, pruned)
     for reduction in reductions:
         reduction.check(backbone, reduction_name(pruned) or type(reduction).__name__)
     backbone = parts.described
@@ -126,7 +130,7 @@ def sparsify(
     for reduction, probability in zip(reductions, scored_shares(plan, reductions), strict=True):
         scorer_context = ScorerContext(backbone.embed_dim, probability, backbone.grid_size)
         built.append(Stage(_built(Scorer, build_scorer, scorer_context, f"scorer={scorer!r}"), reduction))
-    _check_scorers(plan, backbone, built, scorer)
+    check_scorers(plan, backbone, built, scorer)
     sparsifier = Sparsifier(
         plan,
         backbone,
@@ -169,6 +173,89 @@ def dense(model: nn.Module) -> Iterator[None]:
     """
     with attached_to(model).disabled():
         yield
+
+
+def freeze(model: Model, inputs: Any = None) -> Model:
+    """Leave of a sparsified model what serving at its present keep ratios needs: the shortest path.
+
+    All hooks but one at each stage are taken out, and a stage ranks tokens, picks the best and gathers them, with the
+    weights of a learned scorer folded into one another. It keeps no record: ``model.tokenprune.trace`` is ``None``.
+    Outputs differ by rounding alone. A frozen model runs in eval mode, at these keep ratios, and on images of any
+    size; weights may still be loaded, and it is saved, exported and compiled like any other. A block that is called
+    by itself prunes as it does in the model. `unfreeze` undoes it exactly, and so does `unsparsify`.
+
+    Args:
+        model: A sparsified model, possibly wrapped, whose reduction is ``"drop"`` and whose blocks are given tokens
+            alone.
+        inputs: What the model is called with once, to see what its blocks are given: a tensor, a tuple of positional
+            arguments or a mapping of keyword arguments. ``None`` takes random images.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        StateError: It is not sparsified, or frozen already.
+        UnsupportedModelError: It cannot be frozen; the message says why.
+
+    Whatever is raised, the model is left as it was.
+    """
+    sparsifier = sparsifier_of(model)
+    if sparsifier.frozen:
+        raise StateError("the model is frozen already; call tokenprune.unfreeze(model) first.")
+    if sparsifier.budget != "fixed":
+        raise UnsupportedModelError(
+            "a frozen model keeps equally many tokens of every image, and this model's budget is adaptive; set "
+            "model.tokenprune.budget = 'fixed' first."
+        )
+    if sparsifier.language is not None:
+        raise UnsupportedModelError(
+            f"this {type(unwrap(model)).__name__} cannot be frozen: its language model is told which image tokens the "
+            "tower has kept; freeze a vision tower by itself."
+        )
+    sparsifier.freeze(frozen_stages(model, inputs))
+    return model
+
+
+def frozen_stages(
+    model: nn.Module, inputs: Any = None, kind: type[FrozenStage] = FrozenStage
+) -> tuple[FrozenStage, ...]:
+    """The stages that a model would have frozen, of a kind; it is called once.
+
+    Raises:
+        UnsupportedModelError: It cannot be frozen; the message says why.
+    """
+    sparsifier, inner = sparsifier_of(model), unwrap(model)
+    before = sparsifier.trace
+    with (
+        torch.no_grad(),
+        eval_mode(inner),
+        sparsifier.thawed(inner),
+        sparsifier.executing(default_execution(training=False)),
+    ):
+        if inputs is None:
+            inputs = random_inputs(inner, images=(1, *sparsifier.backbone.input_size(inner)))["images"]
+        call(inner, inputs)
+        trial, sparsifier.trace = sparsifier.trace, before
+        obstacles = sparsifier.freezing_obstacles(trial)
+        if obstacles or trial is None:
+            raise UnsupportedModelError(f"this {type(inner).__name__} cannot be frozen: {'; '.join(obstacles)}.")
+        return sparsifier.frozen_stages(trial, kind)
+
+
+def unfreeze(model: Model) -> Model:
+    """Give a frozen model back what `freeze` has taken out.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        StateError: It is not frozen.
+    """
+    sparsifier = sparsifier_of(model)
+    if not sparsifier.frozen:
+        raise StateError("the model is not frozen.")
+    sparsifier.unfreeze(unwrap(model))
+    return model
 
 
 def attached_to(model: nn.Module) -> Sparsifier | LanguagePruning:
@@ -243,67 +330,6 @@ def _built(kind: type[Built], build: Callable[[Any], Any], context: Any, given: 
     return made
 
 
-def _check_hierarchy(
-    model: nn.Module, backbone: Backbone, reductions: Sequence[Reduction], pruned: str | ReductionBuilder
-) -> None:
-    if backbone.hierarchy is not None and not all(reduction.whole for reduction in reductions):
-        kinds = ", ".join(sorted({type(block).__name__ for block in backbone.blocks}))
-        why = f"the blocks of {type(model).__name__} ({kinds}) need the full grid of tokens."
-        raise UnsupportedModelError(
-            f"{backbone.hierarchy.obstacle or why} So pruned={pruned!r}, which takes tokens out of the sequence, is "
-            "not for this model; pass pruned='fast', with which they stay and skip the expensive part of each block."
-        )
-
-
-def _check_scorers(plan: Plan, backbone: Backbone, stages: Sequence[Stage], scorer: str | ScorerBuilder) -> None:
-    """Refuse scorers that would not get what they need of the model's blocks."""
-    scorers = [stage.scorer for stage in stages]
-    if any(one.inside_block for one in scorers):
-        _check_inside(plan, backbone, stages, scorer)
-    if not any(one.needs_recording for one in scorers):
-        return
-    if backbone.hierarchy is not None:
-        raise UnsupportedModelError(
-            f"scorer={scorer!r} needs attention scores over all tokens, and the blocks of a hierarchy attend within "
-            "windows or not at all; take another scorer, such as 'predictor'."
-        )
-    if plan.stages[0] == 0 and not scorers[0].inside_block:
-        raise PlanError(
-            f"stages={plan.stages}: scorer={scorer!r} needs attention scores of the block before a stage, and there is "
-            "none before block 0; move the stage, or take another scorer."
-        )
-    mixer = next((one for one in backbone.adaptations if one.mixes_weights), None)
-    if mixer is not None and any(one.needs_attention for one in scorers):
-        modules = ", ".join(sorted({type(module).__name__ for module in mixer.modules()}))
-        raise UnsupportedModelError(
-            f"scorer={scorer!r} needs attention scores, but this model mixes the weights over the heads after the "
-            f"softmax (by {modules}), so what a token receives is unknown; take another scorer."
-        )
-
-
-def _check_inside(plan: Plan, backbone: Backbone, stages: Sequence[Stage], scorer: str | ScorerBuilder) -> None:
-    """Refuse stages inside of blocks where tokens cannot be merged there."""
-    if not all(stage.scorer.inside_block for stage in stages):
-        raise PlanError(f"scorer={scorer!r}: stages stand inside of their blocks or in front of them, all alike.")
-    if backbone.packed is not None:
-        raise UnsupportedModelError(
-            f"scorer={scorer!r} merges one number of tokens of every image, and this model is given images of "
-            "different sizes; take another scorer, such as 'predictor'."
-        )
-    if any(stage.reduction.whole for stage in stages):
-        raise PlanError(
-            f"scorer={scorer!r} has its stages inside of blocks, and this reduction leaves all tokens in them; take "
-            "another scorer, or a reduction such as 'merge_sizes'."
-        )
-    for index in plan.stages:
-        attentions = backbone.attention_modules(index)
-        if len(attentions) != 1 or attentions[0] is backbone.blocks[index]:
-            raise UnsupportedModelError(
-                f"scorer={scorer!r} merges tokens between a block's attention and its MLP, and a block of this model "
-                "has no attention module of its own, or several; take a scorer that prunes in front of blocks."
-            )
-
-
 def _language_of(model: nn.Module, pruner: str | Pruner | None) -> VisionLanguage | None:
     """What a vision-language model looks like; ``None`` of any other model, which takes no pruner."""
     language = vision_language_of(model) if isinstance(model, nn.Module) else None
@@ -313,40 +339,3 @@ def _language_of(model: nn.Module, pruner: str | Pruner | None) -> VisionLanguag
             "vision-language model that an adapter knows; its tokens are chosen by scorer=."
         )
     return language
-
-
-def _check_pruner(model: nn.Module, language: VisionLanguage | None, pruner: str | Pruner | None) -> None:
-    if language is not None and language.block is None and pruner in (None, "tower"):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} makes image tokens of its patches in a way that leaves it unknown which of them "
-            "the tower has kept; pass pruner=, such as pruner='diverse', to choose them behind the projector."
-        )
-
-
-def _check_behind_tower(
-    model: nn.Module, scorer: str | ScorerBuilder, pruned: str | ReductionBuilder, pruner: str | Pruner | None
-) -> None:
-    """Refuse what has no meaning without stages, and a model that prunes behind its tower already."""
-    if scorer != "predictor" or pruned != "drop" or pruner == "tower":
-        raise PlanError(
-            f"stages=() leaves the vision tower as it is, so scorer={scorer!r}, pruned={pruned!r} and "
-            f"pruner={pruner!r} would have nothing to decide; pass stages, or another pruner alone."
-        )
-    if hasattr(model, "tokenprune") or any(isinstance(module, LanguagePruning) for module in model.modules()):
-        raise StateError(f"this {type(model).__name__} is sparsified already; call tokenprune.unsparsify first.")
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedModelError(f"{type(model).__name__} is TorchScript; sparsify the Python model it came from.")
-    for name, module in model.named_modules():
-        if isinstance(module, _ATTACHED):
-            where = f"its {name.removesuffix('.tokenprune')}" if name != "tokenprune" else "it"
-            raise StateError(
-                f"this {type(model).__name__} is sparsified already ({where} carries tokenprune); set "
-                "model.tokenprune.keep_ratio for another ratio, or call tokenprune.unsparsify first."
-            )
-    if hasattr(model, "tokenprune"):
-        raise StateError(f"this {type(model).__name__} has an attribute 'tokenprune' of its own; it is in the way.")

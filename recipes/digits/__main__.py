@@ -104,6 +104,7 @@ def calibrate(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
     steps: Steps = 100,
     backbone_steps: Annotated[int, typer.Option(min=0, help="Gathered steps that follow, at each ratio.")] = 0,
+    scorer: Annotated[str, typer.Option(help="A learned scorer, such as predictor_slim.")] = "predictor",
 ) -> None:
     """Train the predictors alone, without labels, once for all keep ratios."""
     ratios = keep_ratio or [0.7, 0.5, 0.35]
@@ -115,6 +116,7 @@ def calibrate(
             seeds=range(seeds),
             steps=steps,
             backbone_steps=backbone_steps,
+            scorer=scorer,
             console=console,
         )
 

@@ -34,6 +34,7 @@ def run_calibration(
     steps: int,
     backbone_steps: int,
     console: Console,
+    scorer: str = "predictor",
 ) -> list[dict[str, Any]]:
     """Calibrate the predictors of the dense model once a seed, and print the accuracy at every ratio.
 
@@ -45,18 +46,19 @@ def run_calibration(
         steps: Of the calibration.
         backbone_steps: Gathered steps of the backbone that follow, at each ratio by itself; 0 for none.
         console: Where the table is printed.
+        scorer: The registered name of a learned scorer.
 
     Returns:
         A dict a seed and ratio, with the accuracy calibrated and, if there are such steps, trained on.
     """
     make_digits(data)
     output.mkdir(parents=True, exist_ok=True)
-    settings = SparseConfig(scorer="predictor", keep_ratio=KEEP_RATIO, steps=steps).settings(data, output, WEIGHTS)
+    settings = SparseConfig(scorer=scorer, keep_ratio=KEEP_RATIO, steps=steps).settings(data, output, WEIGHTS)
     dense = evaluate_dense(settings)["top1"]
     rows: list[dict[str, Any]] = []
     for seed in seeds:
         seed_everything(seed)
-        model: Any = tokenprune.sparsify(load_dense_model(), keep_ratio=KEEP_RATIO)
+        model: Any = tokenprune.sparsify(load_dense_model(), keep_ratio=KEEP_RATIO, scorer=scorer)
         images = images_of(settings, model, seed)
         report = tokenprune.calibrate(model, images, steps=steps, seed=seed)
         calibrated = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -10,11 +10,18 @@ Training = Literal["none", "calibrated", "gathered", "masked"]
 TRAININGS: dict[Training, str] = {
     "none": "no training",
     "calibrated": "calibrated",
-    "gathered": "calibrated, then fine-tuned gathered",
+    "gathered": "fine-tuned gathered",
     "masked": "fine-tuned masked",
 }
-REDUCTIONS = ("drop", "fuse", "merge")
+REDUCTIONS = ("drop", "fuse", "merge", "merge_sizes")
 TRAINING_FREE = ("random", "cls_attention", "redundancy", "informative")
+
+GATHERED = (("predictor", "drop"), ("predictor", "fuse"))
+"""Scorers and reductions whose backbone is trained with tokens removed and scorers held, at both low costs."""
+GATHERED_BASELINES = (("static", "drop"), ("random", "drop"))
+"""The same at the higher of them alone."""
+GATHERED_BESIDE = (("informative", "drop"), ("predictor", "merge_sizes"), ("tome", "merge_sizes"))
+"""The same with one seed."""
 
 COSTS = (0.60, 0.48, 0.40, 0.35)
 """Multiply-adds as fractions of the dense model's: those of ρ about 0.66, 0.5, 0.35 and 0.22."""
@@ -60,6 +67,7 @@ class Point:
 def points(seeds: int = len(SEEDS)) -> Iterator[Point]:
     """Every point: what needs no training before what does, low costs first, one seed before the others."""
     free = [Method(scorer=scorer, pruned=pruned, training="none") for scorer in TRAINING_FREE for pruned in REDUCTIONS]
+    free.append(Method(scorer="tome", pruned="merge_sizes", training="none"))
     for cost in sorted(COSTS):
         yield from (Point(method=method, cost=cost) for method in free)
     for seed in SEEDS[:seeds]:
@@ -70,9 +78,10 @@ def points(seeds: int = len(SEEDS)) -> Iterator[Point]:
         for scorer, pruned in (*(("predictor", one) for one in REDUCTIONS), ("static", "drop")):
             method = Method(scorer=scorer, pruned=pruned, training="calibrated")
             yield from (Point(method=method, cost=cost, seed=seed) for cost in COSTS)
-        for pruned in ("drop", "fuse"):
-            method = Method(scorer="predictor", pruned=pruned, training="gathered")
-            yield from (Point(method=method, cost=cost, seed=seed) for cost in LOW_COSTS)
+        beside = GATHERED_BESIDE if seed == SEEDS[0] else ()
+        for scorer, pruned in (*GATHERED, *GATHERED_BASELINES, *beside):
+            method = Method(scorer=scorer, pruned=pruned, training="gathered")
+            costs = LOW_COSTS if (scorer, pruned) in GATHERED else LOW_COSTS[:1]
+            yield from (Point(method=method, cost=cost, seed=seed) for cost in costs)
     for seed in SEEDS[:seeds]:
-        method = Method(scorer="predictor", pruned="drop", training="masked")
-        yield from (Point(method=method, cost=cost, seed=seed) for cost in LOW_COSTS)
+        yield Point(method=Method(scorer="predictor", pruned="drop", training="masked"), cost=LOW_COSTS[0], seed=seed)

@@ -16,10 +16,10 @@ from recipes.frontier.runs import Runs
 
 COLORS = {
     "random": "#9aa0a6", "static": "#c77700", "cls_attention": "#2a9d8f", "redundancy": "#8e6bbf",
-    "informative": "#1f6fd0", "predictor": "#c62828",
+    "informative": "#1f6fd0", "predictor": "#c62828", "tome": "#6d4c41",
 }  # fmt: skip
 LINES = {"none": ":", "calibrated": "-", "gathered": "--", "masked": "-."}
-MARKERS = {"drop": "o", "fuse": "s", "merge": "^"}
+MARKERS = {"drop": "o", "fuse": "s", "merge": "^", "merge_sizes": "v"}
 
 # Method -> cost -> accuracies, one a seed.
 Found = dict[Method, dict[float, list[float]]]
@@ -109,7 +109,7 @@ def _panel(axes: Any, runs: Runs) -> None:
     )  # fmt: skip
     axes.axhline(dense, color="black", linewidth=0.8)
     axes.annotate("dense", (0.99, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-    axes.set_ylim(lowest - 2, dense + 1.5)  # random and static scores may lie far below
+    axes.set_ylim(lowest - 2, dense + 0.07 * (dense - lowest))  # random and static scores may lie far below
     axes.set(title=runs.task.name, xlabel="multiply-adds, % of dense", ylabel="top-1, %")
     axes.grid(alpha=0.2)
 

@@ -15,12 +15,12 @@ from recipes.engine.checkpoints import write_json, write_whole
 from recipes.engine.fitting import run_once
 from recipes.engine.randomness import seed_everything
 from recipes.frontier.grid import Method, Point
+from recipes.frontier.plans import plan_at, sparsified
 from recipes.frontier.tasks import Task
 from recipes.small.presets import SCORER_LEARNING_RATES
 
 CALIBRATION_STEPS = 100
 GATHERED_STEPS = 150
-CALIBRATED_AT = 0.5
 
 
 class Runs:
@@ -42,7 +42,7 @@ class Runs:
         """Accuracy and GMACs of the dense model."""
         if "dense" not in self.found:
             model = tokenprune.sparsify(self.task.load_dense_model(), scorer="random")
-            gmacs = tokenprune.flops(model, self._input_size(model)).dense_gmacs
+            gmacs = tokenprune.flops(model, attached(model).backbone.input_size(model)).dense_gmacs
             accuracy = self.task.accuracy(tokenprune.unsparsify(model))
             self._keep("dense", {"accuracy": accuracy, "gmacs": gmacs})
         return self.found["dense"]
@@ -67,29 +67,20 @@ class Runs:
         found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         return found
 
-    def _input_size(self, model: nn.Module) -> tuple[int, int, int]:
-        return attached(model).backbone.input_size(model)
-
-    def _sparsified(self, method: Method, keep_ratio: Any = CALIBRATED_AT) -> nn.Module:
-        return tokenprune.sparsify(
-            self.task.load_dense_model(), keep_ratio=keep_ratio, scorer=method.scorer, pruned=method.pruned
-        )
+    def _sparsified(self, method: Method, keep_ratio: Any = None) -> nn.Module:
+        return sparsified(self.task.load_dense_model(), method, keep_ratio)
 
     def _plan(self, point: Point) -> dict[str, Any]:
-        """Keep ratios and GMACs at the point's cost: ρ, ρ², ρ³, the same for every training, seed and data set.
+        """Keep ratios and GMACs at the point's cost: the same for every training, seed and data set.
 
         The dense models of the data sets differ in their heads alone, by a ten-thousandth of the multiply-adds.
         """
-        method, budget = point.method, point.cost * self.dense()["gmacs"]
         file = self.output / "plans.json"
         plans = self._read(file)
-        name = f"{method.scorer}-{method.pruned}-{point.cost:g}"
+        name = f"{point.method.scorer}-{point.method.pruned}-{point.cost:g}"
         if name not in plans:
-            model = self._sparsified(method)
-            plan = tokenprune.plan_for(model, gmacs=budget)
-            attached(model).keep_ratio = plan.keep_ratios
-            gmacs = tokenprune.flops(model, self._input_size(model)).sparse_gmacs
-            plans = {**self._read(file), name: {"keep_ratios": list(plan.keep_ratios), "gmacs": gmacs}}
+            plan = plan_at(self.task.load_dense_model(), point.method, point.cost * self.dense()["gmacs"])
+            plans = {**self._read(file), name: plan}
             write_json(file, plans)
         found: dict[str, Any] = plans[name]
         return found
@@ -101,8 +92,11 @@ class Runs:
             case "calibrated":
                 return self._calibrated(point)
             case "gathered":
-                model = self._calibrated(point)
-                attached(model).keep_ratio = plan["keep_ratios"]
+                if point.method.scorer in SCORER_LEARNING_RATES:
+                    model = self._calibrated(point)
+                    attached(model).keep_ratio = plan["keep_ratios"]
+                else:
+                    model = self._sparsified(point.method, plan["keep_ratios"])
                 images = self.task.training_batches(point.seed)
                 tokenprune.calibrate(
                     model, images, steps=0, train="all", backbone_steps=GATHERED_STEPS, keep_ratio_range=None,

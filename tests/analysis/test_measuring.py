@@ -43,6 +43,24 @@ def test_throughput_reports_pairs() -> None:
             tokenprune.throughput(model, **options)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_limit_is_that_of_a_shorter_sequence(frozen: bool) -> None:
+    case = BY_NAME["timm registers, average with prefix"]
+    model = case.sparsified()
+    if frozen:
+        tokenprune.freeze(model)
+    before = state(model)
+    lengths: list[int] = []
+    model.blocks[-1].register_forward_hook(lambda block, args, output: lengths.append(output.shape[1]))
+    report = tokenprune.throughput(model, (3, 48, 48), batch_size=1, pairs=2, warmup=0, limit=True)
+    assert report.limit_seconds is not None and len(report.limit_seconds) == 2 and report.limit is not None
+    assert json.loads(report.to_json())["limit"] == report.limit
+    assert sorted(lengths[-6:]) == [15, 15, 15, 15, 39, 39]  # 3 prefix tokens, and 36 or 12 patch tokens
+    assert state(model) == before and model.tokenprune.frozen is frozen
+    refused = case.sparsified(pruned="fuse")
+    assert tokenprune.throughput(refused, (3, 48, 48), batch_size=1, pairs=2, limit=True).limit is None
+
+
 def test_throughput_takes_turns_in_who_begins_and_tells_progress() -> None:
     case = BY_NAME["timm class token"]
     model = case.sparsified()

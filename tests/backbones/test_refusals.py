@@ -83,7 +83,11 @@ def test_a_model_that_no_adapter_knows() -> None:
 
     message = refused(Unheard(), UnsupportedModelError, "no adapter knows")
     assert "Unheard" in message  # names the class,
-    for supported in ("vision_transformer_relpos", "dinov2_with_registers", "torchvision: vision_transformer"):
+    for supported in (
+        "vision_transformer_relpos",
+        "dinov2_with_registers",
+        "torchvision: convnext, swin, vision_transformer",
+    ):
         assert supported in message  # lists what is supported,
     assert "backbone=tokenprune.Backbone(" in message  # and says what to do.
 

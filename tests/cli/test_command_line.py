@@ -78,6 +78,17 @@ def test_bench_tells_what_is_not_to_be_trusted() -> None:
     assert "bfloat16, eager" in result.stdout and "? Not to be trusted at batch 1" in result.stdout
 
 
+def test_bench_freezes_and_tells_the_limit() -> None:
+    arguments = [*SMALL, "--freeze", "-k", "0.7", "-k", "0.5", "-b", "1", "--pairs", "2", "--device", "cpu"]
+    told = fields("bench", *arguments)
+    assert told["frozen"] and [report["limit"] > 0 for report in told["reports"]] == [True, True]
+    assert [report["gmac_ratio"] for report in told["reports"]] == pytest.approx(
+        [report["ratio"] for report in fields("flops", *SMALL, "-k", "0.7", "-k", "0.5")["reports"]]
+    )
+    refused = run("bench", *SMALL, "--freeze", "--pruned", "fuse", "-b", "1", "--pairs", "2", "--device", "cpu")
+    assert refused.exit_code == 1 and "cannot be frozen" in refused.stderr
+
+
 def test_bench_compares_ratios() -> None:
     arguments = ["bench", *SMALL, "-k", "0.9", "-k", "0.5", "-b", "1", "--pairs", "2", "--warmup", "0"]
     reports = fields(*arguments, "--device", "cpu")["reports"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import tokenprune
 from tests.census import timm as census_timm
-from tests.census import timm_hierarchies, torchvision_hierarchies, transformers_hierarchies
+from tests.census import timm_hierarchies, torchvision_hierarchies, transformers_hierarchies, transformers_packed
 from tests.census import torchvision as census_torchvision
 from tests.census import transformers as census_transformers
 from tests.census.entry import Entry
@@ -37,6 +37,7 @@ TABLES: dict[str, dict[str, list[Entry]]] = {
         "classes that differ little from a list of blocks": census_transformers.supported(),
         "classes that differ more": census_transformers.uncovered(),
         "models of several parts": [*census_transformers.composites(), *census_transformers.language_models()],
+        "given images of different sizes in one sequence": transformers_packed.towers(),
         "hierarchies with a fast path": transformers_hierarchies.examples(),
     },
     "torchvision": {

@@ -41,5 +41,9 @@ VARLEN = {
     torch.float64: 1e-9,
 }
 
+FROZEN = 1e-5
+"""A frozen model beside the same one with its hooks, relative to the largest output: constants of scorers are folded,
+and tokens go on in another order, so that sums run in another order."""
+
 SHORTENED_PROMPT = 1e-5
 """Logits of about 1, in single precision: sums over the tokens that are left run over other lengths."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,26 @@ def test_a_calibration_serves_every_cost_and_reduction(
         found = runs.make(Point(method=method, cost=0.4))
         assert found["gmacs"] <= 0.4 * runs.dense()["gmacs"]
     assert [options.get("train", "scorers") for options in calls] == ["scorers", "all"]
+
+
+def test_tome_meets_a_cost_with_a_stage_in_every_block(task: Task, tmp_path: Path) -> None:
+    runs = Runs(task, tmp_path)
+    method = Method(scorer="tome", pruned="merge_sizes", training="none")
+    for cost in (0.6, 0.35):
+        made = runs.make(Point(method=method, cost=cost))
+        assert 0.97 * cost <= made["gmacs"] / runs.dense()["gmacs"] <= cost  # a token more in one block is up to 1 %
+    merged = [round(64 * (before - after)) for before, after in pairwise((1.0, *made["keep_ratios"]))]
+    assert len(merged) == 12 and max(merged) - min(merged[:6]) <= 1  # the last blocks merge half of what is left
+
+
+def test_a_backbone_is_trained_around_scorers_without_parameters(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frontier_runs, "GATHERED_STEPS", 1)
+    runs = Runs(task, tmp_path)
+    for scorer, pruned in (("random", "drop"), ("tome", "merge_sizes")):
+        method = Method(scorer=scorer, pruned=pruned, training="gathered")
+        assert 0 <= runs.make(Point(method=method, cost=0.4))["accuracy"] <= 1
 
 
 def test_the_grid_names_every_point_once() -> None:

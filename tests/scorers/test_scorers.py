@@ -10,7 +10,16 @@ import torch.nn.functional as F
 
 import tokenprune
 from tests.helpers.zoo import BY_NAME, NUM_PATCHES
-from tokenprune.scorers import Candidates, Predictor, Random, ScorerContext, Static, scorer_builder
+from tokenprune.scorers import (
+    Candidates,
+    Predictor,
+    PredictorSlim,
+    Random,
+    Scorer,
+    ScorerContext,
+    Static,
+    scorer_builder,
+)
 
 
 def candidates(keep: torch.Tensor | None = None, indices: torch.Tensor | None = None, dim: int = 16) -> Candidates:
@@ -39,6 +48,46 @@ def test_predictor_is_the_papers_formula() -> None:
     assert torch.equal(predictor(given).argsort(dim=1), pi[..., 0].argsort(dim=1))
 
 
+def test_the_slim_predictor_is_its_formula() -> None:
+    predictor = PredictorSlim(16, 0.7)
+    for parameter in predictor.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    keep = (torch.rand(2, NUM_PATCHES) < 0.5).float()
+    given = candidates(keep)
+    weights = dict(predictor.named_parameters())
+
+    x = F.layer_norm(given.patches, (16,), weights["norm.weight"], weights["norm.bias"])
+    z = (x @ weights["inner.weight"].T + weights["inner.bias"]).clamp(min=0)
+    mean = torch.stack([(z[b] * keep[b, :, None]).sum(0) / keep[b].sum() for b in range(2)])
+    shared = mean @ weights["mean.weight"].T + weights["mean.bias"]
+    hidden = (z @ weights["local.weight"].T + shared[:, None]).clamp(min=0)
+    expected = (hidden @ weights["last.weight"].T + weights["last.bias"])[..., 0]
+    torch.testing.assert_close(predictor(given), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_slim_predictor_costs() -> None:
+    width, inner = 384, 48
+    sizes = {name: parameter.numel() for name, parameter in PredictorSlim(width).named_parameters()}
+    per_token = sizes["inner.weight"] + sizes["local.weight"] + sizes["last.weight"]
+    assert per_token == width * inner + inner**2 + inner  # and those of the mean once an image
+    official = sum(p.numel() for name, p in Predictor(width).named_parameters() if "weight" in name and p.dim() == 2)
+    assert 11 < official / per_token < 12.5
+
+
+@pytest.mark.parametrize("build", [Predictor, PredictorSlim])
+def test_a_short_ranking_ranks_as_scores_do(build: type[Scorer]) -> None:
+    scorer = build(16, 0.7)  # type: ignore[call-arg]
+    for parameter in scorer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    given, ranking = candidates(), scorer.ranking()
+    assert ranking is not None and Static((6, 6)).ranking() is None
+    with torch.no_grad():
+        scores, short = scorer(given), ranking(given.patches)
+    assert isinstance(scores, torch.Tensor)
+    difference = scores - short  # the same number for all tokens: the last bias, which is left out
+    torch.testing.assert_close(difference, difference[:1, :1].expand_as(difference), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(("width", "millions"), [(384, 0.724), (512, 1.284), (768, 2.885)])
 def test_parameters_of_three_predictors(width: int, millions: float) -> None:
     count = 3 * sum(parameter.numel() for parameter in Predictor(width).parameters())
@@ -46,7 +95,10 @@ def test_parameters_of_three_predictors(width: int, millions: float) -> None:
 
 
 def test_a_fresh_predictor_keeps_the_stages_own_share() -> None:
-    odds = Predictor(64, 0.7)(Candidates(torch.randn(4, 50, 64), torch.zeros(4, 0, 64), None, None, 50, None))
+    given = Candidates(torch.randn(4, 50, 64), torch.zeros(4, 0, 64), None, None, 50, None)
+    for fresh in (Predictor(64, 0.7), PredictorSlim(64, 0.7)):
+        assert torch.sigmoid(fresh(given)).mean().item() == pytest.approx(0.7, abs=0.01)
+    odds = Predictor(64, 0.7)(given)
     assert torch.sigmoid(odds).mean().item() == pytest.approx(0.7, abs=0.01)
     assert math.isfinite(Predictor(64, 1.0).out_conv[-1].bias[0].item())
 

@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenprune.api import dense, refuse_prompts, sparsifier_of, unwrap
+from tokenprune.api import dense, frozen_stages, refuse_prompts, sparsifier_of, unwrap
 from tokenprune.backbones.probing import eval_mode, random_inputs
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.pruning.frozen import CutStage, FrozenStage
 
 MIN_PAIRS = 8
 """With fewer pairs, their spread cannot be estimated."""
@@ -34,6 +36,8 @@ class ThroughputReport:
         dense_peak_bytes: Most memory of the accelerator that tensors held during an unpruned batch, weights
             included; ``None`` on a CPU, which does not count it.
         sparse_peak_bytes: The same of a pruned batch.
+        limit_seconds: Seconds of a batch in the same round whose sequence was merely cut off at the stages, so that
+            choosing and gathering tokens cost nothing; ``None`` where that was not measured.
     """
 
     input_size: tuple[int, ...]
@@ -43,6 +47,7 @@ class ThroughputReport:
     sparse_seconds: tuple[float, ...]
     dense_peak_bytes: int | None = None
     sparse_peak_bytes: int | None = None
+    limit_seconds: tuple[float, ...] | None = None
 
     @property
     def dense_latency(self) -> float:
@@ -73,6 +78,15 @@ class ThroughputReport:
     def speedup(self) -> float:
         """Median of the pairs' speed-ups."""
         return statistics.median(self.speedups)
+
+    @property
+    def limit(self) -> float | None:
+        """Median of dense ÷ cut-off seconds: the speed-up that there is to have here; ``None`` if not measured."""
+        if self.limit_seconds is None:
+            return None
+        return statistics.median(
+            before / cut for before, cut in zip(self.dense_seconds, self.limit_seconds, strict=True)
+        )
 
     @property
     def spread(self) -> tuple[float, float]:
@@ -108,6 +122,7 @@ class ThroughputReport:
             "sparse_images_per_second": self.sparse_images_per_second,
             "speedup": self.speedup,
             "spread": self.spread,
+            "limit": self.limit,
             "dense_latency": self.dense_latency,
             "sparse_latency": self.sparse_latency,
             "noise": self.noise,
@@ -130,6 +145,7 @@ def throughput(
     batch_size: int = 16,
     pairs: int = 15,
     warmup: int = 3,
+    limit: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ThroughputReport:
     """Time a sparsified model, unpruned and pruned in turn, on random images.
@@ -145,6 +161,8 @@ def throughput(
         batch_size: Images in a batch.
         pairs: Pairs of batches that are counted.
         warmup: Pairs that run before and are not counted.
+        limit: Whether to measure in each round what there is to gain as well: a batch whose sequence is merely cut
+            off at the stages. It is left out of the report of a model that could not be frozen, see `freeze`.
         progress: Called after each pair with the number of pairs done and of all.
 
     Raises:
@@ -162,6 +180,7 @@ def throughput(
     images = random_inputs(unwrap(model), images=(batch_size, *input_size))["images"]
     dense_seconds: list[float] = []
     sparse_seconds: list[float] = []
+    cut, cut_seconds = _cut_stages(model, images[:1]) if limit else None, []
     with (
         eval_mode(model),
         sparsifier.budgeting("fixed"),
@@ -174,6 +193,11 @@ def throughput(
             if pair >= 0:
                 dense_seconds.append(before)
                 sparse_seconds.append(after)
+            if cut is not None:
+                with sparsifier.running_on(cut, unwrap(model)):
+                    seconds_cut = _seconds(model, images, pruned=True)
+                if pair >= 0:
+                    cut_seconds.append(seconds_cut)
             if progress is not None:
                 progress(pair + warmup + 1, pairs + warmup)
         peaks = [_peak_bytes(model, images, pruned=pruned) for pruned in (False, True)]
@@ -185,7 +209,15 @@ def throughput(
         sparse_seconds=tuple(sparse_seconds),
         dense_peak_bytes=peaks[0],
         sparse_peak_bytes=peaks[1],
+        limit_seconds=None if cut is None else tuple(cut_seconds),
     )
+
+
+def _cut_stages(model: nn.Module, image: Tensor) -> tuple[FrozenStage, ...] | None:
+    try:
+        return frozen_stages(model, image, CutStage)
+    except UnsupportedModelError:
+        return None
 
 
 def _run(model: nn.Module, images: Tensor, *, pruned: bool) -> None:

@@ -206,6 +206,7 @@ def _counting(model: nn.Module, forward_kwargs: Mapping[str, Any]) -> Iterator[N
     inner, sparsifier = unwrap(model), sparsifier_of(model)
     with (
         eval_mode(inner),
+        sparsifier.thawed(inner),
         sparsifier.budgeting("fixed"),
         sparsifier.executing(sparsifier.inference_execution),
         _called_with(inner, forward_kwargs),

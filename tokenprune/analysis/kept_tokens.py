@@ -100,11 +100,12 @@ def kept_tokens(
     parameter = next(inner.parameters())
     with (
         eval_mode(inner),
+        sparsifier.thawed(inner),
         sparsifier.executing(sparsifier.inference_execution),
         torch.no_grad(),
     ):
         inner(inputs.to(parameter.device, parameter.dtype), **(forward_kwargs or {}))
-    trace = sparsifier.trace
+        trace = sparsifier.trace
     assert trace is not None
     if trace.grid is None:
         raise UnsupportedModelError(

@@ -19,6 +19,7 @@ from tokenprune.backbones.padded import Images
 from tokenprune.pruning.attention_scopes import AttentionScopes
 from tokenprune.pruning.budget import Thresholds
 from tokenprune.pruning.executions import AUTO, Execution, Paths
+from tokenprune.pruning.frozen import FrozenStage
 from tokenprune.pruning.places import stage_before, stage_into, stands_inside
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.recomputation import State, recomputing
@@ -47,6 +48,7 @@ class CurrentPass(nn.Module):
         self._plan = plan
         self._execution = AUTO
         self._inside = stands_inside(stages)
+        self._frozen: tuple[FrozenStage, ...] | None = None
         self._prepare()
 
     @property
@@ -83,10 +85,11 @@ class CurrentPass(nn.Module):
         self._entry = State()
         self._state = State()
         self.recomputed = State()
+        self._frozen_image: tuple[int, Tensor | None] = 0, None
 
     _LIVE: ClassVar[list[str]] = [
         "trace", "_executions", "_running", "_images", "_scopes", "_sum", "_tail", "_everything", "_entry", "_state",
-        "recomputed",
+        "recomputed", "_frozen_image",
     ]  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:

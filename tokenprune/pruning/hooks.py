@@ -100,7 +100,8 @@ class PruningHooks(CurrentPass):
             return
         self.trace, self._running, self._state, self._open = None, None, State(), False
         backbone, images = self.backbone, self._images
-        if not self.enabled or (backbone.packed is not None and images is None):
+        frozen = self._frozen is not None  # never, but code that was compiled of this hook then has a guard for it
+        if not self.enabled or frozen or (backbone.packed is not None and images is None):
             return
         tokens = find_tokens(block, args, kwargs, packed=self.backbone.packed is not None)
         layout, thresholds = checks.layout_of(block, tokens, backbone, images), self.thresholds_in_force

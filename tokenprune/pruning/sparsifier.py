@@ -11,12 +11,13 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.vision_language import VisionLanguage
-from tokenprune.errors import CheckpointError, UnsupportedModelError
+from tokenprune.errors import CheckpointError, StateError, UnsupportedModelError
 from tokenprune.pruning.budget import ADAPTIVE, BUDGETS, FIXED, Budget, Thresholds
 from tokenprune.pruning.checks import check_by_image, check_calibrated, check_not_packed
 from tokenprune.pruning.compilation import give_own_forward, take_own_forward
-from tokenprune.pruning.executions import check_execution, default_execution
-from tokenprune.pruning.hooks import PruningHooks
+from tokenprune.pruning.executions import AUTO, check_execution, default_execution
+from tokenprune.pruning.freezing import FreezingHooks
+from tokenprune.pruning.frozen import FrozenStage
 from tokenprune.pruning.language import LanguagePruning, Pruner
 from tokenprune.pruning.norms import norm_eps, set_norm_eps
 from tokenprune.pruning.plan import Plan
@@ -24,7 +25,7 @@ from tokenprune.pruning.record import LanguageRecord, Record
 from tokenprune.pruning.stage import Stage
 
 
-class Sparsifier(PruningHooks):
+class Sparsifier(FreezingHooks):
     """Attached to a model as ``model.tokenprune`` by `tokenprune.sparsify`; holds all that it adds.
 
     One forward pass at a time may run on a model: its record is kept here.
@@ -82,6 +83,7 @@ class Sparsifier(PruningHooks):
 
     @keep_ratio.setter
     def keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
+        self._check_not_frozen("another keep ratio")
         plan = self._plan.with_keep_ratio(keep_ratio)
         if self._budget == ADAPTIVE:
             check_calibrated(plan.keep_ratios, self._thresholds)
@@ -105,6 +107,8 @@ class Sparsifier(PruningHooks):
     @execution.setter
     def execution(self, execution: str) -> None:
         check_execution(execution, self.backbone)
+        if execution not in (AUTO, default_execution(training=False)):
+            self._check_not_frozen(f"{execution!r} execution")
         if self._budget == ADAPTIVE:
             check_by_image(execution, self.backbone)
         self._execution = execution
@@ -129,6 +133,7 @@ class Sparsifier(PruningHooks):
         if budget not in BUDGETS:
             raise ValueError(f"budget={budget!r}: choose 'fixed' or 'adaptive'.")
         if budget == ADAPTIVE:
+            self._check_not_frozen("an adaptive budget")
             if self._hands_on_kept():
                 raise UnsupportedModelError(
                     "what follows the vision tower of this model takes equally many tokens of each image, which an "
@@ -215,6 +220,10 @@ class Sparsifier(PruningHooks):
         finally:
             self.execution = before
 
+    def _check_not_frozen(self, what: str) -> None:
+        if self.frozen:
+            raise StateError(f"the model is frozen; call tokenprune.unfreeze(model) for {what}.")
+
     def forward(self, value: Any) -> Any:
         """Pass on what comes: a model that is a container of modules runs this one as its last."""
         return value
@@ -247,6 +256,8 @@ class Sparsifier(PruningHooks):
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+        for frozen in self._frozen or ():
+            frozen.forget()
         key, errors = f"{prefix}_extra_state", others[-1]
         if key in missing:  # weights that come from elsewhere, such as converted ones
             missing.remove(key)
@@ -285,15 +296,58 @@ class Sparsifier(PruningHooks):
     def detach(self, model: nn.Module) -> None:
         """Take everything out of ``model`` again."""
         self._close()
-        for handle in self._handles:
-            handle.remove()
+        self._take_out_hooks()
         if self.language is not None:
             self.language.uninstall()
         take_own_forward(self._own_forward)
         for adaptation in reversed(self.backbone.adaptations):
             adaptation.undo()
         model._modules.pop("tokenprune", None)
-        self._handles, self._own_forward, self.trace = [], [], None
+        self._own_forward, self.trace, self._frozen = [], None, None
+
+    def freeze(self, frozen: tuple[FrozenStage, ...]) -> None:
+        """Exchange the hooks for those of a frozen model."""
+        self._close()
+        self._take_out_hooks()
+        self._frozen, self.trace = frozen, None
+        self._handles += self._install_frozen()
+
+    def unfreeze(self, model: nn.Module) -> None:
+        """Put the hooks of a model that is not frozen into ``model`` again."""
+        self._take_out_hooks()
+        self._frozen = None
+        self._handles += self._install_hooks(self._tower(model))
+
+    @contextmanager
+    def thawed(self, model: nn.Module) -> Iterator[None]:
+        """While it lasts, ``model`` is not frozen."""
+        before = self._frozen
+        if before is None:
+            yield
+            return
+        self.unfreeze(model)
+        try:
+            yield
+        finally:
+            self.freeze(before)
+
+    @contextmanager
+    def running_on(self, frozen: tuple[FrozenStage, ...], model: nn.Module) -> Iterator[None]:
+        """While it lasts, ``model`` is frozen with other stages."""
+        before = self._frozen
+        self.freeze(frozen)
+        try:
+            yield
+        finally:
+            if before is None:
+                self.unfreeze(model)
+            else:
+                self.freeze(before)
+
+    def _take_out_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _tower(self, model: nn.Module) -> nn.Module:
         return model if self.backbone.tower is None else self.backbone.tower

@@ -2,6 +2,7 @@
 
 from tokenprune.scorers.base import (
     Candidates,
+    Ranking,
     Scored,
     Scorer,
     ScorerBuilder,
@@ -13,6 +14,7 @@ from tokenprune.scorers.base import (
 from tokenprune.scorers.cls_attention import ClassAttention
 from tokenprune.scorers.informative import Informative
 from tokenprune.scorers.predictor import Predictor
+from tokenprune.scorers.predictor_slim import PredictorSlim
 from tokenprune.scorers.random import Random
 from tokenprune.scorers.redundancy import Redundancy
 from tokenprune.scorers.static import Static
@@ -23,7 +25,9 @@ __all__ = [
     "ClassAttention",
     "Informative",
     "Predictor",
+    "PredictorSlim",
     "Random",
+    "Ranking",
     "Redundancy",
     "Scored",
     "Scorer",

@@ -92,6 +92,10 @@ class ScorerContext(NamedTuple):
     grid_size: tuple[int, int] | None
 
 
+Ranking = Callable[[Tensor], Tensor]
+"""Of the patch tokens (B, n, C) that are left, numbers (B, n) that rank them as their scores do."""
+
+
 class Scorer(nn.Module):
     """Gives every patch token a score; higher = keep.
 
@@ -121,6 +125,14 @@ class Scorer(nn.Module):
             (B, n) floating point; what it says of tokens that are already pruned is ignored. Or these in a `Scored`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward(candidates)")
+
+    def ranking(self) -> Ranking | None:
+        """How to rank tokens in a frozen model in fewer operations than `forward`, with the weights as they are now.
+
+        Weights may be folded into one another: `tokenprune.freeze` asks again when a parameter has changed. ``None``,
+        the default, leaves it to `forward`.
+        """
+        return None
 
     def importance(self, scores: Tensor) -> Tensor:
         """Scores (B, n) as weights that are not negative, for reductions that weight tokens with them.

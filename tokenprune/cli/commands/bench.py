@@ -50,11 +50,15 @@ def bench(
     pairs: Annotated[int, typer.Option(min=2, help="Pairs of batches, dense and sparse, that count.")] = 15,
     warmup: Annotated[int, typer.Option(min=0, help="Pairs that run before and do not.")] = 3,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")] = False,
+    frozen: Annotated[bool, typer.Option("--freeze", help="Freeze the model, as tokenprune.freeze does.")] = False,
     dtype: Annotated[DType, typer.Option(help="dtype of weights and images.")] = DType.float32,
     device: DeviceName = None,
     as_json: Json = False,
 ) -> None:
     """Measure throughput and latency, dense and sparse in turn, at batch 1 and at a larger one.
+
+    Beside it stands the limit: the speed-up of the model with its sequence merely cut off at the stages, which costs
+    nothing else; where that is low, the rest of the model is what takes the time.
 
     Medians over the pairs, with the quartiles of their speed-ups. A measurement is called too noisy to trust when
     there are fewer than 8 pairs, or when the middle half of their speed-ups spans more than 10 % of the median.
@@ -65,7 +69,7 @@ def bench(
 
     from tokenprune.analysis.benchmark import throughput
     from tokenprune.analysis.flop_counter import flops
-    from tokenprune.api import sparsifier_of
+    from tokenprune.api import freeze, sparsifier_of, unfreeze
 
     chosen, where = ratios(keep_ratio), device_named(device)
     results: list[tuple[FlopReport, ThroughputReport]] = []
@@ -80,10 +84,14 @@ def bench(
         )
         sparsifier = sparsifier_of(loaded)
         for one in chosen or [sparsifier.keep_ratio]:
+            if sparsifier.frozen:
+                unfreeze(loaded)
             sparsifier.keep_ratio = one
             step(progress, "counting multiply-adds")
             counted = flops(loaded.float().cpu(), size)
             runner = loaded.to(where, getattr(torch, dtype.value))
+            if frozen:
+                freeze(runner)
             for batch in sorted({1, batch_size}):
                 what = f"{'compiling and ' if compiled else ''}measuring batch {batch}"
                 step(progress, what)
@@ -95,6 +103,7 @@ def bench(
                     batch_size=batch,
                     pairs=pairs,
                     warmup=warmup,
+                    limit=not compiled,
                     progress=lambda done, total, what=what: step(progress, what, done, total),  # type: ignore[misc]
                 )
                 results.append((counted, timed))
@@ -108,12 +117,13 @@ def bench(
                 "hardware": _hardware(where),
                 "dtype": dtype.value,
                 "compiled": compiled,
+                "frozen": frozen,
                 "torch": torch.__version__,
                 "reports": [_fields(counted, timed) for counted, timed in results],
             }
         )
         return
-    how = f"{_hardware(where)}, {dtype.value}, {'compiled' if compiled else 'eager'}"
+    how = f"{_hardware(where)}, {dtype.value}, {'compiled' if compiled else 'eager'}{', frozen' if frozen else ''}"
     show(_table(f"{model} on {how}, {pairs} pairs", results))
     for _, timed in results:
         if timed.doubt is not None:
@@ -135,7 +145,7 @@ def _table(title: str, results: list[tuple[FlopReport, ThroughputReport]]) -> Ta
     from rich.table import Table
 
     table = Table(title=title)
-    columns = ["batch", "left", "images/s", "ms a batch", "speed-up (quartiles)", "GMAC ratio", "÷ GMAC ratio"]
+    columns = ["batch", "left", "images/s", "ms a batch", "speed-up (quartiles)", "limit", "GMAC ratio", "÷ GMAC ratio"]
     with_memory = any(timed.dense_peak_bytes is not None for _, timed in results)
     for column in [*columns, *(["peak MiB"] if with_memory else [])]:
         table.add_column(column, justify="right")
@@ -147,6 +157,7 @@ def _table(title: str, results: list[tuple[FlopReport, ThroughputReport]]) -> Ta
             f"{timed.dense_images_per_second:.1f} → {timed.sparse_images_per_second:.1f}",
             f"{timed.dense_latency * 1e3:.1f} → {timed.sparse_latency * 1e3:.1f}",
             f"{timed.speedup:.2f} ({lower:.2f} … {upper:.2f}){' ?' if timed.doubt else ''}",
+            "–" if timed.limit is None else f"{timed.limit:.2f}",
             f"{counted.ratio:.2f}",
             f"{timed.speedup / counted.ratio:.2f}",
         ]

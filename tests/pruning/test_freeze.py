@@ -1,0 +1,221 @@
+"""Frozen models: the same outputs by the shortest path, and back again."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import tokenprune
+from tests.helpers.tolerances import FROZEN
+from tests.helpers.zoo import BY_NAME, KEEP_RATIO, STAGES, Case, hook_counts, models, some_models, wide_scorers
+
+one_model = models("timm class token")
+
+
+def assert_same(case: Case, model: nn.Module, other: nn.Module, batch: int = 3) -> None:
+    images = case.images(batch)
+    with torch.no_grad():
+        expected, actual = case.run(other, images), case.run(model, images)
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert (actual[name] - tensor).abs().max() <= FROZEN * tensor.abs().max(), name
+
+
+def differs(case: Case, model: nn.Module, other: nn.Module) -> bool:
+    with torch.no_grad():
+        expected, actual = case.run(other, case.images()), case.run(model, case.images())
+    return any((actual[name] - expected[name]).abs().max() > 1e-3 for name in expected)
+
+
+@pytest.mark.parametrize("scorer", ["predictor", "predictor_slim", "static"])
+@models(
+    "timm class token", "timm registers, average with prefix", "timm no class token, average", "timm LV-ViT",
+    "timm non-square, dynamic size", "transformers ViT classifier", "transformers DINOv2 registers classifier",
+    "transformers SigLIP", "torchvision",
+)  # fmt: skip
+def test_outputs_are_the_same(case: Case, scorer: str) -> None:
+    if scorer == "static" and case.image_size[0] != case.image_size[1]:
+        pytest.skip("a frozen model does not see the size of images, and static scores need it for another grid")
+    model = case.sparsified(scorer=scorer)
+    hooks, before = hook_counts(model), copy.deepcopy(model)
+    assert tokenprune.freeze(model) is model and model.tokenprune.frozen
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == len(STAGES)
+    assert not any(module._forward_hooks for module in model.modules())
+    for batch in (3, 1, 2):
+        assert_same(case, model, before, batch)
+    assert model.tokenprune.trace is None
+    assert tokenprune.unfreeze(model) is model and not model.tokenprune.frozen
+    assert hook_counts(model) == hooks
+    with torch.no_grad():
+        for name, tensor in case.run(before, case.images()).items():
+            assert torch.equal(case.run(model, case.images())[name], tensor)
+    assert [len(kept[0]) for kept in model.tokenprune.trace.indices] == [
+        case.num_patches * 6 // 10, int(case.num_patches * 0.36)
+    ]  # fmt: skip
+
+
+@some_models
+def test_the_dense_model_comes_back(case: Case) -> None:
+    dense = case.model()
+    hooks, expected = hook_counts(dense), case.run(dense, case.images())
+    model = tokenprune.freeze(tokenprune.sparsify(copy.deepcopy(dense), STAGES, KEEP_RATIO))
+    with tokenprune.dense(model):
+        assert all(torch.equal(case.run(model, case.images())[name], tensor) for name, tensor in expected.items())
+    tokenprune.unsparsify(model)
+    assert hook_counts(model) == hooks
+    assert all(torch.equal(case.run(model, case.images())[name], tensor) for name, tensor in expected.items())
+
+
+@one_model
+def test_changed_weights_are_taken(case: Case) -> None:
+    model, other = case.sparsified(), wide_scorers(case.sparsified())
+    frozen = tokenprune.freeze(copy.deepcopy(model))
+    assert_same(case, frozen, model)
+    assert differs(case, model, other)
+    with torch.no_grad():
+        for parameter, new in zip(frozen.parameters(), other.parameters(), strict=True):
+            parameter.copy_(new)
+    assert_same(case, frozen, other)
+    frozen.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert_same(case, frozen, model)
+    frozen.tokenprune.stages[0].scorer = copy.deepcopy(other.tokenprune.stages[0].scorer)
+    model.tokenprune.stages[0].scorer = other.tokenprune.stages[0].scorer
+    assert_same(case, frozen, model)
+    images = case.images(dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen.double()(images), model.double()(images), rtol=0, atol=1e-9)
+
+
+@one_model
+def test_copies_and_files(case: Case, tmp_path: Path) -> None:
+    model = case.sparsified()
+    frozen = tokenprune.freeze(copy.deepcopy(model))
+    for again in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):  # type: ignore[no-untyped-call]
+        assert again.tokenprune.frozen
+        assert_same(case, again, model)
+        tokenprune.unfreeze(again)
+        assert_same(case, again, model)
+    assert frozen.state_dict().keys() == model.state_dict().keys()
+    tokenprune.save_pretrained(frozen, tmp_path / "saved")
+    loaded = tokenprune.from_pretrained(tmp_path / "saved", model=case.model())
+    assert not loaded.tokenprune.frozen
+    assert_same(case, loaded, model)
+
+
+@one_model
+def test_gradients_pass(case: Case) -> None:
+    model = case.sparsified()
+    frozen = tokenprune.freeze(copy.deepcopy(model))
+    found = []
+    for each in (model, frozen):
+        images = case.images().requires_grad_()
+        outputs = [each(images), each(images)]  # two passes, neither of which may spoil what the other remembers
+        torch.stack(outputs).square().sum().backward()
+        found.append(images.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=float(FROZEN * found[0].abs().max()))
+
+
+@one_model
+def test_what_a_frozen_model_does_not_do(case: Case) -> None:
+    model = tokenprune.freeze(case.sparsified())
+    before = copy.deepcopy(model)
+    with pytest.raises(tokenprune.StateError, match="frozen already"):
+        tokenprune.freeze(model)
+    with pytest.raises(tokenprune.StateError, match=r"unfreeze\(model\) for another keep ratio"):
+        model.tokenprune.keep_ratio = 0.5
+    with pytest.raises(tokenprune.StateError, match=r"unfreeze\(model\) for 'mask' execution"):
+        model.tokenprune.execution = "mask"
+    with pytest.raises(tokenprune.StateError, match="unfreeze"):
+        model.tokenprune.budget = "adaptive"
+    with pytest.raises(tokenprune.StateError, match="eval mode alone"):
+        model.train()(case.images())
+    with pytest.raises(tokenprune.StateError, match="the model is frozen"):
+        tokenprune.verify(model.eval(), case.images())
+    assert_same(case, model, before)
+    with pytest.raises(tokenprune.StateError, match="not frozen"):
+        tokenprune.unfreeze(tokenprune.unfreeze(model))
+
+
+@one_model
+def test_what_counts_and_times_takes_frozen_models(case: Case) -> None:
+    model = case.sparsified()
+    size = (3, *case.image_size)
+    expected = tokenprune.flops(model, size)
+    tokenprune.freeze(model)
+    assert tokenprune.flops(model, size) == expected and model.tokenprune.frozen
+    hooks = hook_counts(model)
+    assert tokenprune.throughput(model, input_size=size, batch_size=2, pairs=2).speedup > 0
+    assert hook_counts(model) == hooks
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({"pruned": "fuse"}, "not simply dropped"), ({"pruned": "preserve"}, "not simply dropped"),
+     ({"scorer": "cls_attention"}, "something of attention")],
+)  # fmt: skip
+@one_model
+def test_models_that_are_refused(case: Case, options: dict[str, Any], why: str) -> None:
+    model = case.sparsified(**options)
+    hooks, before = hook_counts(model), copy.deepcopy(model)
+    with pytest.raises(tokenprune.UnsupportedModelError, match=why):
+        tokenprune.freeze(model)
+    assert hook_counts(model) == hooks and model.tokenprune.trace is None and not model.tokenprune.frozen
+    assert_same(case, model, before)
+    with tokenprune.dense(model), pytest.raises(tokenprune.UnsupportedModelError):
+        tokenprune.freeze(model)
+
+
+def test_rotary_tables_and_masks_are_refused() -> None:
+    sizes = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 2}
+    rotary = tokenprune.sparsify(timm.create_model("eva02_tiny_patch14_224", **sizes).eval(), STAGES, KEEP_RATIO)
+    with pytest.raises(tokenprune.UnsupportedModelError, match="rotary tables"):
+        tokenprune.freeze(rotary)
+    case = BY_NAME["timm class token"]
+    model = tokenprune.freeze(case.sparsified())
+    with pytest.raises(tokenprune.StateError, match="more tensors than tokens"):
+        model.forward_features(case.images(), attn_mask=torch.zeros(1, 1, 37, 37))
+
+
+def test_nothing_pruned_leaves_one_hook() -> None:
+    case = BY_NAME["timm class token"]
+    dense = case.model()
+    model = tokenprune.freeze(tokenprune.sparsify(copy.deepcopy(dense), STAGES, 1.0))
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 1
+    with torch.no_grad():
+        assert torch.equal(model(case.images()), dense(case.images()))
+
+
+@models("timm class token", "transformers ViT classifier")
+def test_compiled_code_follows(case: Case) -> None:
+    model, images = case.sparsified(), case.images()
+    expected = copy.deepcopy(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        case.run(compiled, images)
+        assert model.tokenprune.trace is not None
+        tokenprune.freeze(model)
+        assert_same(case, compiled, expected)
+        assert model.tokenprune.trace is None  # what was compiled before is not in use any longer
+        tokenprune.unfreeze(model)
+        model.tokenprune.keep_ratio = expected.tokenprune.keep_ratio = 0.3
+        assert_same(case, compiled, expected)
+
+
+@one_model
+def test_a_frozen_model_is_a_program(case: Case, tmp_path: Path) -> None:
+    model = tokenprune.freeze(case.sparsified())
+    program = torch.export.export(
+        model, (case.images(),), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},), strict=False
+    )
+    with torch.no_grad():
+        for batch in (3, 5):
+            images = case.images(batch)
+            torch.testing.assert_close(program.module()(images), model(images), rtol=0, atol=1e-4)

@@ -1,0 +1,162 @@
+"""A stage as serving needs it: rank, choose, gather, and nothing else.
+
+Shapes: B images, P prefix tokens, n patch tokens that reach a stage, k of them kept, N of the whole image, Q suffix
+tokens, K = P + n + Q, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.pruning.stage import Stage
+from tokenprune.scorers import Candidates, Ranking
+from tokenprune.tokens import Layout
+
+
+class FrozenStage:
+    """What a stage does in `gather` execution where nothing reads afterwards what it has decided.
+
+    The kept tokens go on in no particular order.
+
+    Args:
+        stage: The stage, whose reduction drops tokens.
+        layout: Of a sequence that reaches it, for the numbers of prefix and suffix tokens.
+    """
+
+    def __init__(self, stage: Stage, layout: Layout) -> None:
+        self.stage = stage
+        self.num_prefix, self.num_suffix = layout.num_prefix, layout.num_suffix
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was made of weights that have been replaced."""
+        self._weights: tuple[nn.Parameter, ...] = ()
+        self._ranking: Ranking | None = None
+        self._ranked_with: tuple[Any, ...] | None = None
+        self._rows: _Rows | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"stage": self.stage, "num_prefix": self.num_prefix, "num_suffix": self.num_suffix}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget()
+
+    def num_patches(self, tokens: Tensor) -> int:
+        """n, of a sequence (B, K, C)."""
+        return int(tokens.shape[1]) - self.num_prefix - self.num_suffix
+
+    def prune(
+        self, tokens: Tensor, num_keep: int, *, indices: Tensor | None, num_patches: int, grid: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What goes on of a sequence.
+
+        Args:
+            tokens: (B, K, C).
+            num_keep: k.
+            indices: (B, n), where the patch tokens that reach the stage stand in the grid; ``None`` = all in order.
+            num_patches: N.
+            grid: Rows and columns of the image, if known.
+
+        Returns:
+            (B, P + k + Q, C), and where its patch tokens stand in the grid, if the scorer may ask.
+        """
+        ranking, number = self._current(tokens), self.num_patches(tokens)
+        patches = tokens.narrow(1, self.num_prefix, number)
+        if ranking is None:
+            prefix = tokens[:, : self.num_prefix]
+            candidates = Candidates(
+                patches=patches, prefix=prefix, keep=None, indices=indices, num_patches=num_patches, grid=grid,
+                num_left=number, num_keep=num_keep,
+            )  # fmt: skip
+            scores = self.stage.score(candidates).scores
+        else:
+            scores = ranking(patches)
+        chosen = scores.topk(num_keep, dim=1, sorted=False).indices  # (B, k)
+        kept = self._gather(tokens, chosen)
+        if ranking is not None:
+            return kept, None
+        return kept, chosen if indices is None else indices.gather(1, chosen)
+
+    def _current(self, tokens: Tensor) -> Ranking | None:
+        """The scorer's ranking with its weights as they are now."""
+        scorer = self.stage.scorer
+        if torch.compiler.is_compiling():
+            return scorer.ranking()  # of weights that do not change while the compiled code is in use
+        ranked_with = scorer, tokens.device, tokens.dtype, sum([weight._version for weight in self._weights])
+        if ranked_with != self._ranked_with:
+            self._weights = tuple(scorer.parameters())
+            self._ranking = scorer.ranking()
+            self._ranked_with = (*ranked_with[:3], sum([weight._version for weight in self._weights]))
+        return self._ranking
+
+    def _gather(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+        """The sequence (B, P + k + Q, C) of the chosen patch tokens (B, k), and all others."""
+        (batch, length, width), num_keep = tokens.shape, chosen.shape[1]
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():  # which remember rows, or take them for constants
+            rows = _Rows(self, tokens, num_keep).filled(chosen, fresh=True)
+        else:
+            if self._rows is None or not self._rows.fits(tokens, num_keep):
+                self._rows = _Rows(self, tokens, num_keep)
+            rows = self._rows.filled(chosen, fresh=False)
+        return (
+            tokens.reshape(-1, width)
+            .index_select(0, rows)
+            .view(batch, length - self.num_patches(tokens) + num_keep, width)
+        )
+
+
+class CutStage(FrozenStage):
+    """Cuts the sequence off at the number of tokens that the stage keeps, whichever they are.
+
+    That is the speed there is to have: what choosing and gathering tokens cost comes on top.
+    """
+
+    def prune(self, tokens: Tensor, num_keep: int, **others: Any) -> tuple[Tensor, Tensor | None]:
+        end = self.num_prefix + num_keep
+        if not self.num_suffix:
+            return tokens.narrow(1, 0, end).contiguous(), None
+        return torch.cat([tokens[:, :end], tokens[:, -self.num_suffix :]], dim=1), None
+
+
+class _Rows:
+    """Which rows go on where the sequences of all images stand one behind the other.
+
+    Those of prefix and suffix tokens are the same in every pass, so that one tensor is filled again and again.
+
+    Args:
+        stage: The stage.
+        tokens: (B, K, C).
+        num_keep: k.
+    """
+
+    def __init__(self, stage: FrozenStage, tokens: Tensor, num_keep: int) -> None:
+        batch, length, _ = tokens.shape
+        self._for = tokens.shape, num_keep, tokens.device
+        start, end = stage.num_prefix, stage.num_prefix + stage.num_patches(tokens)
+        everything = torch.arange(batch * length, device=tokens.device).view(batch, length)
+        self._prefix, self._suffix = everything[:, :start], everything[:, end:]
+        self._first = everything[:, start : start + 1]
+        self._filled: Tensor | None = None
+
+    def fits(self, tokens: Tensor, num_keep: int) -> bool:
+        """Whether they are for such a sequence."""
+        return self._for == (tokens.shape, num_keep, tokens.device)
+
+    def filled(self, chosen: Tensor, *, fresh: bool) -> Tensor:
+        """Rows (B·(P + k + Q),), with those of the chosen patch tokens (B, k).
+
+        Args:
+            chosen: Positions among the patch tokens.
+            fresh: Whether nobody else may write to the tensor that is returned.
+        """
+        if fresh:
+            return torch.cat([self._prefix, chosen + self._first, self._suffix], dim=1).flatten()
+        if self._filled is None:
+            rows = torch.cat([self._prefix, chosen, self._suffix], dim=1)
+            self._middle, self._filled = rows.narrow(1, self._prefix.shape[1], chosen.shape[1]), rows.view(-1)
+        torch.add(chosen, self._first, out=self._middle)
+        return self._filled

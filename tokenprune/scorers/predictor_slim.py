@@ -1,0 +1,74 @@
+"""A learned predictor at a fraction of the cost of DynamicViT's."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenprune.scorers.base import Candidates, Ranking, Scorer, ScorerContext, log_odds, register_scorer
+from tokenprune.scorers.folding import folded
+
+NARROWING = 8
+"""How many times narrower the inside is than the tokens."""
+
+
+class PredictorSlim(Scorer):
+    """A bottleneck that sees each token and the mean of the tokens that are left.
+
+    Of z = ReLU(Linear(LayerNorm(x))), W = C/8 wide, and its mean m over the tokens that are left, the score is
+    v · ReLU(A z + B m + c): the log-odds of keeping the token, log p − log(1 − p). It is built for speed: a token
+    costs C·W + W² multiply-adds, a twelfth of those of `Predictor`, and a stage fewer operations.
+
+    Args:
+        embed_dim: Width C of the tokens.
+        keep_probability: Fraction of tokens that a fresh predictor keeps, in (0, 1].
+    """
+
+    probabilistic = True
+
+    def __init__(self, embed_dim: int, keep_probability: float = 0.5) -> None:
+        super().__init__()
+        width = max(8, embed_dim // NARROWING)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.inner = nn.Linear(embed_dim, width)
+        self.local = nn.Linear(width, width, bias=False)
+        self.mean = nn.Linear(width, width)
+        self.last = nn.Linear(width, 1)
+        nn.init.zeros_(self.inner.bias)
+        nn.init.zeros_(self.mean.bias)
+        nn.init.trunc_normal_(self.last.weight, std=0.02)
+        nn.init.constant_(self.last.bias, log_odds(keep_probability))
+
+    def forward(self, candidates: Candidates) -> Tensor:
+        hidden = F.relu(self.inner(self.norm(candidates.patches)))  # (B, n, W)
+        shared = self.mean(candidates.mean(hidden))  # (B, 1, W)
+        scores: Tensor = self.last(F.relu(self.local(hidden) + shared))  # (B, n, 1)
+        return scores.squeeze(-1)
+
+    def ranking(self) -> Ranking:
+        return _Folded(self)
+
+
+class _Folded:
+    """What a `PredictorSlim` computes, with constants folded, and its last bias left out, which is the same for all."""
+
+    @torch.no_grad()
+    def __init__(self, predictor: PredictorSlim) -> None:
+        self.shape, self.eps = predictor.norm.normalized_shape, predictor.norm.eps
+        self.inner = folded(predictor.norm, predictor.inner)
+        self.local = predictor.local.weight.t().contiguous().unsqueeze(0)
+        self.mean = predictor.mean.weight.clone(), predictor.mean.bias.clone()
+        self.last = predictor.last.weight[0].clone()
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        normed = F.layer_norm(patches, self.shape, eps=self.eps)
+        hidden = F.relu(F.linear(normed, *self.inner))  # (B, n, W)
+        shared = F.linear(hidden.mean(dim=1, keepdim=True), *self.mean)  # (B, 1, W)
+        return F.relu(torch.baddbmm(shared, hidden, self.local.expand(hidden.shape[0], -1, -1))) @ self.last
+
+
+@register_scorer("predictor_slim")
+def build(context: ScorerContext) -> PredictorSlim:
+    """A `PredictorSlim` of the stage's width and keep probability."""
+    return PredictorSlim(context.embed_dim, context.keep_probability)
