@@ -53,6 +53,7 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.frozen --model digits_vit --batch-size 1 --batch-size 64 --pairs 61 \
 		--name frozen-digits-cpu
 	$(BIN)/python -m benchmarks.hierarchies
+	$(BIN)/python -m benchmarks.prefill
 
 benchmarks-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
