@@ -8,15 +8,15 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from recipes.digits.budgets import run_budgets
 from recipes.digits.calibration import run_calibration
-from recipes.digits.data import make_digits
+from recipes.digits.data import VARYING, make_digits
 from recipes.digits.demo import run_demo
 from recipes.digits.dense import train_digits
 from recipes.digits.flat import run_flat
-from recipes.digits.model import WEIGHTS
+from recipes.digits.model import WEIGHTS, load_dense_model
 from recipes.digits.presets import DATA, DIGITS_DENSE, DIGITS_SPARSE
 from recipes.digits.study import SCORERS, run_study
+from recipes.small.budgets import run_budgets
 from recipes.small.command_line import resumable
 from recipes.small.hierarchy_study import Study
 
@@ -132,7 +132,11 @@ def budgets(
     """Compare fixed and adaptive budgets on scenes of varying content."""
     ratios = keep_ratio or [0.7, 0.5, 0.35]
     with resumable(console):
-        run_budgets(data=data, output=output, keep_ratios=ratios, seeds=range(seeds), steps=steps, console=console)
+        make_digits(data, VARYING)
+        run_budgets(
+            load_model=load_dense_model, data=data, output=output, keep_ratios=ratios, seeds=range(seeds), steps=steps,
+            console=console,
+        )  # fmt: skip
 
 
 @app.command()

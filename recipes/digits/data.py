@@ -44,6 +44,10 @@ class DigitsConfig:
     seed: int = 0
 
 
+# Fragments cover a sixth of a digit on average, so that a scene shows one to four digits' worth of foreground.
+VARYING = DigitsConfig(num_train=6_400, num_fragments=(0, 18))
+
+
 def _enlarge(pixels: np.ndarray) -> np.ndarray:
     """(h, w) values of 0..16 -> (3h, 3w) values of 0..1."""
     height, width = pixels.shape

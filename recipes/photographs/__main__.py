@@ -10,7 +10,9 @@ from rich.console import Console
 
 from recipes.photographs.data import make_photographs
 from recipes.photographs.dense import train_photographs
+from recipes.photographs.model import load_dense_model
 from recipes.photographs.presets import DATA
+from recipes.small.budgets import run_budgets
 from recipes.small.command_line import resumable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -37,6 +39,24 @@ def dense(
     with resumable(console):
         accuracy = train_photographs(data, output, epochs=epochs, seed=seed)
         console.print(f"dense accuracy {accuracy:.2%}")
+
+
+@app.command()
+def budgets(
+    data: Data = DATA,
+    output: Annotated[Path, typer.Option(help="Where results go.")] = Path("runs/photographs"),
+    keep_ratio: Annotated[list[float] | None, typer.Option(help="ρ; give it several times.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of the predictors' calibration.")] = 100,
+) -> None:
+    """Compare fixed and adaptive budgets."""
+    ratios = keep_ratio or [0.7, 0.5, 0.35]
+    with resumable(console):
+        make_photographs(data)
+        run_budgets(
+            load_model=load_dense_model, data=data, output=output, keep_ratios=ratios, seeds=range(seeds), steps=steps,
+            console=console,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Fixed and adaptive budgets beside each other, on scenes of varying content."""
+"""Fixed and adaptive budgets beside each other, on one of the small data sets."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tokenprune
-from recipes.digits.data import DigitsConfig, make_digits
-from recipes.digits.model import load_dense_model
 from recipes.engine.checkpoints import write_json
 from recipes.engine.data import loader, open_images
 from recipes.engine.models import data_config
 from recipes.engine.settings import TrainingSettings
 from recipes.small.presets import BATCH_SIZE, SMALL
 
-# Fragments cover a sixth of a digit on average, so that a scene shows one to four digits' worth of foreground.
-VARYING = DigitsConfig(num_train=6_400, num_fragments=(0, 18))
 NUM_CALIBRATION = 512
 SCORERS = ("informative", "predictor", "cls_attention")
 
@@ -54,23 +50,40 @@ class Comparison:
 
 
 def run_budgets(
-    *, data: Path, output: Path, keep_ratios: Sequence[float], seeds: Sequence[int], steps: int, console: Console
+    *,
+    load_model: Callable[[], nn.Module],
+    data: Path,
+    output: Path,
+    keep_ratios: Sequence[float],
+    seeds: Sequence[int],
+    steps: int,
+    console: Console,
 ) -> list[Comparison]:
-    """Compare both budgets for each scorer, ratio and seed, print a table and write ``budgets.json``."""
+    """Compare both budgets for each scorer, ratio and seed, print a table and write ``budgets.json``.
+
+    Args:
+        load_model: Gives the trained dense model.
+        data: An image folder that has been made.
+        output: Where ``budgets.json`` goes.
+        keep_ratios: Each ρ.
+        seeds: Of the order of the images, and of the predictors' training.
+        steps: Of the predictors' calibration.
+        console: Where the table is printed.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    make_digits(data, VARYING)
-    training, _ = _images(data, training=True)
-    validation, labels = _images(data, training=False)
+    training, _ = _images(data, load_model(), training=True)
+    validation, labels = _images(data, load_model(), training=False)
     found: list[Comparison] = []
     for scorer in SCORERS:
         for seed in seeds:
-            found += _compared(scorer, seed, training, (validation, labels), keep_ratios, steps)
+            found += _compared(load_model(), scorer, seed, training, (validation, labels), keep_ratios, steps)
             write_json(output / "budgets.json", {"steps": steps, "results": [asdict(one) for one in found]})
     console.print(budgets_table(found))
     return found
 
 
 def _compared(
+    dense: nn.Module,
     scorer: str,
     seed: int,
     training: Tensor,
@@ -80,7 +93,7 @@ def _compared(
 ) -> list[Comparison]:
     images, labels = validation
     torch.manual_seed(seed)
-    model = tokenprune.sparsify(load_dense_model().eval(), keep_ratio=0.5, scorer=scorer)
+    model = tokenprune.sparsify(dense.eval(), keep_ratio=0.5, scorer=scorer)
     order = torch.randperm(len(training))
     if scorer == "predictor":
         batches = training[order[NUM_CALIBRATION:]].split(BATCH_SIZE)  # others than those that thresholds are found on
@@ -116,18 +129,18 @@ def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(dim=1) == labels).float().mean())
 
 
-def _images(data: Path, *, training: bool) -> tuple[Tensor, Tensor]:
+def _images(data: Path, model: nn.Module, *, training: bool) -> tuple[Tensor, Tensor]:
     """All images of a split, as the model takes them, and their classes; in the order of the folder."""
     settings = TrainingSettings(**{**SMALL, "data_dir": data, "model": "digits_vit", "num_workers": 0})
     folder = open_images(settings, training=training)
-    batches: Any = loader(folder, settings, data_config(settings, load_dense_model()), training=False)
+    batches: Any = loader(folder, settings, data_config(settings, model), training=False)
     images, labels = zip(*batches, strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
 def budgets_table(found: Sequence[Comparison]) -> Table:
     """Means over the seeds as a rich table."""
-    made = Table(title="Accuracy on scenes of varying content, at equal mean multiply-adds")
+    made = Table(title="Accuracy at equal mean multiply-adds")
     for name in ("scorer", "ρ", "seeds", "fixed", "adaptive", "gain, lowest … highest", "GMACs fixed", "adaptive"):
         made.add_column(name, justify="left" if name == "scorer" else "right")
     for scorer, ratio in dict.fromkeys((one.scorer, one.keep_ratio) for one in found):
