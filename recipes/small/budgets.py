@@ -93,7 +93,7 @@ def _compared(
 ) -> list[Comparison]:
     images, labels = validation
     torch.manual_seed(seed)
-    model = tokenprune.sparsify(dense.eval(), keep_ratio=0.5, scorer=scorer)
+    model: Any = tokenprune.sparsify(dense.eval(), keep_ratio=0.5, scorer=scorer)
     order = torch.randperm(len(training))
     if scorer == "predictor":
         batches = training[order[NUM_CALIBRATION:]].split(BATCH_SIZE)  # others than those that thresholds are found on

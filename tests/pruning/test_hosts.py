@@ -13,7 +13,7 @@ from torch import nn
 
 import tokenprune
 from tests.helpers.gradients import assert_same_gradients, enable_checkpointing, gradients, loss_of
-from tests.helpers.zoo import BY_NAME, KEEP_RATIO, STAGES, Case, some_models
+from tests.helpers.zoo import BY_NAME, KEEP_RATIO, STAGES, Case, compiled_models, some_models
 
 timm_and_transformers = pytest.mark.parametrize(
     "case",
@@ -109,7 +109,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
         loss_of(case, model, case.images().requires_grad_())
 
 
-@some_models
+@compiled_models
 def test_compile_in_eval(case: Case) -> None:
     model, images = case.sparsified(), case.images()
     torch.compiler.reset()
@@ -122,7 +122,7 @@ def test_compile_in_eval(case: Case) -> None:
         assert [len(kept[0]) for kept in model.tokenprune.trace.indices] == [21, 12]
 
 
-@some_models
+@compiled_models
 def test_compile_in_training(case: Case) -> None:
     model, images = case.sparsified().train(), case.images()
     if torch.__version__ < "2.15" and any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
@@ -136,7 +136,7 @@ def test_compile_in_training(case: Case) -> None:
     assert_same_gradients({name.removeprefix("_orig_mod."): grad for name, grad in actual.items()}, expected, 1e-4)
 
 
-@some_models
+@compiled_models
 def test_what_was_compiled_of_a_dense_model_is_not_taken_for_a_sparse_one(case: Case) -> None:
     # torch.compile shares what it made among models of a class, and by default does not look at their hooks.
     dense, sparse, images = case.model(), case.sparsified(), case.images()

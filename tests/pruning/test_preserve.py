@@ -424,7 +424,7 @@ def test_with_tokens_dropped_feature_wrappers_are_refused() -> None:
     with pytest.raises(tokenprune.StateError, match='pruned="preserve"'):
         model(torch.randn(2, 3, 48, 48))
     apart = timm.create_model("resnet18", features_only=True)
-    refused(apart, tokenprune.UnsupportedModelError, "FeatureListNet takes a model apart", pruned="preserve")
+    refused(apart, tokenprune.UnsupportedModelError, "FeatureListNet has no list of blocks", pruned="preserve")
 
 
 @torch.no_grad()

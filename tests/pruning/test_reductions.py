@@ -140,7 +140,9 @@ def test_saved_and_loaded(name: str, pruned: str, tmp_path: Path) -> None:
     assert all(torch.equal(output, expected[key]) for key, output in case.run(loaded, images).items())
 
 
-@pytest.mark.parametrize("name", ["timm class token", "transformers ViT classifier", "torchvision"])
+@pytest.mark.parametrize(
+    "name", ["timm class token", "transformers ViT classifier", pytest.param("torchvision", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "pruned",
     ["fuse", "merge", *(pytest.param(f"{name}_preserve", marks=pytest.mark.slow) for name in ("fuse", "merge"))],
