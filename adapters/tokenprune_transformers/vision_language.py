@@ -83,7 +83,14 @@ _LANGUAGE, _TOWER = ("language_model", "text_model"), ("vision_tower", "vision_m
 
 
 def vision_language(model: nn.Module) -> VisionLanguage | None:
-    """The description of a vision-language model, with a language head or without; ``None`` of any other model."""
+    """The description of a vision-language model, with a language head or without; ``None`` of any other model.
+
+    And of all models before transformers 5, whose merging modules and caches differ: there the tower is pruned alone.
+    """
+    import transformers
+
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        return None
     for part in (model, *model.children()):
         given = next((_MODELS[base.__name__] for base in type(part).__mro__ if base.__name__ in _MODELS), None)
         if given is not None:

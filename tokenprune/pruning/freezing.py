@@ -97,7 +97,7 @@ class FreezingHooks(PruningHooks):
             return None
         grid = self.backbone.grid_of(num_patches, None)
         tokens, indices = stage.prune(tokens, num_keep, indices=indices, num_patches=num_patches, grid=grid)
-        self._frozen_image = num_patches, indices
+        self._frozen_image = num_patches, indices if number + 1 < len(frozen) else None
         return replace_tokens(args, kwargs, tokens)
 
 
