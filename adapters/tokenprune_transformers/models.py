@@ -76,6 +76,8 @@ _POOLING = (
 )  # fmt: skip
 _TAKING_ANY_NUMBER = (
     "VisionEncoderDecoderModel",
+    # Before transformers 5; from then on their prompts are shortened.
+    "LlavaModel", "LlavaForConditionalGeneration", "PaliGemmaModel", "PaliGemmaForConditionalGeneration",
     "BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering", "Blip2Model",
     "Blip2ForConditionalGeneration", "Blip2VisionModelWithProjection", "InstructBlipForConditionalGeneration",
 )  # fmt: skip
