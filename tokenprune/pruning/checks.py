@@ -116,8 +116,8 @@ def refuse_sizes() -> NoReturn:
         StateError: It says what to do instead.
     """
     raise StateError(
-        "the model is given images of different sizes, and scorer='tome' merges one number of tokens of each; give it "
-        "images of one size, or take another scorer, such as 'predictor'."
+        "the model is given images of different sizes, and its scorer, whose stages stand inside of blocks, merges one "
+        "number of tokens of each; give it images of one size, or take another scorer, such as 'predictor'."
     )
 
 
