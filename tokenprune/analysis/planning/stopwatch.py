@@ -16,7 +16,7 @@ from tokenprune.errors import PlanError
 
 FEWEST_TRIES, MOST_TRIES = 3, 8
 AIM, ACCEPTED = 0.01, 0.03
-"""Standard errors of a plan's speed-up, as a fraction of it: with the first a search ends, above the second it fails."""
+"""Standard errors of a speed-up, as a fraction of it: with the first a search ends, above the second it fails."""
 NEAR = 0.1
 """Plans that differ by no more of the dense model's multiply-adds turn what they save into time at one rate."""
 
