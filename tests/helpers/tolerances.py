@@ -49,5 +49,5 @@ SHORTENED_PROMPT = 1e-5
 """Logits of about 1, in single precision: sums over the tokens that are left run over other lengths."""
 
 SHARDED = 1e-4
-"""Losses of about 2.5 and weights of about 1, of two sharded processes and of one, after 16 steps: gradients are summed in
-another order, and AdamW divides by their size."""
+"""Losses of about 2.5 and weights of about 1, of two sharded processes and of one, after 16 steps: gradients are summed
+in another order, and AdamW divides by their size."""
