@@ -28,6 +28,8 @@ LEARNED = {"num_position_embeddings": NUM_PATCHES, "out_hidden_size": 32}
 SIDES = dict.fromkeys(("pos_emb_height", "pos_emb_width"), GRID)
 FLAT = packed("pixel_values", shape=lambda total: (total, PATCH_VALUES))
 IMAGES = packed("pixel_values", shape=lambda total: (total, 3, PATCH_SIZE, PATCH_SIZE))
+STRIP = packed("pixel_values", "target_sizes", lambda total: (1, 3, PATCH_SIZE, total * PATCH_SIZE))
+CELLS = packed("pixel_values", "image_grid_thw", lambda total: (total, 2 * PATCH_SIZE, 2 * PATCH_SIZE, 3))
 ROW = packed("pixel_values", shape=lambda total: (1, total, 3, PATCH_SIZE, PATCH_SIZE))
 IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
@@ -59,6 +61,11 @@ def towers() -> list[Entry]:
         *rows("minimax_m3_vl MiniMaxM3VLVisionModel", packed("pixel_values")),
         *rows("cosmos3_edge Cosmos3EdgeVisionModel", FLAT, num_patches=NUM_PATCHES),
         *rows("pixtral PixtralVisionModel", padded(sizes="image_sizes")),
+        *rows("inkling2 Inkling2VisionModel", CELLS, text_hidden_size=32, projection_hidden_dim=32),
+        *rows("lfm3_vl Lfm3VlVisionModel", packed("pixel_values"), num_hidden_layers=2 * DEPTH,
+              layer_types=["conv", "full_attention"] * DEPTH),
+        *rows("minicpmv4_6 MiniCPMV4_6VisionModel minicpmv4_7 MiniCPMV4_7VisionModel minicpm_ocr MiniCPMOcrVisionModel",
+              STRIP, insert_layer_id=3, num_hidden_layers=6),
     ]  # fmt: skip
 
 

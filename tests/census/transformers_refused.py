@@ -23,14 +23,13 @@ from tests.census.transformers_inputs import (
     each,
     mllama_tiles,
     naflex,
-    packed,
     padded,
     prompt,
 )
 
 
 def refused() -> list[Entry]:
-    """Classes with windows, stages, grids, factorised attention or packed rows, which the library is to refuse."""
+    """Classes with windows, stages, grids or factorised attention, which the library is to refuse."""
     swin = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "patch_size": 4, "window_size": 3}
     stages = {"depths": (2, 2, 2, 2), "hidden_sizes": (8, 16, 24, 32)}
     pyramid = {**stages, "num_attention_heads": (1, 2, 2, 4)}
@@ -44,7 +43,6 @@ def refused() -> list[Entry]:
     names = ("image_model_config", "patch_model_config", "fov_model_config")
     tiles = {name: {"model_type": "dinov2", "image_size": 24} for name in names}
     halves = dict.fromkeys(("pixel_values", "prompt_pixel_values", "prompt_masks"), (3, IMAGE_SIZE // 2, IMAGE_SIZE))
-    strip = packed("pixel_values", "target_sizes", lambda total: (1, 3, PATCH_SIZE, total * PATCH_SIZE))
     return [
         *rows("swin SwinModel SwinForImageClassification swinv2 Swinv2Model donut DonutSwinModel "
               "maskformer MaskFormerSwinBackbone", **swin),
@@ -92,13 +90,7 @@ def refused() -> list[Entry]:
               backbone_config={**resnet, "out_features": ["stage4"]}, **detr),
         *rows("depth_pro DepthProModel", draw(pixel_values=(3, 96, 96)), patch_size=24, intermediate_hook_ids=(3, 1),
               intermediate_feature_dims=(8, 8), scaled_images_feature_dims=(8, 8, 8), fusion_hidden_size=8, **tiles),
-        *rows("inkling2 Inkling2VisionModel",
-              packed("pixel_values", "image_grid_thw", lambda total: (total, 2 * PATCH_SIZE, 2 * PATCH_SIZE, 3)),
-              text_hidden_size=32, projection_hidden_dim=32),
-        *rows("lfm3_vl Lfm3VlVisionModel", packed("pixel_values"), layer_types=["conv", "full_attention"] * 2),
         *rows("mllama MllamaVisionModel", mllama_tiles, **MLLAMA),
-        *rows("minicpmv4_6 MiniCPMV4_6VisionModel minicpmv4_7 MiniCPMV4_7VisionModel minicpm_ocr MiniCPMOcrVisionModel",
-              strip, insert_layer_id=2),
         *rows("layoutlmv3 LayoutLMv3Model", WORDS, input_size=IMAGE_SIZE, coordinate_size=5, shape_size=6),
     ]  # fmt: skip
 
