@@ -1,7 +1,7 @@
 """The census: every model that is listed as supported is proved, and every other one is refused.
 
-``make test`` proves one model of each kind of timm's, and all of transformers'; ``make test-all`` proves all, compiles
-and exports those of each kind, and prints how many. The lists beside the adapters are written by ``tokenprune prove``:
+``make test`` proves one model of each kind of timm's, and all of transformers' but some that differ only behind their
+tower; ``make test-all`` proves all, compiles and exports those of each kind, and prints how many. The lists beside the adapters are written by ``tokenprune prove``:
 CONTRIBUTING.md says how.
 
 An entry that its library cannot run unpruned is skipped, and listed when all is done: tests/census/hosts.py.
@@ -23,6 +23,7 @@ from tests.census import (
     timm_other_files,
     torchvision_hierarchies,
     transformers_hierarchies,
+    transformers_packed,
     transformers_refused,
 )
 from tests.census import torchvision as census_torchvision
@@ -34,6 +35,7 @@ from tests.helpers.zoo import hook_counts
 TIMM = census_timm.flat_examples()
 DISTINCT_TIMM = [entry for entry in TIMM if entry.compiled]
 ALIKE_TIMM = [entry for entry in TIMM if not entry.compiled]
+ALIKE = [*ALIKE_TIMM, *transformers_packed.alike()]
 OTHERS = [*census_transformers.flat_examples(), *census_torchvision.flat_examples()]
 OTHER_FILES_OF_TIMM = timm_other_files.other_files()
 REFUSED = transformers_refused.refused() + transformers_refused.refused_composites()
@@ -66,7 +68,7 @@ def test_one_model_of_each_kind(entry: Entry, record_property: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", ALIKE_TIMM, ids=names(ALIKE_TIMM))
+@pytest.mark.parametrize("entry", ALIKE, ids=names(ALIKE))
 def test_all_models_alike(entry: Entry, record_property: Any) -> None:
     prove(entry, compiled=False)
     record_property(f"supported {entry.library}", entry.name)
@@ -154,7 +156,7 @@ def test_nothing_is_listed_as_supported_that_is_not_tested(library: str) -> None
     hierarchies = (
         *timm_hierarchies.examples(), *transformers_hierarchies.examples(), *torchvision_hierarchies.every()
     )  # fmt: skip
-    tested = {(entry.library, entry.name) for entry in (*DISTINCT_TIMM, *ALIKE_TIMM, *OTHERS, *hierarchies)}
+    tested = {(entry.library, entry.name) for entry in (*DISTINCT_TIMM, *ALIKE, *OTHERS, *hierarchies)}
     listed = tokenprune.supported(library)
     assert listed
     assert is_older(library) or {(model.library, model.name) for model in listed} <= tested

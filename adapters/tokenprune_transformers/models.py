@@ -127,10 +127,9 @@ def _flat(model: nn.Module) -> Backbone:
     composite, prompted = _has_other_parts(model), vision_language(model) is not None
     if composite:
         tower = _vision_tower(model, config)
-        # A tower that packs images gives as many tokens as it would without pruning. What follows Pixtral's takes them
-        # by the sizes of its images, and has not been tried.
+        # A tower that packs images gives as many tokens as it would without pruning.
         takes_any = prompted or names & {*_POOLING, *_TAKING_ANY_NUMBER} or grids_of(tower) is not None
-        if not takes_any or config.model_type == "pixtral":
+        if not takes_any:
             raise UnsupportedModelError(
                 f"what {name} does with its vision tokens may need every one of them; sparsify its "
                 f"{type(tower).__name__} alone if it does not."

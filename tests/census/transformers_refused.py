@@ -99,7 +99,6 @@ def refused_composites() -> list[Entry]:
     """Models of several parts, of which those behind the vision tower may need every token."""
     image, nine = both(IMAGES, prompt(NUM_PATCHES)), both(IMAGES, prompt(9))
     token, token_id = {"image_token_index": IMAGE_TOKEN}, {"image_token_id": IMAGE_TOKEN}
-    full = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
     patches = {"vision_config": {"num_patches": NUM_PATCHES}}
     images = padded("pixel_attention_mask", PATCH_SIZE, images=2)
     wide = [IMAGE_SIZE, 2 * IMAGE_SIZE]
@@ -120,10 +119,6 @@ def refused_composites() -> list[Entry]:
         *rows("git GitForCausalLM", WORDS, num_hidden_layers=2),
         *rows("kosmos2 Kosmos2ForConditionalGeneration", both(IMAGES, prompt(9, places="image_embeds_position_mask")),
               latent_query_num=9, text_config={"layers": 2, "ffn_dim": 64}),
-        *rows("llava LlavaForConditionalGeneration", both(padded(sizes="image_sizes"), prompt(areas())),
-              **token, vision_config={"model_type": "pixtral"}, **full),
-        *rows("mistral3 Mistral3ForConditionalGeneration", both(padded(sizes="image_sizes"), prompt(areas(4))),
-              **token),
         *rows("llava_next LlavaNextForConditionalGeneration llava_onevision LlavaOnevisionForConditionalGeneration",
               tiled, image_grid_pinpoints=[wide, wide[::-1]], **token),
         *rows("vipllava VipLlavaForConditionalGeneration", image, vision_feature_layer=(-2, -3, 1), **token),
