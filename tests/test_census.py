@@ -151,6 +151,15 @@ def test_hardly_any_library_s_own_model_fails(library: str, entries: list[Entry]
     assert_most_run(library, entries)
 
 
+def test_every_tower_that_packs_images_is_listed() -> None:
+    """Before packed sequences could be pruned, all of them were refused, but for Pixtral's, pruned as one image."""
+    listed = {(model.family, model.name) for model in tokenprune.supported("transformers")}
+    packing = {(entry.family, entry.name) for entry in transformers_packed.towers()}
+    assert packing <= listed
+    if not is_older("transformers"):
+        assert len(packing - {("pixtral", "PixtralVisionModel")}) >= 30
+
+
 @pytest.mark.parametrize("library", ["timm", "transformers", "torchvision"])
 def test_nothing_is_listed_as_supported_that_is_not_tested(library: str) -> None:
     hierarchies = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -405,7 +405,41 @@ def test_calibration_trains_predictors_of_each_image_s_own_share() -> None:
         torch.testing.assert_close(share, torch.stack(kept))
 
 
+def test_multiply_adds_of_given_images_are_those_of_the_closed_form() -> None:
+    width, inner = 32, 64
+    model, arguments = pruned(entry_of("Ernie4_5_VLMoeVisionTransformerPretrainedModel"))
+    report = tokenprune.flops(model, inputs=arguments)
+
+    def block(lengths: Iterable[int]) -> int:
+        """Four projections, two layers of an MLP and two norms of each token, and attention image by image."""
+        by_token = 4 * width**2 + 2 * width * inner + 2 * 5 * width
+        return sum(length * by_token + 2 * width * length**2 for length in lengths)
+
+    model.eval()(**arguments)
+    trace = model.tokenprune.trace
+    kept = [[len(indices) for indices in stage] for stage in trace.indices]
+    assert report.dense_blocks == (block(trace.images.lengths),) * 4
+    assert report.sparse_blocks == tuple(map(block, (trace.images.lengths, kept[0], kept[1], kept[1])))
+    assert report.input_size == () and report.ratio == report.dense / report.sparse > 1.2
+    rest = report.sparse - sum(report.sparse_blocks) - sum(report.stages)
+    assert min(report.stages) > 0 and rest == report.dense - sum(report.dense_blocks)
+    assert "the given inputs" in str(report.table().title)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", [*towers(), *behind_merger()], ids=lambda entry: f"{entry}-{entry.stages}")
+def test_every_packed_tower_is_counted(entry: Entry) -> None:
+    model, arguments = pruned(entry)
+    report = tokenprune.flops(model, inputs=arguments)
+    last = model.tokenprune.backbone.reach[-1]
+    assert report.sparse_blocks[last] <= 0.4 * report.dense_blocks[last] and report.sparse < report.dense
+
+
 def test_multiply_adds_of_one_image_size_are_refused() -> None:
-    model, _ = pruned(entry_of(DEEP))
-    with pytest.raises(tokenprune.CountingError, match="grids"):
+    model, arguments = pruned(entry_of(DEEP))
+    with pytest.raises(tokenprune.CountingError, match=r"grids.*inputs="):
         tokenprune.flops(model)
+    with pytest.raises(ValueError, match="not both"):
+        tokenprune.flops(model, images=torch.zeros(1, 3, 48, 48), inputs=arguments)
+    with pytest.raises(ValueError, match="no tensor is among"):
+        tokenprune.flops(model, inputs={"use_vit_merger": True})

@@ -44,7 +44,7 @@ def layout_of(block: nn.Module, tokens: Tensor, backbone: Backbone, images: Imag
             f"embed_dim={backbone.embed_dim}."
         )
     if isinstance(images, PackedImages):
-        if sizes(tokens)[:2] != (1, images.length):
+        if (*sizes(tokens)[:2],) != (1, images.length):
             raise StateError(
                 f"{type(block).__name__} got tokens of shape {tuple(tokens.shape)}, and the images' grids say that "
                 f"there are {images.length}, {' + '.join(map(str, images.lengths))}."
