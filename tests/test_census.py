@@ -1,8 +1,8 @@
 """The census: every model that is listed as supported is proved, and every other one is refused.
 
 ``make test`` proves one model of each kind of timm's, and all of transformers' but some that differ only behind their
-tower; ``make test-all`` proves all, compiles and exports those of each kind, and prints how many. The lists beside the adapters are written by ``tokenprune prove``:
-CONTRIBUTING.md says how.
+tower; ``make test-all`` proves all, compiles and exports those of each kind, and prints how many. The lists beside the
+adapters are written by ``tokenprune prove``: CONTRIBUTING.md says how.
 
 An entry that its library cannot run unpruned is skipped, and listed when all is done: tests/census/hosts.py.
 """

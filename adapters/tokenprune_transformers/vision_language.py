@@ -74,13 +74,13 @@ _MODELS: dict[str, dict[str, Any]] = {
     "InternVLModel": {"block": _internvl},
     **{name: {"block": _idefics3} for name in ("Idefics3Model", "SmolVLMModel")},
     **{name: {} for name in ("LlavaNextModel", "LlavaOnevisionModel")},
-    **dict.fromkeys(
-        (
+    **{
+        name: {"block": _merged, "positions": _multimodal}
+        for name in (
             "Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel", "Qwen3VLMoeModel",
             "Glm4vModel", "Glm4vMoeModel", "Glm46VModel", "GlmOcrModel",
-        ),
-        {"block": _merged, "positions": _multimodal},
-    ),
+        )
+    },
 }  # fmt: skip
 _LANGUAGE, _TOWER = ("language_model", "text_model"), ("vision_tower", "vision_model", "visual")
 

@@ -42,6 +42,25 @@ ROTARY = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]
 MIXED = {"layer_types": ["linear_attention", "full_attention"]}
 
 
+def packed_flat(name: str, sizes: str) -> Inputs:
+    """Patches without a dimension for time."""
+    return packed(name, sizes, lambda total: (total, PATCH_VALUES))
+
+
+def typed(words: Inputs) -> Inputs:
+    """Words, places of images among them, and which of them are which."""
+
+    def make(batch: int, generator: torch.Generator) -> dict[str, Any]:
+        made = words(batch, generator)
+        return {**made, "mm_token_type_ids": (made["input_ids"] == IMAGE_TOKEN).long()}
+
+    return make
+
+
+MERGED = both(padded(sizes="image_sizes"), prompt(areas(4)))
+kinds = typed(prompt(areas(4)))
+
+
 def towers() -> list[Entry]:
     """All of them that are supported."""
     return [
@@ -107,8 +126,11 @@ def alike() -> list[Entry]:
     strips = packed("pixel_values", "target_sizes", lambda total: (1, 3, PATCH_SIZE, total * PATCH_SIZE), multiple=4)
     merger = {"insert_layer_id": 3, "vision_config": {"num_hidden_layers": 6}}
     token, text, mixed = {"image_token_index": IMAGE_TOKEN}, {"text_config": ROTARY}, {"text_config": ROTARY | MIXED}
-    glm = {"text_config": {"rope_parameters": {**ROTARY["rope_parameters"], "mrope_section": [1, 1, 2],
-                                               "partial_rotary_factor": 0.5}}}
+    glm = {
+        "text_config": {
+            "rope_parameters": {**ROTARY["rope_parameters"], "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+        }
+    }
     convolutions = {"num_hidden_layers": 2 * DEPTH, "layer_types": ["conv", "full_attention"] * DEPTH}
     return [
         *rows("lighton_ocr LightOnOcrModel LightOnOcrForConditionalGeneration", MERGED, **IDS),
@@ -148,22 +170,3 @@ def alike() -> list[Entry]:
         *rows("minicpm_ocr MiniCPMOcrModel MiniCPMOcrForConditionalGeneration", both(strips, prompt(areas(4, 4))),
               **mixed, **merger, **IDS),
     ]  # fmt: skip
-
-
-def packed_flat(name: str, sizes: str) -> Inputs:
-    """Patches without a dimension for time."""
-    return packed(name, sizes, lambda total: (total, PATCH_VALUES))
-
-
-def typed(words: Inputs) -> Inputs:
-    """Words, places of images among them, and which of them are which."""
-
-    def make(batch: int, generator: torch.Generator) -> dict[str, Any]:
-        made = words(batch, generator)
-        return {**made, "mm_token_type_ids": (made["input_ids"] == IMAGE_TOKEN).long()}
-
-    return make
-
-
-MERGED = both(padded(sizes="image_sizes"), prompt(areas(4)))
-kinds = typed(prompt(areas(4)))

@@ -109,17 +109,13 @@ def page() -> str:
         flat, whole = ([one for one in models if (one.pruned == "drop") is dropped] for dropped in (True, False))
         numbers.append(f"- **{library}** {proved_version(library)}: {len(flat)} models, and {len(whole)} hierarchies")
         if library == "transformers":
-            names = {model.name for model in flat}
             towers, behind = (
-                len(names & {entry.name for entry in entries})
-                for entries in (
-                    transformers_packed.towers(),
-                    [*transformers_packed.composites(), *transformers_packed.alike()],
-                )
+                len({model.name for model in flat} & {entry.name for entry in TABLES[library][what]})
+                for what in ("given images of different sizes in one sequence", "models behind such towers")
             )
             numbers.append(
-                f"  - of these {towers} vision towers that are given [images of different sizes](packed-towers.md) in one "
-                f"sequence, and {behind} models with such a tower"
+                f"  - of these {towers} vision towers that are given [images of different sizes](packed-towers.md) in "
+                f"one sequence, and {behind} models with such a tower"
             )
         sections.append(f"\n## {library}\n\n{_table(flat)}")
         sections.append(f'\n### Hierarchies of {library}, with `pruned="fast"`\n\n{_table(whole)}')

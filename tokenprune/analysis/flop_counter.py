@@ -164,7 +164,8 @@ def flops(
     if sparsifier_of(model).backbone.packed is not None:
         raise CountingError(
             f"{type(inner).__name__} is given the patches of images of different sizes, one after the other, and their "
-            "grids, and not an image of input_size=…; pass what it is called with, as tokenprune.flops(model, inputs=…)."
+            "grids, and not an image of input_size=…; pass all that it is called with: "
+            "tokenprune.flops(model, inputs={…})."
         )
     if images is not None:
         input_size = images.shape[1:]

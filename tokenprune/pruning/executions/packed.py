@@ -121,12 +121,12 @@ class RemovingOfPacked(OfPacked):
         if selection.packing is not None:
             return selection
         assert selection.indices is not None and selection.present is not None
-        positions, there = selection.layout.positions(selection.indices), selection.layout.with_others(selection.present)
-        places = self._images.places.gather(1, positions)  # (B, P + n)
-        places = places.masked_fill(there == 0, self._images.length).flatten()
+        layout = selection.layout
+        places = self._images.places.gather(1, layout.positions(selection.indices))  # (B, P + n)
+        places = places.masked_fill(layout.with_others(selection.present) == 0, self._images.length).flatten()
         number = int((places < self._images.length).sum())
         rows, slots = (found[:number] for found in places.sort(stable=True))  # (t,)
-        shape = (len(selection.indices), selection.layout.length)
+        shape = (len(selection.indices), layout.length)
         return selection.replace(packing=Packing(shape, (Part(0, 1, number),), slots), rows=rows)
 
     def resume(self, tokens: Tensor, selection: Selection, full: Layout) -> Tensor:

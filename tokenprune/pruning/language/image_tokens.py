@@ -54,9 +54,9 @@ class ImageTokens:
         for size, rows in zip(self._tiles, row.cpu().split(self._tiles), strict=True):
             if size and int(rows[0]) != int(rows[-1]):
                 raise StateError(
-                    f"an image of {size} tokens would be in two prompts: the model's own code has its images in another "
-                    "order than the prompts, as a search of several beams has in some models where prompts have "
-                    "several images. Run it with num_beams=1."
+                    f"an image of {size} tokens would be in two prompts: the model's own code has its images in "
+                    "another order than the prompts, as a search of several beams has in some models whose prompts "
+                    "have several images; generate with num_beams=1."
                 )
         starts = torch.ones(len(row), dtype=torch.bool, device=row.device)
         starts[1:] = (row[1:] != row[:-1]) | (column[1:] != column[:-1] + 1)
