@@ -13,11 +13,11 @@ from benchmarks.measuring import Device, Name, Pairs, environment, input_size, r
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A Vision Transformer of timm.")] = "deit_tiny_patch16_224",
+    model: Annotated[str, typer.Option(help="A Vision Transformer of timm.")] = "deit_small_patch16_224",
     speedup: Annotated[list[float] | None, typer.Option(help="What to ask for; give it several times.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a pass.")] = 8,
     device: Device = "cpu",
-    pairs: Pairs = 15,
+    pairs: Pairs = 11,
     name: Name = "planning-cpu",
 ) -> None:
     """Find plans for speed-ups with `plan_for`, and measure each of them again, dense and pruned in turn."""

@@ -31,8 +31,8 @@ ROWS: dict[float, tuple[tuple[str, str], ...]] = {
     0.5: FITTED,
 }
 """By ρ, the scorers with starts of the fast paths. A predictor that was not trained says as little as chance."""
-EPOCHS = {"small_swin": 6, "small_convnext": 4}
-"""Of dense training, by model: a few minutes of one core."""
+EPOCHS = {"small_swin": 20, "small_convnext": 20}
+"""Of dense training, by model."""
 BATCH_SIZE = 64
 """Of dense training; half of the flat models'."""
 
