@@ -31,8 +31,7 @@ ROWS: dict[float, tuple[tuple[str, str], ...]] = {
     0.5: FITTED,
 }
 """By ρ, the scorers with starts of the fast paths. A predictor that was not trained says as little as chance."""
-EPOCHS = {"small_swin": 20, "small_convnext": 20}
-"""Of dense training, by model."""
+MODELS = ("small_swin", "small_convnext")
 BATCH_SIZE = 64
 """Of dense training; half of the flat models'."""
 
@@ -69,6 +68,7 @@ class Study:
         sparse: Settings of fine-tuning.
         data: The image folder.
         output: Every run gets a folder in it.
+        epochs: Of dense training.
         steps: Of fine-tuning.
         seed: Of everything random.
     """
@@ -77,10 +77,11 @@ class Study:
     sparse: Mapping[str, Any]
     data: Path
     output: Path
+    epochs: int
     steps: int
     seed: int
 
-    def run(self, models: Sequence[str] = tuple(EPOCHS), *, console: Console) -> list[Row]:
+    def run(self, models: Sequence[str] = MODELS, *, console: Console) -> list[Row]:
         """Train what has not been trained yet, and print the table; ``hierarchies.json`` has it too."""
         rows = [row for model in models for row in self.rows(model)]
         write_json(self.output / "hierarchies.json", [asdict(row) for row in rows])
@@ -101,13 +102,7 @@ class Study:
 
     def dense_settings(self, model: str) -> DenseSettings:
         """Of the dense model."""
-        given = {
-            "model": model,
-            "data_dir": self.data,
-            "epochs": EPOCHS[model],
-            "warmup_epochs": 0.5,
-            "seed": self.seed,
-        }
+        given = {"model": model, "data_dir": self.data, "epochs": self.epochs, "warmup_epochs": 0.5}
         given |= {"seed": self.seed, "batch_size": BATCH_SIZE, "learning_rate": 1.5e-3 * 1024 / BATCH_SIZE}
         given["output"] = self.output / f"{model}-dense-seed{self.seed}"
         return DenseSettings(**{**self.dense, **given, "resume": True})
