@@ -47,6 +47,7 @@ class Row:
         fast_paths: How they start.
         steps: Of fine-tuning.
         accuracy: On the validation images, as a fraction.
+        unpruned: The same weights' without pruning; ``None`` where they are the dense model's.
         gmacs: An image.
     """
 
@@ -56,6 +57,7 @@ class Row:
     fast_paths: str
     steps: int
     accuracy: float
+    unpruned: float | None
     gmacs: float
 
 
@@ -93,12 +95,13 @@ class Study:
         dense = self.dense_settings(model)
         made = run_once(dense, partial(train_dense, dense, description=f"{model}, dense"))
         yield Row(model=model, keep_ratio=1.0, scorer="", fast_paths="", steps=0,
-                  accuracy=made["scores"]["top1"], gmacs=made["gmacs"]["dense"])  # fmt: skip
+                  accuracy=made["scores"]["top1"], unpruned=None, gmacs=made["gmacs"]["dense"])  # fmt: skip
         for settings in self.sparse_settings(model):
             yield self._untrained(settings)
             label = f"{model}, {settings.scorer}, {settings.fast_paths}, ρ {settings.keep_ratio}"
             made = run_once(settings, partial(train_hierarchy, settings, description=label))
-            yield _row(settings, self.steps, made["scores"]["top1"], made["gmacs"]["sparse"])
+            scores, gmacs = made["scores"], made["gmacs"]["sparse"]
+            yield _row(settings, self.steps, scores["top1"], gmacs, unpruned=scores["dense_top1"])
 
     def dense_settings(self, model: str) -> DenseSettings:
         """Of the dense model."""
@@ -129,17 +132,21 @@ class Study:
         return _row(settings, 0, evaluate_model(model, settings, classes=classes)["top1"], gmacs)
 
 
-def _row(settings: HierarchySettings, steps: int, accuracy: float, gmacs: float) -> Row:
+def _row(
+    settings: HierarchySettings, steps: int, accuracy: float, gmacs: float, *, unpruned: float | None = None
+) -> Row:
     ratio = (settings.keep_ratio or [1.0])[0]
     return Row(model=settings.model, keep_ratio=ratio, scorer=settings.scorer, fast_paths=settings.fast_paths,
-               steps=steps, accuracy=accuracy, gmacs=gmacs)  # fmt: skip
+               steps=steps, accuracy=accuracy, unpruned=unpruned, gmacs=gmacs)  # fmt: skip
 
 
 def table(rows: list[Row]) -> Table:
     """The rows, one a line."""
-    made = Table(title="Fast paths", columns=("model", "ρ", "scorer", "fast paths", "steps", "accuracy", "MMACs"))
+    columns = ("model", "ρ", "scorer", "fast paths", "steps", "accuracy", "unpruned", "MMACs")
+    made = Table(title="Fast paths", columns=columns)
     for row in rows:
         what = ("dense", "", "", "") if row.keep_ratio == 1 else (f"{row.keep_ratio:g}", row.scorer, row.fast_paths,
                                                                    str(row.steps))  # fmt: skip
-        made.add(row.model, *what, f"{row.accuracy:.2%}", f"{row.gmacs * 1e3:.2f}")
+        unpruned = "" if row.unpruned is None else f"{row.unpruned:.2%}"
+        made.add(row.model, *what, f"{row.accuracy:.2%}", unpruned, f"{row.gmacs * 1e3:.2f}")
     return made

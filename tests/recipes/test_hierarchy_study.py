@@ -49,6 +49,7 @@ def test_every_row_is_made_once(folder: Path, tmp_path: Path, monkeypatch: pytes
     assert len(rows) == 1 + 2 * sum(map(len, ROWS.values())) and {row.model for row in rows} <= {*MODELS}
     assert len({(row.keep_ratio, row.scorer, row.fast_paths, row.steps) for row in rows}) == len(rows)
     assert rows[0].keep_ratio == 1.0 and all(row.gmacs != rows[0].gmacs for row in rows[1:])
+    assert all((row.unpruned is None) == (row.steps == 0) for row in rows)
     assert len(json.loads((tmp_path / "hierarchies.json").read_text())) == len(rows)
     for train in ("train_dense", "train_hierarchy"):
         monkeypatch.setattr(hierarchy_study, train, lambda *args, **options: pytest.fail("trained again"))
