@@ -21,16 +21,17 @@ from recipes.engine.fitting import evaluate_model, run_once
 from recipes.engine.models import data_config
 from recipes.engine.randomness import seed_everything
 from recipes.engine.tables import Table
-from recipes.hierarchy import REDUCTION, HierarchySettings, keep_ratios, start_fast_paths, train_hierarchy
+from recipes.hierarchy import REDUCTION, HierarchySettings, start_fast_paths, train_hierarchy
 from recipes.small.presets import learning_rates
 
 STARTS = ("zero", "random", "fitted")
 FITTED = (("predictor", "fitted"), ("random", "fitted"))
-ROWS: dict[float, tuple[tuple[str, str], ...]] = {
-    0.7: (*(("predictor", start) for start in STARTS[:-1]), *FITTED),
-    0.5: FITTED,
+PLANS: dict[tuple[float, ...], tuple[tuple[str, str], ...]] = {
+    (0.7, 0.5, 0.3): (*(("predictor", start) for start in STARTS[:-1]), *FITTED),
+    (0.5, 0.3, 0.1): FITTED,
+    (0.2, 0.1, 0.05): FITTED,
 }
-"""By ρ, the scorers with starts of the fast paths. A predictor that was not trained says as little as chance."""
+"""By plan, the scorers with starts of the fast paths. A predictor that was not trained says as little as chance."""
 MODELS = ("small_swin", "small_convnext")
 BATCH_SIZE = 64
 """Of dense training; half of the flat models'."""
@@ -42,7 +43,7 @@ class Row:
 
     Attributes:
         model: timm's name.
-        keep_ratio: ρ of ρ, ρ − 0.2, ρ − 0.4; 1 for the dense model.
+        keep_ratios: Of the three stages; empty for the dense model.
         scorer: Its name.
         fast_paths: How they start.
         steps: Of fine-tuning.
@@ -52,7 +53,7 @@ class Row:
     """
 
     model: str
-    keep_ratio: float
+    keep_ratios: tuple[float, ...]
     scorer: str
     fast_paths: str
     steps: int
@@ -94,11 +95,11 @@ class Study:
         """The results of one model."""
         dense = self.dense_settings(model)
         made = run_once(dense, partial(train_dense, dense, description=f"{model}, dense"))
-        yield Row(model=model, keep_ratio=1.0, scorer="", fast_paths="", steps=0,
+        yield Row(model=model, keep_ratios=(), scorer="", fast_paths="", steps=0,
                   accuracy=made["scores"]["top1"], unpruned=None, gmacs=made["gmacs"]["dense"])  # fmt: skip
         for settings in self.sparse_settings(model):
             yield self._untrained(settings)
-            label = f"{model}, {settings.scorer}, {settings.fast_paths}, ρ {settings.keep_ratio}"
+            label = f"{model}, {settings.scorer}, {settings.fast_paths}, {settings.keep_ratio}"
             made = run_once(settings, partial(train_hierarchy, settings, description=label))
             scores, gmacs = made["scores"], made["gmacs"]["sparse"]
             yield _row(settings, self.steps, scores["top1"], gmacs, unpruned=scores["dense_top1"])
@@ -113,11 +114,11 @@ class Study:
     def sparse_settings(self, model: str) -> Iterator[HierarchySettings]:
         """Of every run of fine-tuning."""
         weights = self.dense_settings(model).output / "model.safetensors"
-        for ratio, rows in ROWS.items():
+        for ratios, rows in PLANS.items():
             for scorer, start in rows:
-                given = {"model": model, "data_dir": self.data, "checkpoint": weights, "keep_ratio": keep_ratios(ratio)}
+                given = {"model": model, "data_dir": self.data, "checkpoint": weights, "keep_ratio": [*ratios]}
                 given |= {"scorer": scorer, "fast_paths": start, "steps_per_epoch": self.steps, "seed": self.seed}
-                name = f"{model}-{scorer}-{start}-{ratio:g}-{self.steps}-seed{self.seed}"
+                name = f"{model}-{scorer}-{start}-{ratios[0]:g}-{self.steps}-seed{self.seed}"
                 given |= {**learning_rates(scorer), "output": self.output / name}
                 yield HierarchySettings(**{**self.sparse, **given, "resume": True})
 
@@ -135,18 +136,18 @@ class Study:
 def _row(
     settings: HierarchySettings, steps: int, accuracy: float, gmacs: float, *, unpruned: float | None = None
 ) -> Row:
-    ratio = (settings.keep_ratio or [1.0])[0]
-    return Row(model=settings.model, keep_ratio=ratio, scorer=settings.scorer, fast_paths=settings.fast_paths,
+    ratios = tuple(settings.keep_ratio or ())
+    return Row(model=settings.model, keep_ratios=ratios, scorer=settings.scorer, fast_paths=settings.fast_paths,
                steps=steps, accuracy=accuracy, unpruned=unpruned, gmacs=gmacs)  # fmt: skip
 
 
 def table(rows: list[Row]) -> Table:
     """The rows, one a line."""
-    columns = ("model", "ρ", "scorer", "fast paths", "steps", "accuracy", "unpruned", "MMACs")
+    columns = ("model", "keep ratios", "scorer", "fast paths", "steps", "accuracy", "unpruned", "MMACs")
     made = Table(title="Fast paths", columns=columns)
     for row in rows:
-        what = ("dense", "", "", "") if row.keep_ratio == 1 else (f"{row.keep_ratio:g}", row.scorer, row.fast_paths,
-                                                                   str(row.steps))  # fmt: skip
+        plan = ", ".join(f"{ratio:g}" for ratio in row.keep_ratios) or "dense"
+        what = (plan, row.scorer, row.fast_paths, str(row.steps) if row.keep_ratios else "")
         unpruned = "" if row.unpruned is None else f"{row.unpruned:.2%}"
         made.add(row.model, *what, f"{row.accuracy:.2%}", unpruned, f"{row.gmacs * 1e3:.2f}")
     return made
