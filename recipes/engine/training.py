@@ -15,7 +15,6 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, GradientAccumulationPlugin
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -27,6 +26,7 @@ from recipes.engine.optimization import Schedule
 from recipes.engine.randomness import seed_everything
 from recipes.engine.run_folder import check_folder, continues, write_settings
 from recipes.engine.settings import SettingsError, TrainingSettings
+from recipes.engine.sharding import Average, Unsharded, is_sharded, prepare_sharding
 
 LossFunction = Callable[[nn.Module, Tensor, Any, Tensor], Mapping[str, Tensor]]
 
@@ -111,6 +111,7 @@ def train(
         DataError: There are too few images for one step.
         FloatingPointError: The loss is not finite.
     """
+    prepare_sharding(accelerator, settings)
     checkpoints = Checkpoints(settings.output / "checkpoints")
     batches_per_step = settings.accumulation * accelerator.num_processes
     images_per_step = settings.images_per_step(accelerator.num_processes)
@@ -133,7 +134,8 @@ def train(
     )
     optimizer = create_optimizer_v2(parameter_groups, opt="adamw", lr=0.0, weight_decay=settings.weight_decay)
     model.to(accelerator.device)
-    average = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
+    average = Average(model, decay=settings.ema_decay) if settings.ema_decay else None
+    unsharded = Unsharded(model) if is_sharded(accelerator) and average is None else None
     for part in (average, loss_function):
         if isinstance(part, nn.Module):
             part.to(accelerator.device)
@@ -209,7 +211,7 @@ def train(
         tracker.finish()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
     model.__dict__.pop("forward", None)  # left by Accelerate: its autocast, or the bound method
-    return result_of, scores
+    return result_of if unsharded is None else unsharded.with_weights_of(model), scores
 
 
 def _claim_output(accelerator: Accelerator, checkpoints: Checkpoints, settings: TrainingSettings) -> None:

@@ -47,3 +47,7 @@ and tokens go on in another order, so that sums run in another order."""
 
 SHORTENED_PROMPT = 1e-5
 """Logits of about 1, in single precision: sums over the tokens that are left run over other lengths."""
+
+SHARDED = 1e-4
+"""Losses of about 2.5 and weights of about 1, of two sharded processes and of one, after 16 steps: gradients are summed
+in another order, and AdamW divides by their size."""
