@@ -152,32 +152,25 @@ _OTHERS: dict[str, tuple[str, int, Arguments | Changes]] = {
 }
 
 
-def _other(family: str, name: str | None = None) -> Entry:
-    """An entry point of a file, by default its example, at the size of the example."""
+def _other(family: str) -> Entry:
     names = timm.list_models(module=family)
-    example, side, sizes = _OTHERS.get(family, (names[0], 0, {}))
-    if example not in names:  # of another release of timm
-        example, side, sizes = names[0], 0, {}
-    chosen = name or example
+    name, side, sizes = _OTHERS.get(family, (names[0], 0, {}))
+    if name not in names:  # of another release of timm
+        name, side, sizes = names[0], 0, {}
 
     def changes(arguments: Arguments) -> Arguments:
-        return {**(sizes(arguments) if callable(sizes) else sizes), "num_classes": num_classes(chosen)}
+        return {**(sizes(arguments) if callable(sizes) else sizes), "num_classes": num_classes(name)}
 
     # This file counts its channels before anything is built.
     options = {"channel_multiplier": 0.125} if family == "mobilenetv5" else {}
-    height, width = (side, side) if side else timm.get_pretrained_cfg(chosen).input_size[1:]
+    height, width = (side, side) if side else timm.get_pretrained_cfg(name).input_size[1:]
     return Entry(
         library="timm",
         family=family,
-        name=chosen,
-        build=lambda: create(chosen, {"build_model_with_cfg": changes}, **options),
+        name=name,
+        build=lambda: create(name, {"build_model_with_cfg": changes}, **options),
         inputs=partial(images, height, width),
     )
-
-
-def every_of(family: str) -> list[Entry]:
-    """Every entry point of a file, at the size of its example."""
-    return [_other(family, name) for name in timm.list_models(module=family)]
 
 
 def other_files() -> list[Entry]:
