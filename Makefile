@@ -53,6 +53,8 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.frozen
 	$(BIN)/python -m benchmarks.frozen --model digits_vit --batch-size 1 --batch-size 64 --pairs 61 \
 		--name frozen-digits-cpu
+	$(BIN)/python -m benchmarks.frozen --runtime onnx --pairs 11 --name frozen-onnx-cpu
+	$(BIN)/python -m benchmarks.frozen --runtime compile --pairs 11 --name frozen-compile-cpu
 	$(BIN)/python -m benchmarks.hierarchies
 	$(BIN)/python -m benchmarks.prefill
 

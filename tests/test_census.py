@@ -1,8 +1,8 @@
 """The census: every model that is listed as supported is proved, and every other one is refused.
 
-``make test`` proves one model of each kind of timm's, and all of transformers'; ``make test-all`` proves all, compiles
-and exports those of each kind, and prints how many. The lists beside the adapters are written by ``tokenprune prove``:
-CONTRIBUTING.md says how.
+``make test`` proves one model of each kind of timm's, and all of transformers' but some that differ only behind their
+tower; ``make test-all`` proves all, compiles and exports those of each kind, and prints how many. The lists beside the
+adapters are written by ``tokenprune prove``: CONTRIBUTING.md says how.
 
 An entry that its library cannot run unpruned is skipped, and listed when all is done: tests/census/hosts.py.
 """
@@ -23,6 +23,7 @@ from tests.census import (
     timm_other_files,
     torchvision_hierarchies,
     transformers_hierarchies,
+    transformers_packed,
     transformers_refused,
 )
 from tests.census import torchvision as census_torchvision
@@ -34,6 +35,7 @@ from tests.helpers.zoo import hook_counts
 TIMM = census_timm.flat_examples()
 DISTINCT_TIMM = [entry for entry in TIMM if entry.compiled]
 ALIKE_TIMM = [entry for entry in TIMM if not entry.compiled]
+ALIKE = [*ALIKE_TIMM, *transformers_packed.alike()]
 OTHERS = [*census_transformers.flat_examples(), *census_torchvision.flat_examples()]
 OTHER_FILES_OF_TIMM = timm_other_files.other_files()
 REFUSED = transformers_refused.refused() + transformers_refused.refused_composites()
@@ -66,7 +68,7 @@ def test_one_model_of_each_kind(entry: Entry, record_property: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", ALIKE_TIMM, ids=names(ALIKE_TIMM))
+@pytest.mark.parametrize("entry", ALIKE, ids=names(ALIKE))
 def test_all_models_alike(entry: Entry, record_property: Any) -> None:
     prove(entry, compiled=False)
     record_property(f"supported {entry.library}", entry.name)
@@ -149,12 +151,21 @@ def test_hardly_any_library_s_own_model_fails(library: str, entries: list[Entry]
     assert_most_run(library, entries)
 
 
+def test_every_tower_that_packs_images_is_listed() -> None:
+    """Before packed sequences could be pruned, all of them were refused, but for Pixtral's, pruned as one image."""
+    listed = {(model.family, model.name) for model in tokenprune.supported("transformers")}
+    packing = {(entry.family, entry.name) for entry in transformers_packed.towers()}
+    assert packing <= listed
+    if not is_older("transformers"):
+        assert len(packing - {("pixtral", "PixtralVisionModel")}) >= 30
+
+
 @pytest.mark.parametrize("library", ["timm", "transformers", "torchvision"])
 def test_nothing_is_listed_as_supported_that_is_not_tested(library: str) -> None:
     hierarchies = (
         *timm_hierarchies.examples(), *transformers_hierarchies.examples(), *torchvision_hierarchies.every()
     )  # fmt: skip
-    tested = {(entry.library, entry.name) for entry in (*DISTINCT_TIMM, *ALIKE_TIMM, *OTHERS, *hierarchies)}
+    tested = {(entry.library, entry.name) for entry in (*DISTINCT_TIMM, *ALIKE, *OTHERS, *hierarchies)}
     listed = tokenprune.supported(library)
     assert listed
     assert is_older(library) or {(model.library, model.name) for model in listed} <= tested

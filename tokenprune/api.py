@@ -115,7 +115,8 @@ def sparsify(
         raise TypeError(f"backbone={type(backbone).__name__}: expected a tokenprune.Backbone that describes the model.")
     backbone.check(model)
     backbone = backbone.for_stages(stages)
-    level = None if backbone.hierarchy is None else backbone.reach
+    every = backbone.hierarchy is None and len(backbone.reach) == len(backbone.blocks)
+    level = None if every else backbone.reach
     plan = Plan.build(depth=len(backbone.blocks), stages=stages, keep_ratio=keep_ratio, level=level)
     parts = Parts(model, backbone)
     reductions = []

@@ -163,6 +163,21 @@ def _packed_row(model: PreTrainedModel, config: Any) -> dict[str, Any]:
     return {name: value.unsqueeze(0) if name == "pixel_values" else value for name, value in inputs.items()}
 
 
+def _packed_strip(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    """Patches as one image of one row, and grids without a number of frames."""
+    inputs = _packed_patches(model, config)
+    return {
+        name: value[:, 1:] if name == grids_of(model) else value.permute(1, 2, 0, 3).flatten(2).unsqueeze(0)
+        for name, value in inputs.items()
+    }
+
+
+def _packed_cells(model: PreTrainedModel, config: Any) -> dict[str, Any]:
+    """Pixels, channels last, of each cell of patches that become one token behind the blocks."""
+    side = config.patch_size * config.spatial_merge_size
+    return _packed_as(model, config, (side, side, _num_channels(config)))
+
+
 def _packed_as(model: PreTrainedModel, config: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     grids = torch.tensor(_GRIDS, device=_device(model))
     name, sizes = next(iter(inspect.signature(model.forward).parameters)), grids_of(model)
@@ -195,4 +210,6 @@ _FAMILIES: dict[str, Callable[[PreTrainedModel, Any], dict[str, Any]]] = {
     ),
     "kimi_k25_vision": _packed_patches,
     "paddleocr_vl_vision": _packed_row,
+    **dict.fromkeys(("minicpmv4_6_vision", "minicpmv4_7_vision", "minicpm_ocr_vision"), _packed_strip),
+    "inkling2_vision": _packed_cells,
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenprune import VisionLanguage
 from tokenprune.backbones.probing import eval_mode, random_inputs
 from tokenprune_transformers.example_inputs import image_size
+from tokenprune_transformers.packed import grids_of
 
 _PIXELS = 448
 """Height and width of images for models that take any."""
@@ -19,7 +20,7 @@ _PIXELS = 448
 def example_prompts(model: Any, described: VisionLanguage, *, num_prompts: int, num_words: int) -> dict[str, Any]:
     """Keyword arguments of a forward pass: prompts of so many words, half of them in front of an image."""
     merging: Any = described.model
-    images = _images(merging, num_prompts)
+    images = _images(merging, described.tower, num_prompts)
     with eval_mode(model), torch.no_grad():
         encoded = getattr(merging, described.encode)(**images)
     number = _count(getattr(encoded, "pooler_output", encoded)) // num_prompts
@@ -37,7 +38,7 @@ def example_prompts(model: Any, described: VisionLanguage, *, num_prompts: int, 
     return made
 
 
-def _images(model: Any, number: int) -> dict[str, Any]:
+def _images(model: Any, tower: Any, number: int) -> dict[str, Any]:
     """One random image for each prompt, as the encoding method takes them."""
     config = model.config.vision_config
     if "image_grid_thw" in inspect.signature(model.get_image_features).parameters:
@@ -52,7 +53,10 @@ def _images(model: Any, number: int) -> dict[str, Any]:
         sizes = torch.tensor([[height, width]] * number)
         return {**random_inputs(model, pixel_values=(number, tiles, 3, height, width)), "image_sizes": sizes}
     by_prompt = (1,) if hasattr(model, "connector") else ()  # Idefics takes several images of a prompt
-    return random_inputs(model, pixel_values=(number, *by_prompt, 3, height, width))
+    made: dict[str, Any] = random_inputs(model, pixel_values=(number, *by_prompt, 3, height, width))
+    if grids_of(tower) == "image_sizes":
+        made["image_sizes"] = torch.tensor([[height, width]] * number, device=made["pixel_values"].device)
+    return made
 
 
 def _count(tokens: Any) -> int:

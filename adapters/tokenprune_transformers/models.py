@@ -15,7 +15,7 @@ from tokenprune.backbones.hierarchy import observe_hierarchy
 from tokenprune.backbones.structure import observe
 from tokenprune_transformers.example_inputs import example_inputs, image_size, pair, vision_config
 from tokenprune_transformers.families import FrameMessage, FullLength, PositionInput, SharedTables
-from tokenprune_transformers.packed import PackedObstacleError, grids_of, packed
+from tokenprune_transformers.packed import grids_of, num_prefix_of, packed
 from tokenprune_transformers.vision_language import vision_language
 
 if TYPE_CHECKING:
@@ -91,8 +91,6 @@ def describe(model: nn.Module) -> Backbone:
     """
     try:
         return _flat(model)
-    except PackedObstacleError:
-        raise
     except UnsupportedModelError as flat:
         try:
             return _hierarchy(model, obstacle=str(flat))
@@ -129,10 +127,9 @@ def _flat(model: nn.Module) -> Backbone:
     composite, prompted = _has_other_parts(model), vision_language(model) is not None
     if composite:
         tower = _vision_tower(model, config)
-        # A tower that packs images gives as many tokens as it would without pruning. What follows Pixtral's takes them
-        # by the sizes of its images, and has not been tried.
+        # A tower that packs images gives as many tokens as it would without pruning.
         takes_any = prompted or names & {*_POOLING, *_TAKING_ANY_NUMBER} or grids_of(tower) is not None
-        if not takes_any or config.model_type == "pixtral":
+        if not takes_any:
             raise UnsupportedModelError(
                 f"what {name} does with its vision tokens may need every one of them; sparsify its "
                 f"{type(tower).__name__} alone if it does not."
@@ -146,6 +143,7 @@ def _flat(model: nn.Module) -> Backbone:
         settings=settings,
         first_list=name.endswith("ForPreTraining") or config.model_type == "vjepa2",
         packed=packing is not None,
+        num_merged=1 if packing is None or packing.coarser is None else packing.coarser.patch_size**2,
         frames=config.model_type == "xclip_vision_model",
         num_inner_tokens=int(config.model_type == "xclip_vision_model"),
     )
@@ -166,6 +164,8 @@ def _flat(model: nn.Module) -> Backbone:
         "token_inputs": {**structure.token_inputs, **family.get("token_inputs", {})},
         "adaptations": adaptations,
     }
+    if packing is not None:
+        found["num_prefix_tokens"] = num_prefix_of(config)
     return Backbone(
         **found,
         neutral_inputs=family.get("neutral_inputs", {}),

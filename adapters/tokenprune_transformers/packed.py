@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune import Packed, UnsupportedModelError
+from tokenprune import Packed
 
 # The parameters that say how many patches each image has.
 GRIDS = ("grid_thw", "image_grid_thw", "image_sizes", "target_sizes")
-# What is between the blocks, by the model type of a tower's config, where packed tokens cannot be pruned.
-_OBSTACLES = {
-    **dict.fromkeys(
-        ("minicpmv4_6_vision", "minicpmv4_7_vision", "minicpm_ocr_vision"),
-        "merges windows of tokens between its blocks, so that these run over different numbers of them",
-    ),
-    "lfm3_vl_vision": "has convolutions over each image's grid in its blocks, which take every token",
-    "inkling2_vision": "puts a class token in front of each image's patches in the sequence",
-}
 # What towers do differently, by the same key: attributes of a Packed.
 _FAMILIES: dict[str, dict[str, Any]] = {
     # Rows of patches, which are merged behind the blocks, over all frames of a video or frame by frame.
@@ -31,11 +23,13 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     # The same, in the order of windows.
     **{key: {"blockwise": False} for key in ("muse_spark_vision", "muse_glimmer_vision")},
     "video_llama_3_vision": {"merge_size": "merge_sizes"},
+    # Grids count what is merged behind the blocks.
+    "inkling2_vision": {"cell_size": "spatial_merge_size"},
 }
-
-
-class PackedObstacleError(UnsupportedModelError):
-    """A tower packs images, and needs all of their tokens between its blocks."""
+# How many tokens stand in front of each image's patches, by the same key.
+_NUM_PREFIX = {"inkling2_vision": 1}
+# Towers that merge windows of tokens behind one of their blocks, whose number the config says.
+_MERGING = ("minicpmv4_6_vision", "minicpmv4_7_vision", "minicpm_ocr_vision")
 
 
 def grids_of(tower: nn.Module) -> str | None:
@@ -44,22 +38,33 @@ def grids_of(tower: nn.Module) -> str | None:
     return next((name for name in GRIDS if name in names), None)
 
 
-def packed(tower: nn.Module, config: Any) -> Packed | None:
-    """How a tower packs images; ``None`` if it does not.
+def num_prefix_of(config: Any) -> int:
+    """How many tokens, such as a class token, stand in front of each image's patches in a packed sequence."""
+    return _NUM_PREFIX.get(config.model_type, 0)
 
-    Raises:
-        PackedObstacleError: What is between its blocks needs every token; the message says what it is.
-    """
+
+def packed(tower: nn.Module, config: Any) -> Packed | None:
+    """How a tower packs images; ``None`` if it does not."""
     grids = grids_of(tower)
     if grids is None:
         return None
-    if config.model_type in _OBSTACLES:
-        why = _OBSTACLES[config.model_type]
-        raise PackedObstacleError(f"{type(tower).__name__} packs all images of a batch into one sequence, and {why}.")
     if grids == "image_sizes":  # in pixels, and images stand row by row
         return Packed(grids=grids, lengths=(), patch_size=int(config.patch_size))
+    if config.model_type in _MERGING:
+        return _with_merger(grids, config)
     settings = {"merge_size": _merge_size(config), **_FAMILIES.get(config.model_type, {})}
+    settings |= {name: getattr(config, value) for name, value in settings.items() if name == "cell_size"}
     return Packed(grids=grids, order=_order(tower), **settings)
+
+
+def _with_merger(grids: str, config: Any) -> Packed:
+    """Of a tower with a merger between its blocks the sequence in front of it, and behind it the one of windows."""
+    side, merger, depth = int(config.window_kernel_size[0]), int(config.insert_layer_id) + 1, config.num_hidden_layers
+    front = Packed(grids=grids, merge_size=side, blockwise=False)
+    if not 0 < merger < depth:
+        return front
+    behind = Packed(grids=grids, patch_size=side, blocks=range(merger, depth))
+    return replace(front, blocks=range(merger), coarser=behind)
 
 
 def _merge_size(config: Any) -> int | tuple[int, int]:

@@ -76,9 +76,12 @@ _MODELS: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("LlavaNextModel", "LlavaOnevisionModel")},
     **{
         name: {"block": _merged, "positions": _multimodal}
-        for name in ("Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel")
+        for name in (
+            "Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel", "Qwen3VLMoeModel",
+            "Glm4vModel", "Glm4vMoeModel", "Glm46VModel", "GlmOcrModel",
+        )
     },
-}
+}  # fmt: skip
 _LANGUAGE, _TOWER = ("language_model", "text_model"), ("vision_tower", "vision_model", "visual")
 
 

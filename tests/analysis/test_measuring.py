@@ -84,7 +84,7 @@ def test_throughput_tells_who_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
         clock[0] += 1.0 if model.tokenprune.enabled else 3.0
 
     model.register_forward_pre_hook(run)
-    monkeypatch.setattr("tokenprune.analysis.benchmark.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("tokenprune.analysis.runtimes.time.perf_counter", lambda: clock[0])
     report = tokenprune.throughput(model, (3, 48, 48), batch_size=2, pairs=4, warmup=0)
     assert report.dense_seconds == (3.0,) * 4 and report.sparse_seconds == (1.0,) * 4
     assert report.speedup == 3.0 and report.dense_latency == 3.0 and report.dense_images_per_second == 2 / 3

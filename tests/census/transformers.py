@@ -116,9 +116,10 @@ def rows(names: str, inputs: Inputs = IMAGES, **given: Any) -> Iterator[Entry]:
 
 def examples() -> list[Entry]:
     """All that are supported, to prove: flat models, and hierarchies with a fast path."""
-    from tests.census import transformers_hierarchies  # which builds its entries with what is here
+    # Which build their entries with what is here.
+    from tests.census import transformers_hierarchies, transformers_packed
 
-    return [*flat_examples(), *transformers_hierarchies.examples()]
+    return [*flat_examples(), *transformers_packed.alike(), *transformers_hierarchies.examples()]
 
 
 def flat_examples() -> list[Entry]:
@@ -126,7 +127,8 @@ def flat_examples() -> list[Entry]:
     from tests.census import transformers_packed  # which builds its entries with what is here
 
     plain = [replace(entry, compiled=True) for entry in supported()]
-    packed = [*transformers_packed.towers(), *transformers_packed.composites()]
+    towers = [*transformers_packed.towers(), *transformers_packed.behind_merger()]
+    packed = [*towers, *transformers_packed.composites()]
     return [*plain, *uncovered(), *composites(), *language_models(), *packed]
 
 

@@ -16,11 +16,12 @@ GRID = IMAGE_SIZE // PATCH_SIZE
 NUM_PATCHES, PATCH_VALUES = GRID**2, 3 * PATCH_SIZE**2
 IMAGE_TOKEN = 40
 
-# Height and width in patches of the images of a batch: two merged, three pooled, or neither.
+# Height and width in patches of the images of a batch: two merged, once or twice, three pooled, or neither.
 GRIDS = {
     1: ((6, 6), (4, 6), (6, 3), (5, 5), (3, 4)),
     2: ((6, 6), (4, 6), (6, 2), (2, 4)),
     3: ((6, 6), (3, 6), (6, 3), (3, 3)),
+    4: ((4, 8), (4, 4), (8, 4)),
 }
 
 Inputs = Callable[[int, torch.Generator], dict[str, Any]]
@@ -97,11 +98,12 @@ def packed(
     name: str = "hidden_states",
     sizes: str = "grid_thw",
     shape: Callable[[int], tuple[int, ...]] = lambda total: (total, 2 * PATCH_VALUES),
+    multiple: int = 2,
 ) -> Inputs:
     """The patches of images of different sizes one after the other, in a shape made from T, and those sizes."""
 
     def make(batch: int, generator: torch.Generator) -> dict[str, Any]:
-        shapes = torch.tensor(grids(batch, 2))
+        shapes = torch.tensor(grids(batch, multiple))
         drawn = torch.randn(shape(int(shapes.prod(1).sum())), generator=generator)
         if "thw" in sizes:
             return {name: drawn, sizes: torch.cat([torch.ones(batch, 1, dtype=torch.long), shapes], 1)}
@@ -110,9 +112,9 @@ def packed(
     return make
 
 
-def areas(divisor: int = 1) -> Callable[[int], list[int]]:
+def areas(divisor: int = 1, multiple: int = 2) -> Callable[[int], list[int]]:
     """How many tokens the images of different sizes become, given how many patches become one."""
-    return lambda batch: [height * width // divisor for height, width in grids(batch, 2)]
+    return lambda batch: [height * width // divisor for height, width in grids(batch, multiple)]
 
 
 def prompt(num_image_tokens: int | Callable[[int], list[int]] = 0, places: str = "", prefix: str = "") -> Inputs:

@@ -23,14 +23,13 @@ from tests.census.transformers_inputs import (
     each,
     mllama_tiles,
     naflex,
-    packed,
     padded,
     prompt,
 )
 
 
 def refused() -> list[Entry]:
-    """Classes with windows, stages, grids, factorised attention or packed rows, which the library is to refuse."""
+    """Classes with windows, stages, grids or factorised attention, which the library is to refuse."""
     swin = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "patch_size": 4, "window_size": 3}
     stages = {"depths": (2, 2, 2, 2), "hidden_sizes": (8, 16, 24, 32)}
     pyramid = {**stages, "num_attention_heads": (1, 2, 2, 4)}
@@ -44,7 +43,6 @@ def refused() -> list[Entry]:
     names = ("image_model_config", "patch_model_config", "fov_model_config")
     tiles = {name: {"model_type": "dinov2", "image_size": 24} for name in names}
     halves = dict.fromkeys(("pixel_values", "prompt_pixel_values", "prompt_masks"), (3, IMAGE_SIZE // 2, IMAGE_SIZE))
-    strip = packed("pixel_values", "target_sizes", lambda total: (1, 3, PATCH_SIZE, total * PATCH_SIZE))
     return [
         *rows("swin SwinModel SwinForImageClassification swinv2 Swinv2Model donut DonutSwinModel "
               "maskformer MaskFormerSwinBackbone", **swin),
@@ -92,13 +90,7 @@ def refused() -> list[Entry]:
               backbone_config={**resnet, "out_features": ["stage4"]}, **detr),
         *rows("depth_pro DepthProModel", draw(pixel_values=(3, 96, 96)), patch_size=24, intermediate_hook_ids=(3, 1),
               intermediate_feature_dims=(8, 8), scaled_images_feature_dims=(8, 8, 8), fusion_hidden_size=8, **tiles),
-        *rows("inkling2 Inkling2VisionModel",
-              packed("pixel_values", "image_grid_thw", lambda total: (total, 2 * PATCH_SIZE, 2 * PATCH_SIZE, 3)),
-              text_hidden_size=32, projection_hidden_dim=32),
-        *rows("lfm3_vl Lfm3VlVisionModel", packed("pixel_values"), layer_types=["conv", "full_attention"] * 2),
         *rows("mllama MllamaVisionModel", mllama_tiles, **MLLAMA),
-        *rows("minicpmv4_6 MiniCPMV4_6VisionModel minicpmv4_7 MiniCPMV4_7VisionModel minicpm_ocr MiniCPMOcrVisionModel",
-              strip, insert_layer_id=2),
         *rows("layoutlmv3 LayoutLMv3Model", WORDS, input_size=IMAGE_SIZE, coordinate_size=5, shape_size=6),
     ]  # fmt: skip
 
@@ -107,7 +99,6 @@ def refused_composites() -> list[Entry]:
     """Models of several parts, of which those behind the vision tower may need every token."""
     image, nine = both(IMAGES, prompt(NUM_PATCHES)), both(IMAGES, prompt(9))
     token, token_id = {"image_token_index": IMAGE_TOKEN}, {"image_token_id": IMAGE_TOKEN}
-    full = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
     patches = {"vision_config": {"num_patches": NUM_PATCHES}}
     images = padded("pixel_attention_mask", PATCH_SIZE, images=2)
     wide = [IMAGE_SIZE, 2 * IMAGE_SIZE]
@@ -128,10 +119,6 @@ def refused_composites() -> list[Entry]:
         *rows("git GitForCausalLM", WORDS, num_hidden_layers=2),
         *rows("kosmos2 Kosmos2ForConditionalGeneration", both(IMAGES, prompt(9, places="image_embeds_position_mask")),
               latent_query_num=9, text_config={"layers": 2, "ffn_dim": 64}),
-        *rows("llava LlavaForConditionalGeneration", both(padded(sizes="image_sizes"), prompt(areas())),
-              **token, vision_config={"model_type": "pixtral"}, **full),
-        *rows("mistral3 Mistral3ForConditionalGeneration", both(padded(sizes="image_sizes"), prompt(areas(4))),
-              **token),
         *rows("llava_next LlavaNextForConditionalGeneration llava_onevision LlavaOnevisionForConditionalGeneration",
               tiled, image_grid_pinpoints=[wide, wide[::-1]], **token),
         *rows("vipllava VipLlavaForConditionalGeneration", image, vision_feature_layer=(-2, -3, 1), **token),

@@ -100,23 +100,24 @@ def test_bench_compares_ratios() -> None:
 def test_bench_runs_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def throughput(model: Any, size: Any, **options: Any) -> Any:
-        seen.append(
-            (type(model).__name__, next(model.parameters()).dtype, size, options["batch_size"], options["pairs"])
-        )
-        assert options["warmup"] == 1
-        seconds = (1.0,) * options["pairs"]
-        return tokenprune.ThroughputReport(
-            input_size=size, batch_size=options["batch_size"], keep_ratios=(0.7,), dense_seconds=seconds,
-            sparse_seconds=seconds, dense_peak_bytes=3 << 20, sparse_peak_bytes=2 << 20,
-        )  # fmt: skip
+    def throughputs(model: Any, size: Any, **options: Any) -> Any:
+        batches, pairs = options["batch_sizes"], options["pairs"]
+        seen.append((next(model.parameters()).dtype, size, batches, pairs, options["warmup"], options["runtime"]))
+        assert options["limit"]
+        return [
+            tokenprune.ThroughputReport(
+                input_size=size, batch_size=batch, keep_ratios=(0.7,), dense_seconds=(1.0,) * pairs,
+                sparse_seconds=(1.0,) * pairs, dense_peak_bytes=3 << 20, sparse_peak_bytes=2 << 20,
+            )
+            for batch in batches
+        ]  # fmt: skip
 
-    monkeypatch.setattr("tokenprune.analysis.benchmark.throughput", throughput)
-    result = run("bench", *SMALL, "--compile", "--dtype", "float16", "-b", "4", "--pairs", "9", "--warmup", "1",
-                 "--image-size", "96", "-k", "0.7", "-k", "0.5", "--device", "cpu")  # fmt: skip
+    monkeypatch.setattr("tokenprune.analysis.benchmark.throughputs", throughputs)
+    result = run("bench", *SMALL, "--runtime", "compile", "--dtype", "float16", "-b", "4", "--pairs", "9",
+                 "--warmup", "1", "--image-size", "96", "-k", "0.7", "-k", "0.5", "--device", "cpu")  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    assert seen == [("OptimizedModule", torch.float16, (3, 96, 96), batch, 9) for batch in (1, 4, 1, 4)]
-    assert "float16, compiled" in result.stdout and "3 → 2" in result.stdout and "?" not in result.stdout
+    assert seen == [(torch.float16, (3, 96, 96), [1, 4], 9, 1, "compile")] * 2
+    assert "float16, compile" in result.stdout and "3 → 2" in result.stdout and "?" not in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -144,9 +145,18 @@ def test_export_of_every_kind_of_model(kind: str, suffix: str, sources: dict[str
 
 
 @pytest.mark.slow
-def test_bench_compiles(sources: dict[str, str]) -> None:
-    told = fields("bench", sources["a saved folder"], "--compile", "-b", "2", "--pairs", "2", "--device", "cpu")
-    assert told["compiled"] and [report["batch_size"] for report in told["reports"]] == [1, 2]
+@pytest.mark.parametrize("runtime", ["compile", "onnx", "pt2"])
+def test_bench_of_every_runtime(runtime: str, sources: dict[str, str]) -> None:
+    arguments = ("--runtime", runtime, "-b", "2", "--pairs", "2", "--device", "cpu")
+    told = fields("bench", sources["a saved folder"], *arguments)
+    assert told["runtime"] == runtime and [report["batch_size"] for report in told["reports"]] == [1, 2]
+    assert all(report["runtime"] == runtime and report["limit"] > 0 for report in told["reports"])
+
+
+def test_bench_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenprune.saving.export.find_spec", lambda name: None)
+    result = run("bench", *SMALL, "--runtime", "onnx")
+    assert result.exit_code == 2 and "--runtime onnx" in result.stderr and "tokenprune[export]" in result.stderr
 
 
 def test_several_ratios_make_a_table_and_a_curve(tmp_path: Path) -> None:

@@ -22,14 +22,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for case in CASES:
         model: Any = case.model()
-        model.save_pretrained(root / case.family)
+        model.save_pretrained(root / case.label)
     vit: Any = BY_NAME["transformers ViT classifier"].model()
     vit.save_pretrained(root / "vit")
     return root
 
 
 FAST = ("llava_next", "qwen3_vl")
-FAMILIES = [pytest.param(case.family, marks=() if case.family in FAST else pytest.mark.slow) for case in CASES]
+FAMILIES = [pytest.param(case.label, marks=() if case.label in FAST else pytest.mark.slow) for case in CASES]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -38,6 +38,7 @@ TABLES: dict[str, dict[str, list[Entry]]] = {
         "classes that differ more": census_transformers.uncovered(),
         "models of several parts": [*census_transformers.composites(), *census_transformers.language_models()],
         "given images of different sizes in one sequence": transformers_packed.towers(),
+        "models behind such towers": [*transformers_packed.composites(), *transformers_packed.alike()],
         "hierarchies with a fast path": transformers_hierarchies.examples(),
     },
     "torchvision": {
@@ -75,8 +76,6 @@ Where pruned tokens leave the sequence, as with every reduction but `"fast"` and
 - **Hierarchies** (Swin, PVT, Hiera, ConvNeXt, MaxViT, PiT, LeViT and others): they pool tokens as they go.
 - **Windows and grids** (SAM, ViTDet and others): their blocks need the full grid.
 - **Attention that is not over all tokens** (XCiT, CoaT, TimeSformer, VideoPrism): dropping one has no single meaning.
-- **Packed sequences whose blocks need every token** (MiniCPM-V, LFM3-VL, Inkling 2); [other packed
-  towers](packed-towers.md) are supported.
 - **Models of several parts whose other parts need every token** (Idefics2, Janus, OWL-ViT and others): their towers can
   be sparsified alone. In [vision-language models](vision-language-models.md) with `stages=()`, and in LLaVA-NeXT and
   LLaVA-OneVision with a pruner by name, image tokens are pruned behind the tower.
@@ -109,6 +108,15 @@ def page() -> str:
         models = tokenprune.supported(library)
         flat, whole = ([one for one in models if (one.pruned == "drop") is dropped] for dropped in (True, False))
         numbers.append(f"- **{library}** {proved_version(library)}: {len(flat)} models, and {len(whole)} hierarchies")
+        if library == "transformers":
+            towers, behind = (
+                len({model.name for model in flat} & {entry.name for entry in TABLES[library][what]})
+                for what in ("given images of different sizes in one sequence", "models behind such towers")
+            )
+            numbers.append(
+                f"  - of these {towers} vision towers that are given [images of different sizes](packed-towers.md) in "
+                f"one sequence, and {behind} models with such a tower"
+            )
         sections.append(f"\n## {library}\n\n{_table(flat)}")
         sections.append(f'\n### Hierarchies of {library}, with `pruned="fast"`\n\n{_table(whole)}')
     return HEAD.format(counts="\n".join(numbers)) + "".join(sections) + TAIL.format(refused=_refused())

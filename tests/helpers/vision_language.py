@@ -27,6 +27,7 @@ class Case(NamedTuple):
         given: What its config is given.
         inputs: Images and prompts for it.
         block: The side of the square of patches that an image token is made of, where it is made of one.
+        swaps: Whether the library itself swaps the images of a prompt in a search of several beams.
     """
 
     family: str
@@ -34,6 +35,12 @@ class Case(NamedTuple):
     given: dict[str, Any]
     inputs: Callable[[], dict[str, Any]]
     block: int | None = None
+    swaps: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its family, and its tower where that is not the family's usual one."""
+        return f"{self.family}_pixtral" if self.inputs is of_sizes else self.family
 
     def model(self) -> nn.Module:
         """The model, in eval mode, the same every time."""
@@ -104,12 +111,28 @@ def packed() -> dict[str, Any]:
     }
 
 
+def of_sizes() -> dict[str, Any]:
+    """Images of different sizes, padded to the largest."""
+    return {
+        **prompts([rows * columns for rows, columns in GRIDS]),
+        "pixel_values": pixels(NUM_IMAGES, 3, IMAGE_SIZE, 8 * PATCH_SIZE),
+        "image_sizes": torch.tensor(GRIDS) * PATCH_SIZE,
+    }
+
+
 _INDEX, _ID = {"image_token_index": IMAGE_TOKEN}, {"image_token_id": IMAGE_TOKEN}
 _CLIP, _SIGLIP = ({"vision_config": {"model_type": name}} for name in ("clip_vision_model", "siglip_vision_model"))
+_PIXTRAL = {
+    "vision_config": {"model_type": "pixtral", "image_size": 8 * PATCH_SIZE},
+    "vision_feature_select_strategy": "full",
+    "vision_feature_layer": -1,
+}
 _TILES = {"image_grid_pinpoints": [WIDE, WIDE[::-1]]}
 _ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 _QWEN = {**_ID, "vision_start_token_id": START, "vision_end_token_id": END, "video_token_id": 43}
 _PACKED: dict[str, Any] = {"num_heads": 2, "out_hidden_size": 32, "patch_size": PATCH_SIZE}
+_GLM = {**_ID, "image_start_token_id": START, "image_end_token_id": END, "video_token_id": 43}
+_HALF = {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}}
 _GEMMA = {**_INDEX, **_SIGLIP, "mm_tokens_per_image": 9}
 _SLIDING = {"text_config": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}}
 
@@ -124,6 +147,7 @@ def is_image(ids: Tensor) -> Tensor:
 
 ALL_CASES = [
     _case("llava", "LlavaForConditionalGeneration", square(NUM_PATCHES), _INDEX, _CLIP, block=1),
+    _case("llava", "LlavaForConditionalGeneration", of_sizes, _INDEX, _PIXTRAL, block=1),
     _case("paligemma", "PaliGemmaForConditionalGeneration", square(NUM_PATCHES, torch.zeros_like), _INDEX,
           {"projection_dim": 32}, block=1),
     _case("gemma3", "Gemma3ForConditionalGeneration", square(9, is_image), _GEMMA, _SLIDING, block=2),
@@ -141,6 +165,19 @@ ALL_CASES = [
     _case("qwen3_vl", "Qwen3VLForConditionalGeneration", packed, _QWEN,
           {"vision_config": {**_PACKED, "deepstack_visual_indexes": [1, 2], "num_position_embeddings": 64},
            "text_config": {"rope_parameters": {**_ROPE, "mrope_interleaved": True}}}, block=2),
+    _case("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", packed, _QWEN,
+          {"vision_config": {**_PACKED, "deepstack_visual_indexes": [1, 2], "num_position_embeddings": 64},
+           "text_config": {"rope_parameters": {**_ROPE, "mrope_interleaved": True}, "num_experts": 4,
+                           "num_experts_per_tok": 2, "moe_intermediate_size": 16}}, block=2),
+    *(_case(family, name, packed, _GLM, {"vision_config": _PACKED, "text_config": {**_HALF, **text}}, block=2,
+            swaps=True)
+      for family, name, text in (
+          ("glm4v", "Glm4vForConditionalGeneration", {}),
+          ("glm46v", "Glm46VForConditionalGeneration", {}),
+          ("glm_ocr", "GlmOcrForConditionalGeneration", {}),
+          ("glm4v_moe", "Glm4vMoeForConditionalGeneration",
+           {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+      )),
 ]  # fmt: skip
 CASES = [case for case in ALL_CASES if case.name in modules_of(case.family)]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import tokenprune
 from tests.census.transformers_inputs import IMAGE_TOKEN
 from tests.helpers.tolerances import IDENTITY, SHORTENED_PROMPT
-from tests.helpers.vision_language import CASES, Case, alone, packed
+from tests.helpers.vision_language import CASES, Case, alone, of_sizes, packed
 from tests.helpers.zoo import hook_counts, wide_scorers
 
 STAGES, RATIOS = (1, 2), (0.75, 0.5)
@@ -29,8 +29,8 @@ BEHIND = {"stages": (), "pruner": "diverse"}
 
 def cases(*fast: str) -> Any:
     """A test of all models, slow but for these families."""
-    params = [pytest.param(case, marks=() if case.family in fast else pytest.mark.slow) for case in CASES]
-    return pytest.mark.parametrize("case", params, ids=[case.family for case in CASES])
+    params = [pytest.param(case, marks=() if case.label in fast else pytest.mark.slow) for case in CASES]
+    return pytest.mark.parametrize("case", params, ids=[case.label for case in CASES])
 
 
 def options(case: Case) -> list[dict[str, Any]]:
@@ -159,14 +159,37 @@ def test_generation_with_cache_without_and_alone_agrees(case: Case) -> None:
         wide_scorers(tokenprune.sparsify(model, keep_ratio=0.5 if given is BEHIND else RATIOS, **given))
         generated = model.generate(**inputs, **GENERATE)
         assert torch.equal(model.generate(**inputs, use_cache=False, **GENERATE), generated)
-        beams = model.generate(**inputs, num_beams=2, **GENERATE)
-        assert torch.equal(model.generate(**inputs, num_beams=2, use_cache=False, **GENERATE), beams)
+        searched = alone(inputs, case, 2) if case.swaps else inputs
+        beams = model.generate(**searched, num_beams=2, **GENERATE)
+        assert torch.equal(model.generate(**searched, num_beams=2, use_cache=False, **GENERATE), beams)
         for row in range(3):
             one = alone(inputs, case, row)
             assert torch.equal(model.generate(**one, **GENERATE)[:, -4:], generated[row : row + 1, -4:])
             together, by_itself = run(model, inputs)[row, -1], run(model, one)[0, -1]
             torch.testing.assert_close(by_itself, together, rtol=0, atol=SHORTENED_PROMPT)
         tokenprune.unsparsify(model)
+
+
+SWAPPING = [case for case in CASES if case.swaps]
+SWAPPED = [pytest.param(case, marks=() if case is SWAPPING[0] else pytest.mark.slow) for case in SWAPPING]
+
+
+@pytest.mark.parametrize("case", SWAPPED, ids=[case.label for case in SWAPPING])
+def test_images_that_the_library_swaps_between_beams_are_one_clear_error(case: Case) -> None:
+    """GLM's own code repeats each image for all beams, where the prompts have all images of one beam after another."""
+    model, inputs = case.model(), case.inputs()
+    given: list[list[int]] = []
+
+    def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given.append([len(tokens) for tokens in kwargs["mm_encoder_outputs"]["image"].pooler_output])
+
+    handle = model.model.register_forward_pre_hook(look, with_kwargs=True)
+    model.generate(**inputs, num_beams=2, **{**GENERATE, "max_new_tokens": 1})
+    handle.remove()
+    assert given[0] == [6, 6, 8, 8, 4, 4]  # and the prompts have places for 6, 8, 6, 8, 4, 4
+    tokenprune.sparsify(model, **BEHIND)
+    with pytest.raises(tokenprune.StateError, match="an image of 8 tokens would be in two prompts"):
+        model.generate(**inputs, num_beams=2, **GENERATE)
 
 
 @cases("qwen3_vl", "gemma3")
@@ -182,7 +205,7 @@ def test_without_images_nothing_is_touched(case: Case) -> None:
     assert torch.equal(model.generate(**words, **GENERATE), generated)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.inputs is packed], ids=lambda case: case.family)
+@pytest.mark.parametrize("case", [case for case in CASES if case.inputs is packed], ids=lambda case: case.label)
 def test_a_tower_that_packs_images_chooses_merge_groups(case: Case) -> None:
     model, inputs = tokenprune.sparsify(case.model(), STAGES, RATIOS), case.inputs()
     wide_scorers(model)
@@ -192,10 +215,10 @@ def test_a_tower_that_packs_images_chooses_merge_groups(case: Case) -> None:
     assert all(torch.equal(one, other) for one, other in zip(groups, chosen, strict=True))
 
 
-SQUARE = [case for case in CASES if case.block and case.inputs is not packed]
+SQUARE = [case for case in CASES if case.block and case.inputs not in (packed, of_sizes)]
 
 
-@pytest.mark.parametrize("case", SQUARE, ids=lambda case: case.family)
+@pytest.mark.parametrize("case", SQUARE, ids=lambda case: case.label)
 def test_the_tower_chooses_the_tokens_that_it_kept(case: Case) -> None:
     """Of the image tokens go on those made of the patches that stayed in the tower, in its last stage above all."""
     model, inputs = case.model(), case.inputs()

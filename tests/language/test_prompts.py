@@ -19,7 +19,7 @@ GENERATE: dict[str, Any] = {
     "suppress_tokens": [40, 41, 42, 43],
 }  # fmt: skip
 some_cases = pytest.mark.parametrize(
-    "case", [case for case in CASES if case.family in ("llava", "paligemma", "qwen3_vl")], ids=lambda case: case.family
+    "case", [case for case in CASES if case.label in ("llava", "paligemma", "qwen3_vl")], ids=lambda case: case.label
 )
 
 

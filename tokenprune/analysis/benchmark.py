@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.api import dense, frozen_stages, refuse_prompts, sparsifier_of, unwrap
+from tokenprune.analysis.runtimes import Timer, Timers, in_turn, runtime_named, synchronize, timers_of, twin
+from tokenprune.api import dense, frozen_stages, refuse_prompts, sparsifier_of, unsparsify, unwrap
 from tokenprune.backbones.probing import eval_mode, random_inputs
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.pruning.frozen import CutStage, FrozenStage
@@ -38,6 +39,7 @@ class ThroughputReport:
         sparse_peak_bytes: The same of a pruned batch.
         limit_seconds: Seconds of a batch in the same round whose sequence was merely cut off at the stages, so that
             choosing and gathering tokens cost nothing; ``None`` where that was not measured.
+        runtime: What ran them.
     """
 
     input_size: tuple[int, ...]
@@ -48,6 +50,7 @@ class ThroughputReport:
     dense_peak_bytes: int | None = None
     sparse_peak_bytes: int | None = None
     limit_seconds: tuple[float, ...] | None = None
+    runtime: str = "eager"
 
     @property
     def dense_latency(self) -> float:
@@ -132,9 +135,10 @@ class ThroughputReport:
 
     def __str__(self) -> str:
         lower, upper = self.spread
+        how = "" if self.runtime == "eager" else f", runtime {self.runtime}"
         return (
             f"{self.dense_images_per_second:.1f} images/s dense, {self.sparse_images_per_second:.1f} sparse, "
-            f"speed-up {self.speedup:.2f} (quartiles {lower:.2f} … {upper:.2f}) at batch {self.batch_size}"
+            f"speed-up {self.speedup:.2f} (quartiles {lower:.2f} … {upper:.2f}) at batch {self.batch_size}{how}"
         )
 
 
@@ -146,6 +150,7 @@ def throughput(
     pairs: int = 15,
     warmup: int = 3,
     limit: bool = False,
+    runtime: str = "eager",
     progress: Callable[[int, int], None] | None = None,
 ) -> ThroughputReport:
     """Time a sparsified model, unpruned and pruned in turn, on random images.
@@ -155,7 +160,7 @@ def throughput(
     Every other pair begins with the pruned one, so that what comes first gains or loses nothing by it.
 
     Args:
-        model: A sparsified model, on its device and in its dtype, possibly compiled; its mode and
+        model: A sparsified model, on its device and in its dtype, possibly compiled or frozen; its mode and
             settings are left as they are.
         input_size: Channels, height and width of the images.
         batch_size: Images in a batch.
@@ -163,85 +168,141 @@ def throughput(
         warmup: Pairs that run before and are not counted.
         limit: Whether to measure in each round what there is to gain as well: a batch whose sequence is merely cut
             off at the stages. It is left out of the report of a model that could not be frozen, see `freeze`.
+        runtime: What runs the model, dense, sparse and cut off. ``"eager"``: PyTorch, with the model as it is.
+            ``"compile"``: `torch.compile`, each whole, on CUDA with ``mode="reduce-overhead"``. ``"onnx"`` and
+            ``"pt2"``: what `export` writes, the former by ONNX Runtime on the CPU, in a process of its own with as
+            many threads as PyTorch has here, and the latter as a program that was loaded again.
         progress: Called after each pair with the number of pairs done and of all.
 
     Raises:
         StateError: The model is not sparsified, or reads prompts beside images; see `prefill_times`.
-        ValueError: There are fewer than two pairs, too few for a spread, ``warmup`` is negative, or the batch empty.
+        ValueError: There are fewer than two pairs, too few for a spread, ``warmup`` is negative, the batch empty, or
+            the runtime unknown.
+        UnsupportedModelError: The runtime cannot compile the model whole, or does not run on its device.
+        ExportError: The model cannot be exported.
+        ModuleNotFoundError: ``runtime="onnx"`` needs packages that are missing; the message names the extra.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: at least 1 image is needed.")
+    (report,) = throughputs(
+        model, input_size, batch_sizes=[batch_size], pairs=pairs, warmup=warmup, limit=limit, runtime=runtime,
+        progress=None if progress is None else lambda batch, done, every: progress(done, every),
+    )  # fmt: skip
+    return report
+
+
+def throughputs(
+    model: nn.Module,
+    input_size: Sequence[int] = (3, 224, 224),
+    *,
+    batch_sizes: Sequence[int],
+    pairs: int = 15,
+    warmup: int = 3,
+    limit: bool = False,
+    runtime: str = "eager",
+    progress: Callable[[int, int, int], None] | None = None,
+) -> list[ThroughputReport]:
+    """`throughput` for several batch sizes, a report of each: files for a runtime are written once.
+
+    Args:
+        model: As for `throughput`, and so are all others but these.
+        input_size: The same.
+        batch_sizes: Images in a batch, each.
+        pairs: The same.
+        warmup: The same.
+        limit: The same.
+        runtime: The same.
+        progress: Called after each pair with the batch size, the number of pairs done and of all.
+    """
+    for batch in batch_sizes:
+        if batch < 1:
+            raise ValueError(f"batch_size={batch}: at least 1 image is needed.")
     if pairs < 2:
         raise ValueError(f"pairs={pairs}: at least 2 are needed for a spread.")
     if warmup < 0:
         raise ValueError(f"warmup={warmup}: a number of pairs from 0.")
+    prepare = runtime_named(runtime)
     refuse_prompts(model, "prefill_times")
-    sparsifier = sparsifier_of(model)
-    images = random_inputs(unwrap(model), images=(batch_size, *input_size))["images"]
-    dense_seconds: list[float] = []
-    sparse_seconds: list[float] = []
-    cut, cut_seconds = _cut_stages(model, images[:1]) if limit else None, []
+    plan, inner, reports = sparsifier_of(model).plan, unwrap(model), []
+    with torch.no_grad():
+        preparing = (
+            _in_place(model, input_size, limit=limit)
+            if runtime == "eager"
+            else prepare(_variants(inner, input_size, limit=limit), input_size)
+        )
+        with preparing as timers:
+            for batch in batch_sizes:
+                images = random_inputs(inner, images=(batch, *input_size))["images"]
+                each, tell = timers(images), None if progress is None else partial(progress, batch)
+                times = in_turn(each, rounds=pairs, warmup=warmup, progress=tell)
+                peaks = [None if runtime == "onnx" else _peak_bytes(timer, images.device) for timer in each[:2]]
+                reports.append(
+                    ThroughputReport(
+                        input_size=tuple(input_size),
+                        batch_size=batch,
+                        keep_ratios=plan.keep_ratios,
+                        dense_seconds=times[0],
+                        sparse_seconds=times[1],
+                        dense_peak_bytes=peaks[0],
+                        sparse_peak_bytes=peaks[1],
+                        limit_seconds=times[2] if len(times) > 2 else None,
+                        runtime=runtime,
+                    )
+                )
+    return reports
+
+
+@contextmanager
+def _in_place(model: nn.Module, input_size: Sequence[int], *, limit: bool) -> Iterator[Timers]:
+    """Timers of a model as it is, in whatever wrappers: dense, sparse and, if it can be, cut off."""
+    sparsifier, inner = sparsifier_of(model), unwrap(model)
+    cut = _cut_stages(inner, input_size) if limit else None
+
+    def timers(images: Tensor) -> list[Timer]:
+        (sparse,) = timers_of([model], images)
+        within: list[Callable[[], AbstractContextManager[None]]] = [partial(dense, model), nullcontext]
+        if cut is not None:
+            within.append(partial(sparsifier.running_on, cut, inner))
+        return [partial(_timed_within, context, sparse) for context in within]
+
     with (
         eval_mode(model),
         sparsifier.budgeting("fixed"),
         sparsifier.executing(sparsifier.inference_execution),
-        torch.no_grad(),
     ):
-        for pair in range(-warmup, pairs):
-            seconds = [_seconds(model, images, pruned=pruned) for pruned in (pair % 2 == 1, pair % 2 == 0)]
-            before, after = reversed(seconds) if pair % 2 else seconds
-            if pair >= 0:
-                dense_seconds.append(before)
-                sparse_seconds.append(after)
-            if cut is not None:
-                with sparsifier.running_on(cut, unwrap(model)):
-                    seconds_cut = _seconds(model, images, pruned=True)
-                if pair >= 0:
-                    cut_seconds.append(seconds_cut)
-            if progress is not None:
-                progress(pair + warmup + 1, pairs + warmup)
-        peaks = [_peak_bytes(model, images, pruned=pruned) for pruned in (False, True)]
-    return ThroughputReport(
-        input_size=tuple(input_size),
-        batch_size=batch_size,
-        keep_ratios=sparsifier.plan.keep_ratios,
-        dense_seconds=tuple(dense_seconds),
-        sparse_seconds=tuple(sparse_seconds),
-        dense_peak_bytes=peaks[0],
-        sparse_peak_bytes=peaks[1],
-        limit_seconds=None if cut is None else tuple(cut_seconds),
-    )
+        yield timers
 
 
-def _cut_stages(model: nn.Module, image: Tensor) -> tuple[FrozenStage, ...] | None:
+def _timed_within(context: Callable[[], AbstractContextManager[None]], timer: Timer) -> float:
+    with context():
+        return timer()
+
+
+def _variants(model: nn.Module, input_size: Sequence[int], *, limit: bool) -> list[nn.Module]:
+    """Models of their own with the weights of one that is sparsified: dense, sparse and, if it can be, cut off."""
+    made = [twin(model).eval() for _ in range(2)]
+    unsparsify(made[0])
+    sparsifier = sparsifier_of(made[1])
+    sparsifier.budget = "fixed"
+    sparsifier.execution = sparsifier.inference_execution
+    if limit:
+        cut = twin(made[1])
+        stages = _cut_stages(cut, input_size)
+        if stages is not None:
+            sparsifier_of(cut).freeze(stages)
+            made.append(cut)
+    return made
+
+
+def _cut_stages(model: nn.Module, input_size: Sequence[int]) -> tuple[FrozenStage, ...] | None:
     try:
-        return frozen_stages(model, image, CutStage)
+        return frozen_stages(model, random_inputs(model, images=(1, *input_size))["images"], CutStage)
     except UnsupportedModelError:
         return None
 
 
-def _run(model: nn.Module, images: Tensor, *, pruned: bool) -> None:
-    with nullcontext() if pruned else dense(model):
-        model(images)
-
-
-def _seconds(model: nn.Module, images: Tensor, *, pruned: bool) -> float:
-    _synchronize(images)
-    start = time.perf_counter()
-    _run(model, images, pruned=pruned)
-    _synchronize(images)
-    return time.perf_counter() - start
-
-
-def _peak_bytes(model: nn.Module, images: Tensor, *, pruned: bool) -> int | None:
-    if images.device.type == "cpu":
+def _peak_bytes(timer: Timer, device: torch.device) -> int | None:
+    if device.type == "cpu":
         return None
-    torch.accelerator.reset_peak_memory_stats(images.device)
-    _run(model, images, pruned=pruned)
-    _synchronize(images)
-    return int(torch.accelerator.max_memory_allocated(images.device))
-
-
-def _synchronize(images: Tensor) -> None:
-    if images.device.type != "cpu":
-        torch.accelerator.synchronize(images.device)
+    torch.accelerator.reset_peak_memory_stats(device)
+    timer()
+    synchronize(device)
+    return int(torch.accelerator.max_memory_allocated(device))

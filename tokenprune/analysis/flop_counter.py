@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FlopReport:
-    """Multiply-adds of one image, unpruned and pruned.
+    """Multiply-adds of one image, or of the inputs that were given, unpruned and pruned.
 
     Attributes:
-        input_size: Channels, height and width of the image.
+        input_size: Channels, height and width of the image; empty where inputs were given.
         keep_ratios: Cumulative keep ratios, one a stage.
         dense: Multiply-adds without pruning.
         sparse: Multiply-adds with pruning, stages included.
@@ -97,7 +97,8 @@ class FlopReport:
         from rich.table import Table
 
         size = " × ".join(str(side) for side in self.input_size)
-        table = Table(title=f"Multiply-adds of one image of {size}, in millions")
+        what = f"one image of {size}" if size else "the given inputs"
+        table = Table(title=f"Multiply-adds of {what}, in millions")
         for column in ("part", "dense", "sparse", "dense ÷ sparse"):
             table.add_column(column, justify="left" if column == "part" else "right")
 
@@ -129,9 +130,10 @@ def flops(
     input_size: Sequence[int] = (3, 224, 224),
     *,
     images: Tensor | None = None,
+    inputs: Mapping[str, Any] | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
 ) -> FlopReport:
-    """Count the multiply-adds of a sparsified model for one image, unpruned and pruned.
+    """Count the multiply-adds of a sparsified model for one image, or for given inputs, unpruned and pruned.
 
     Pruned means with the plan's numbers of tokens. With an adaptive budget images keep other numbers, and cost as much
     as these only on average: give ``images`` to have each of them counted.
@@ -141,6 +143,8 @@ def flops(
         input_size: Channels, height and width of the image.
         images: (B, channels, height, width), inputs of the model, for `FlopReport.by_image`; their size takes the
             place of ``input_size``.
+        inputs: All keyword arguments of a pass, for models that are given something else than an image, such as the
+            patches of several images and their grids; the figures are those of the whole pass.
         forward_kwargs: What the model is called with besides the image, such as
             ``{"interpolate_pos_encoding": True}``.
 
@@ -149,31 +153,56 @@ def flops(
 
     Raises:
         StateError: The model is not sparsified, or reads prompts beside images; see `prefill_flops`.
-        CountingError: An operator that may do multiply-adds has no handler; the message names it.
+        CountingError: An operator that may do multiply-adds has no handler; the message names it. Or the model needs
+            ``inputs``.
+        ValueError: There are both ``images`` and ``inputs``, or no tensor is among the latter.
     """
     inner = unwrap(model)
     refuse_prompts(model, "prefill_flops")
+    if inputs is not None:
+        return _of_inputs(model, inputs, images, forward_kwargs or {})
     if sparsifier_of(model).backbone.packed is not None:
         raise CountingError(
             f"{type(inner).__name__} is given the patches of images of different sizes, one after the other, and their "
-            "grids, and not an image of input_size=…, so its multiply-adds cannot be counted."
+            "grids, and not an image of input_size=…; pass all that it is called with: "
+            "tokenprune.flops(model, inputs={…})."
         )
     if images is not None:
         input_size = images.shape[1:]
-    blocks = _names(inner, sparsifier_of(model).backbone.blocks)
     with _counting(model, forward_kwargs or {}):
         image = random_inputs(inner, image=(1, *input_size))["image"]
-        with dense(inner):
-            counts = count(inner, image)
-        report = FlopReport(
-            input_size=tuple(input_size),
-            dense=counts[""],
-            dense_blocks=tuple(counts[name] for name in blocks),
-            **_pruned(model, image),
-        )
+        report = _report(model, image, tuple(input_size))
     if images is None:
         return report
     return replace(report, by_image=_by_image(model, images, report, forward_kwargs or {}))
+
+
+def _of_inputs(
+    model: nn.Module, inputs: Mapping[str, Any], images: Tensor | None, forward_kwargs: Mapping[str, Any]
+) -> FlopReport:
+    """The report of a pass with these keyword arguments."""
+    if images is not None:
+        raise ValueError("flops(images=…, inputs=…): pass images, or all that the model is called with, not both.")
+    first = next((name for name, value in inputs.items() if isinstance(value, Tensor)), None)
+    if first is None:
+        raise ValueError(f"flops(inputs=…): no tensor is among {sorted(inputs)}; pass what the model is called with.")
+    others = {name: value for name, value in inputs.items() if name != first}
+    with _counting(model, {**others, **forward_kwargs}, first):
+        return _report(model, inputs[first], ())
+
+
+def _report(model: nn.Module, image: Tensor, input_size: tuple[int, ...]) -> FlopReport:
+    """The report of a pass with this tensor, and what else the model is called with now."""
+    inner = unwrap(model)
+    with dense(inner):
+        counts = count(inner, image)
+    blocks = _names(inner, sparsifier_of(model).backbone.blocks)
+    return FlopReport(
+        input_size=input_size,
+        dense=counts[""],
+        dense_blocks=tuple(counts[name] for name in blocks),
+        **_pruned(model, image),
+    )
 
 
 def _by_image(
@@ -202,14 +231,14 @@ def recount(model: nn.Module, report: FlopReport) -> FlopReport:
 
 
 @contextmanager
-def _counting(model: nn.Module, forward_kwargs: Mapping[str, Any]) -> Iterator[None]:
+def _counting(model: nn.Module, forward_kwargs: Mapping[str, Any], first: str | None = None) -> Iterator[None]:
     inner, sparsifier = unwrap(model), sparsifier_of(model)
     with (
         eval_mode(inner),
         sparsifier.thawed(inner),
         sparsifier.budgeting("fixed"),
         sparsifier.executing(sparsifier.inference_execution),
-        _called_with(inner, forward_kwargs),
+        _called_with(inner, forward_kwargs, first),
     ):
         yield
 
@@ -258,11 +287,14 @@ def count(model: nn.Module, inputs: Tensor) -> Counter[str]:
 
 
 @contextmanager
-def _called_with(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Add keyword arguments to every call of the model; fvcore can only pass positional ones."""
-    handle = model.register_forward_pre_hook(
-        lambda module, args, given: (args, {**given, **kwargs}), with_kwargs=True, prepend=True
-    )
+def _called_with(model: nn.Module, kwargs: Mapping[str, Any], first: str | None = None) -> Iterator[None]:
+    """Add keyword arguments to every call of the model; fvcore can only pass positional ones, the one by this name."""
+
+    def add(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        named = {} if first is None else {first: args[0]}
+        return args if first is None else (), {**given, **kwargs, **named}
+
+    handle = model.register_forward_pre_hook(add, with_kwargs=True, prepend=True)
     try:
         yield
     finally:

@@ -12,19 +12,20 @@ _WEIGHTLESS = frozenset(
     f"aten::{name}"
     for name in """
     _shape_as_tensor _to_copy _upsample_bicubic2d_aa _upsample_bilinear2d_aa abs adaptive_avg_pool1d add add_
-    addcmul alias amax arange argmax argsort as_strided avg_pool2d bernoulli bitwise_and broadcast_tensors cat ceil
-    chunk clamp clamp_min clone col2im constant_pad_nd contiguous copy copy_ cos cumsum detach div div_ dropout
-    embedding empty empty_like eq erf exp expand expand_as eye feature_dropout fill_ flatten flip floor floor_divide
-    full full_like gather ge gelu gelu_ gt hardtanh im2col index index_copy index_copy_ index_put index_put_
-    index_select is_nonzero item l1_loss le lift_fresh linalg_vector_norm linspace log log1p log_softmax logical_and
-    logical_not logical_or lt masked_fill masked_fill_ max max_pool2d maximum mean meshgrid min minimum movedim mul
-    mul_ narrow ne neg new_empty new_full new_ones new_zeros nonzero norm numel one_hot ones ones_like pad permute
-    pixel_shuffle pixel_unshuffle pow prod rand rand_like randint randn randperm reciprocal relu relu_ remainder
-    repeat repeat_interleave reshape reshape_as resize_ roll round rsqrt rsub scalar_tensor scatter scatter_
-    scatter_add select selu sigmoid sigmoid_ sign silu silu_ sin size slice slice_scatter softmax softplus sort
-    split split_with_sizes sqrt square squeeze stack std sub sub_ sum t tanh tensor_split tile to topk transpose
-    tril triu type_as unbind unflatten uniform_ unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest2d
-    var view view_as view_as_complex view_as_real where zero_ zeros zeros_like
+    addcmul alias amax arange argmax argsort as_strided avg_pool2d bernoulli bincount bitwise_and broadcast_tensors
+    bucketize cat ceil chunk clamp clamp_min clone col2im constant_pad_nd contiguous copy copy_ cos cummax cumsum
+    detach div div_ dropout embedding empty empty_like eq erf exp expand expand_as eye feature_dropout fill_ flatten
+    flip floor floor_divide full full_like gather ge gelu gelu_ gt hardtanh im2col index index_copy index_copy_
+    index_put index_put_ index_select is_nonzero item l1_loss le lift_fresh linalg_vector_norm linspace log log1p
+    log_softmax logical_and logical_not logical_or lt masked_fill masked_fill_ max max_pool2d maximum mean meshgrid
+    min minimum movedim mul mul_ narrow ne neg new_empty new_full new_ones new_zeros nonzero norm numel numpy_T
+    one_hot ones ones_like pad permute pixel_shuffle pixel_unshuffle pow prod rand rand_like randint randn randperm
+    reciprocal relu relu_ remainder repeat repeat_interleave reshape reshape_as resize_ resolve_conj resolve_neg
+    roll round rsqrt rsub scalar_tensor scatter scatter_ scatter_add scatter_reduce searchsorted select selu sigmoid
+    sigmoid_ sign silu silu_ sin size slice slice_scatter softmax softplus sort split split_with_sizes sqrt square
+    squeeze stack std sub sub_ sum t tanh tensor_split tile to topk transpose tril triu type_as unbind unflatten
+    uniform_ unique_consecutive unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var view view_as
+    view_as_complex view_as_real where zero_ zeros zeros_like
     """.split()  # noqa: SIM905 (a line a name would hide the rest of the file)
 )
 
@@ -63,6 +64,11 @@ def _interpolation(inputs: list[Any], outputs: list[Any]) -> int:
     return 2 * math.prod(_shape(outputs[0]))
 
 
+def _embedding_bag(inputs: list[Any], outputs: list[Any]) -> int:
+    """Entries · width: the weighted sums of entries of a table, by which positions are interpolated."""
+    return int(math.prod(_shape(inputs[1])) * _shape(inputs[0])[-1])
+
+
 def _baddbmm(inputs: list[Any], outputs: list[Any]) -> int:
     """Batch · rows · inner · columns."""
     batch, rows, inner = _shape(inputs[1])
@@ -76,6 +82,7 @@ HANDLERS: dict[str, Handler] = {
     "aten::_scaled_dot_product_efficient_attention": _attention,
     "aten::_convolution_mode": _convolution_mode,
     "aten::baddbmm": _baddbmm,
+    "aten::embedding_bag": _embedding_bag,
     "aten::upsample_linear1d": _interpolation,
     "aten::rms_norm": _rms_norm,
 }

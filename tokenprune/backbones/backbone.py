@@ -62,7 +62,7 @@ class Backbone:
         tower: The part of the model whose forward pass runs the blocks and pools their tokens, where
             the model is more than that; ``None`` means the model itself.
         packed: *Packed images:* how the model packs the images of a batch into one sequence of tokens, if it does. Then
-            blocks take (T, C) or (1, T, C), without prefix and suffix tokens.
+            blocks take (T, C) or (1, T, C), prefix tokens in front of each image's patches, and no suffix tokens.
         patch_mask: *Padded images:* the name of the tower's parameter, or of an entry of a mapping that it is given,
             that says which patches are there, (B, N) or (B, rows, columns), where images of different sizes are rows
             of patches, padded to the longest; ``None`` where all have as many.
@@ -93,15 +93,21 @@ class Backbone:
 
     @property
     def reach(self) -> range:
-        """The numbers of the blocks in front of which stages may stand: all, or those of a hierarchy's level."""
-        return range(len(self.blocks)) if self.hierarchy is None else self.hierarchy.level.blocks
+        """The numbers of the blocks in front of which stages may stand: all, or those over the same tokens."""
+        if self.hierarchy is not None:
+            return self.hierarchy.level.blocks
+        blocks = None if self.packed is None else self.packed.blocks
+        return range(len(self.blocks)) if blocks is None else blocks
 
     def for_stages(self, stages: Sequence[int] | None) -> Backbone:
-        """The description for these stages: of a hierarchy, of the level that they stand in.
+        """The description for these stages, where blocks run over several kinds of tokens: of those in front of them.
 
         Raises:
-            PlanError: They stand in several levels.
+            PlanError: They stand in several levels of a hierarchy, or in front of blocks over different tokens.
         """
+        if self.packed is not None and self.packed.coarser is not None:
+            packed = self.packed.for_stages(stages)
+            return replace(self, packed=packed, final_norm=self.final_norm if packed.coarser is None else None)
         if self.hierarchy is None:
             return self
         chosen = self.hierarchy.for_stages(stages)
@@ -164,7 +170,7 @@ class Backbone:
             StateError: They are packed into one sequence, and nothing says where each ends.
         """
         if self.packed is not None:
-            return self.packed.read(tower, args, kwargs)
+            return self.packed.read(tower, args, kwargs, self.num_prefix_tokens)
         return None if self.patch_mask is None else padded_images(tower, args, kwargs, self.patch_mask)
 
     @property

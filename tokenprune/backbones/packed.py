@@ -3,7 +3,8 @@
 Such a tower is called with patches one after the other and, in a second input, the grids that they come from. Its
 blocks take tokens (T, C) or (1, T, C), and cumulative lengths by which attention is split, by image or by window.
 
-Shapes: B images, a video with all its frames counting as one, N patch tokens of the largest of them, T of all.
+Shapes: B images, a video with all its frames counting as one, P prefix tokens of each, N patch tokens of the largest of
+them, T tokens of all.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenprune.errors import StateError
+from tokenprune.errors import PlanError, StateError
 
 Order = Callable[[Mapping[str, Any]], Tensor]
 
@@ -33,7 +35,9 @@ class PackedImages(NamedTuple):
         num_groups: How many merge groups each has: neighbours that go on as one token behind the blocks.
         groups: (B, N) int64, the merge group of each patch token, those of an image numbered from 0.
         present: (B, N), 1 = a patch token, 0 = there to fill the row.
-        places: (B, N) int64, where each stands in the sequence that the blocks get; T for what fills the row.
+        places: (B, P + N) int64, where each token stands in the sequence that the blocks get, prefix tokens first; T
+            for what fills the row.
+        num_prefix: P, how many tokens stand in front of each image's patches in the sequence.
     """
 
     lengths: tuple[int, ...]
@@ -41,11 +45,12 @@ class PackedImages(NamedTuple):
     groups: Tensor
     present: Tensor
     places: Tensor
+    num_prefix: int = 0
 
     @property
     def length(self) -> int:
         """T."""
-        return sum(self.lengths)
+        return sum(self.lengths) + self.num_prefix * len(self.lengths)
 
     @property
     def longest(self) -> int:
@@ -67,9 +72,14 @@ class Packed:
             of numbers for height and width.
         blockwise: Whether such neighbours follow one another in the sequence; otherwise patches stand row by row.
         across_frames: Whether what becomes one token is also merged over all frames of a video.
-        patch_size: Height and width in pixels of the cells that ``grids`` counts, where it counts pixels; otherwise 1.
+        patch_size: Height and width of a token in what ``grids`` counts, such as pixels; 1 where it counts tokens.
+        cell_size: How many tokens, in height as in width, are in each cell that ``grids`` counts; 1 where it counts
+            tokens.
         order: Given the tower's arguments by name, (T,) int64: for each place in the sequence that the blocks get,
             which token stands there, as the tower is given them. ``None`` where they stand as given.
+        blocks: The numbers of the blocks that run over these tokens; ``None`` means all.
+        coarser: The same for the blocks behind these, where neighbours become one token between blocks. Stages stand
+            in front of blocks of one kind, and all tokens go on to the others.
     """
 
     grids: str
@@ -78,10 +88,43 @@ class Packed:
     blockwise: bool = True
     across_frames: bool = False
     patch_size: int = 1
+    cell_size: int = 1
     order: Order | None = None
+    blocks: range | None = None
+    coarser: Packed | None = None
 
-    def read(self, tower: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PackedImages:
+    def for_stages(self, stages: Sequence[int] | None) -> Packed:
+        """How the tokens are packed in front of whose blocks these stages stand; the finest ones by default.
+
+        Raises:
+            PlanError: They stand in front of blocks over different tokens.
+        """
+        try:
+            named = {*(stages or ())}
+        except TypeError:  # no numbers in a sequence, which the plan refuses
+            return self
+        parts = [self]
+        while (coarser := parts[-1].coarser) is not None:
+            parts.append(coarser)
+        found = [part for part in parts if part.blocks is not None and named & {*part.blocks}]
+        if len(found) > 1:
+            listed = " or ".join(f"{one.blocks.start} … {one.blocks.stop - 1}" for one in parts if one.blocks)
+            raise PlanError(
+                f"stages={tuple(stages or ())}: this model merges tokens between its blocks, and those behind it are "
+                f"not those in front of it; name blocks of one part: {listed}."
+            )
+        return found[0] if found else self
+
+    def read(
+        self, tower: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], num_prefix: int = 0
+    ) -> PackedImages:
         """The images that a tower is called with.
+
+        Args:
+            tower: The tower.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            num_prefix: P, how many tokens stand in front of each image's patches in the blocks' sequence.
 
         Raises:
             StateError: There are no grids among the arguments.
@@ -97,10 +140,11 @@ class Packed:
             )
         device = images.device
         grids = [tuple(int(size) for size in grid) for grid in (given.tolist() if isinstance(given, Tensor) else given)]
-        cells = tuple((*grid[:-2], *(size // self.patch_size for size in grid[-2:])) for grid in grids)
+        factor, divisor = self.cell_size, self.patch_size
+        tokens = tuple((*grid[:-2], *(size * factor // divisor for size in grid[-2:])) for grid in grids)
         places = None if self.order is None else self.order(arguments).argsort().to(device)
-        return _images(cells, self._merge_sizes(arguments, len(grids)), self.blockwise, self.across_frames).on(
-            device, places
+        return _images(tokens, self._merge_sizes(arguments, len(grids)), self.blockwise, self.across_frames).on(
+            device, places, num_prefix
         )
 
     def _merge_sizes(self, arguments: Mapping[str, Any], num_images: int) -> tuple[tuple[int, int], ...]:
@@ -124,21 +168,22 @@ class _Numbers(NamedTuple):
     groups: Tensor
     present: Tensor
 
-    def on(self, device: torch.device, places: Tensor | None) -> PackedImages:
+    def on(self, device: torch.device, places: Tensor | None, num_prefix: int) -> PackedImages:
         """The same on a device, with the places (T,) of all tokens in the blocks' sequence."""
-        lengths = torch.tensor(self.lengths)
-        starts = lengths.cumsum(0) - lengths
-        given = starts.unsqueeze(1) + torch.arange(max(self.lengths))  # (B, N)
-        present = self.present.to(device)
-        total = sum(self.lengths)
+        lengths = torch.tensor(self.lengths) + num_prefix
+        starts, total = lengths.cumsum(0) - lengths, int(lengths.sum())
+        given = starts.unsqueeze(1) + torch.arange(num_prefix + max(self.lengths))  # (B, P + N)
         given = given.clamp(max=total - 1).to(device)
         found = given if places is None else places[given]
+        present = self.present.to(device)
+        there = F.pad(present, (num_prefix, 0), value=1.0) > 0  # (B, P + N)
         return PackedImages(
             self.lengths,
             self.num_groups,
             self.groups.to(device),
             present,
-            torch.where(present > 0, found, torch.full_like(found, total)),
+            torch.where(there, found, torch.full_like(found, total)),
+            num_prefix,
         )
 
 

@@ -82,6 +82,7 @@ def observe(
     first_list: bool = False,
     packed: bool = False,
     frames: bool = False,
+    num_merged: int = 1,
     num_late_prefix_tokens: int = 0,
     num_inner_tokens: int = 0,
 ) -> Structure:
@@ -97,6 +98,8 @@ def observe(
         settings: What must be set on the model for the blocks to be seen as they will run.
         first_list: Take the first of several lists of blocks, such as an encoder in front of a decoder.
         packed: Expect the tokens of all images in one sequence, (1, T, C) or (T, C), with attention split in any way.
+            Of a list in which some modules do not attend, those that do are the blocks.
+        num_merged: Of packed tokens, how many neighbours become one between two blocks.
         frames: Accept several rows an image.
         num_late_prefix_tokens: Prefix tokens that join on the way.
         num_inner_tokens: Keys that blocks add to those of their tokens.
@@ -137,7 +140,9 @@ def observe(
             ) from error
 
     reasons = {
-        candidate.name: _why_not(candidate, num_images, packed, frames, num_late_prefix_tokens, num_inner_tokens)
+        candidate.name: _why_not(
+            candidate, num_images, packed, frames, num_merged, num_late_prefix_tokens, num_inner_tokens
+        )
         for candidate in lists
     }
     found = [candidate for candidate in lists if reasons[candidate.name] is None]
@@ -167,16 +172,18 @@ def observe(
         )
     full = Layout(num_prefix, blocks.first.shape[1] - num_prefix - num_suffix, num_suffix=num_suffix)
     num_rows = blocks.first.shape[0]
+    # Where images are packed, every token is restored behind a block, so that others may stand between them.
+    modules = tuple(one for one, attends in zip(blocks.modules, blocks.num_keys, strict=True) if attends or not packed)
     named = [names_with_entries(inputs, {}, full, num_rows) for inputs in blocks.besides]
     return Structure(
-        blocks=blocks.modules,
+        blocks=modules,
         num_prefix_tokens=num_prefix,
         num_suffix_tokens=num_suffix,
         embed_dim=blocks.first.shape[2],
         final_norm=next(
             (norm for norm, before, after in normed if before is blocks.last and after.shape == before.shape), None
         ),
-        attentions=tuple(_attentions(block, blocks, observer.attended, packed) for block in blocks.modules),
+        attentions=tuple(_attentions(block, blocks, observer.attended, packed) for block in modules),
         token_inputs=_packed_inputs(blocks, full.length) if packed else dict.fromkeys(chain.from_iterable(named)),
         adaptations=(
             *((AttentionBias(),) if _has_bias(blocks) else ()),
@@ -303,7 +310,7 @@ def _note(normed: list[tuple[nn.Module, Tensor, Tensor]], norm: nn.Module, args:
 
 
 def _why_not(
-    candidate: _List, num_images: int, packed: bool, frames: bool, num_late: int, num_inner: int
+    candidate: _List, num_images: int, packed: bool, frames: bool, num_merged: int, num_late: int, num_inner: int
 ) -> str | None:
     """What keeps a list from being one of blocks; ``None`` if nothing does."""
     if candidate.order != list(range(len(candidate.modules))):
@@ -316,14 +323,15 @@ def _why_not(
     if len(shape) != 3:
         return "take no tokens"
     lengths = {length for _, length, *_ in (*candidate.inputs, *candidate.outputs)} if _all_tokens(candidate) else set()
-    if not lengths or not lengths <= {shape[1], shape[1] + num_late} or candidate.inputs[-1][2] != shape[2]:
+    expected = {shape[1], shape[1] + num_late, shape[1] // num_merged}
+    if not lengths or not lengths <= expected or candidate.inputs[-1][2] != shape[2]:
         return "change the number of tokens or their width, as a hierarchy does"
     if shape[1] == num_images and shape[0] != num_images:
         return f"take tokens of shape {shape}, the sequence in front of the batch"
     if packed:
         if shape[0] != 1:
             return f"take tokens of shape {shape}, which are not one sequence for all images"
-        return None if all(candidate.num_keys) else "do not attend, or not all of them"
+        return None if any(candidate.num_keys) else "do not attend"
     if not (shape[0] == num_images or (frames and shape[0] % num_images == 0)):
         return f"take tokens of shape {shape}, which are not one sequence for each of {num_images} images"
     for (_, length, _), num_keys in zip(candidate.inputs, candidate.num_keys, strict=True):

@@ -44,12 +44,12 @@ def layout_of(block: nn.Module, tokens: Tensor, backbone: Backbone, images: Imag
             f"embed_dim={backbone.embed_dim}."
         )
     if isinstance(images, PackedImages):
-        if sizes(tokens)[:2] != (1, images.length):
+        if (*sizes(tokens)[:2],) != (1, images.length):
             raise StateError(
                 f"{type(block).__name__} got tokens of shape {tuple(tokens.shape)}, and the images' grids say that "
                 f"there are {images.length}, {' + '.join(map(str, images.lengths))}."
             )
-        return Layout(0, images.longest)
+        return Layout(images.num_prefix, images.longest)
     num_others = backbone.num_prefix_tokens + backbone.num_suffix_tokens
     num_patches = sizes(tokens)[1] - num_others
     if num_patches < 1:

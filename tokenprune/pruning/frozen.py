@@ -83,9 +83,9 @@ class FrozenStage:
 
     def _current(self, tokens: Tensor) -> Ranking | None:
         """The scorer's ranking with its weights as they are now."""
-        if torch.compiler.is_compiling():
-            return None  # compilers fold and fuse by themselves, and of weights as they are
         scorer = self.stage.scorer
+        if torch.compiler.is_compiling():
+            return scorer.ranking()  # a part of what is compiled, and of weights as they are in each pass
         ranked_with = scorer, tokens.device, tokens.dtype, sum([weight._version for weight in self._weights])
         if ranked_with != self._ranked_with:
             self._weights = tuple(scorer.parameters())

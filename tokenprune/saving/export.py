@@ -235,7 +235,7 @@ def _chosen(outputs: Sequence[str] | None, found: tuple[str, ...]) -> tuple[str,
 @contextmanager
 def _as_it_runs(model: nn.Module) -> Iterator[None]:
     """In eval mode and `gather` execution; afterwards modes, executions and traces are what they were."""
-    sparsifiers = _sparsifiers(model)
+    sparsifiers = _sparsifiers(model).values()
     traces = [sparsifier.trace for sparsifier in sparsifiers]
     with ExitStack() as settings:
         settings.enter_context(eval_mode(model))
@@ -259,14 +259,17 @@ def _clear_cut(model: nn.Module, images: Tensor) -> Tensor:
     Two tokens whose scores are equal but for rounding are ranked differently by every runtime, and the outputs
     then differ by far more than rounding, though nothing is wrong.
     """
-    margins = []
-    for some in images.split(max(BATCH_SIZES)):
-        _run(model, some)
-        found = [some.new_ones(len(some), dtype=torch.float32)]
-        for sparsifier in _sparsifiers(model):
-            selections = [] if sparsifier.trace is None else sparsifier.trace.selections  # none inside tokenprune.dense
-            found += [_margin(selection) for selection in selections if selection.scores is not None]
-        margins.append(torch.stack([each.to(found[0]) for each in found]).amin(dim=0))
+    margins, sparsifiers = [], _sparsifiers(model)
+    with ExitStack() as thawed:  # frozen models keep no record
+        for owner, sparsifier in sparsifiers.items():
+            thawed.enter_context(sparsifier.thawed(owner))
+        for some in images.split(max(BATCH_SIZES)):
+            _run(model, some)
+            found = [some.new_ones(len(some), dtype=torch.float32)]
+            for sparsifier in sparsifiers.values():
+                selections = [] if sparsifier.trace is None else sparsifier.trace.selections  # none inside dense(model)
+                found += [_margin(selection) for selection in selections if selection.scores is not None]
+            margins.append(torch.stack([each.to(found[0]) for each in found]).amin(dim=0))
     order = torch.cat(margins).argsort(descending=True, stable=True)
     return images[order[: sum(BATCH_SIZES)]]
 
@@ -279,8 +282,10 @@ def _margin(selection: Selection) -> Tensor:
     return (best[:, num_keep - 1] - best[:, num_keep]) / (best[:, 0] - best[:, -1]).clamp(min=1e-12)
 
 
-def _sparsifiers(model: nn.Module) -> list[Sparsifier]:
-    return [module for module in model.modules() if isinstance(module, Sparsifier)]
+def _sparsifiers(model: nn.Module) -> dict[nn.Module, Sparsifier]:
+    """Of every sparsified module among a model's what it carries."""
+    found = {module: module._modules.get("tokenprune") for module in model.modules()}
+    return {module: attached for module, attached in found.items() if isinstance(attached, Sparsifier)}
 
 
 def _run(model: nn.Module, images: Tensor) -> dict[str, Tensor]:

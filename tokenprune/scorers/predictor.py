@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenprune.scorers.base import Candidates, Ranking, Scorer, ScorerContext, log_odds, register_scorer
-from tokenprune.scorers.folding import folded
+from tokenprune.scorers.folding import LocalAndShared, NormedLinear
 
 
 class Predictor(Scorer):
@@ -69,28 +69,24 @@ class Predictor(Scorer):
 class _Folded:
     """What a `Predictor` computes, with constants folded, and its last bias left out, which is the same for all.
 
-    The scale and shift of the norm go into the linear layer behind it. The part of the third layer that sees the mean
-    is computed once an image, and added. Of the two logits only the difference is computed.
+    The part of the third layer that sees the mean is computed once an image, and added. Of the two logits only the
+    difference is computed.
     """
 
     @torch.no_grad()
     def __init__(self, predictor: Predictor) -> None:
         norm, first = cast(nn.LayerNorm, predictor.in_conv[0]), cast(nn.Linear, predictor.in_conv[1])
         second, third, last = (cast(nn.Linear, predictor.out_conv[index]) for index in (0, 2, 4))
-        self.shape, self.eps, self.half = norm.normalized_shape, norm.eps, second.in_features // 2
-        self.first = folded(norm, first)
-        self.local = second.weight[:, : self.half].t().contiguous().unsqueeze(0)
-        self.mean = second.weight[:, self.half :].contiguous(), second.bias.clone()
+        self.half = second.in_features // 2
+        self.first = NormedLinear(norm, first)
+        self.second = LocalAndShared(second.weight[:, : self.half], (second.weight[:, self.half :], second.bias))
         self.third = third.weight.clone(), third.bias.clone()
         self.last = last.weight[0] - last.weight[1]
 
     def __call__(self, patches: Tensor) -> Tensor:
-        normed = F.layer_norm(patches, self.shape, eps=self.eps)
-        hidden = F.gelu(F.linear(normed, *self.first))  # (B, n, C)
-        other = hidden.narrow(2, self.half, self.half).mean(dim=1, keepdim=True)
-        shared = F.linear(other, *self.mean)  # (B, 1, C/2)
-        local = hidden.narrow(2, 0, self.half)
-        hidden = F.gelu(torch.baddbmm(shared, local, self.local.expand(local.shape[0], -1, -1)))
+        hidden = F.gelu(self.first(patches))  # (B, n, C)
+        mean = hidden.narrow(2, self.half, self.half).mean(dim=1, keepdim=True)
+        hidden = F.gelu(self.second(hidden.narrow(2, 0, self.half), mean))  # (B, n, C/2)
         return F.gelu(F.linear(hidden, *self.third)) @ self.last
 
 

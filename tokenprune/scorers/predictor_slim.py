@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenprune.scorers.base import Candidates, Ranking, Scorer, ScorerContext, log_odds, register_scorer
-from tokenprune.scorers.folding import folded
+from tokenprune.scorers.folding import LocalAndShared, NormedLinear
 
 NARROWING = 8
 """How many times narrower the inside is than the tokens."""
@@ -55,17 +55,13 @@ class _Folded:
 
     @torch.no_grad()
     def __init__(self, predictor: PredictorSlim) -> None:
-        self.shape, self.eps = predictor.norm.normalized_shape, predictor.norm.eps
-        self.inner = folded(predictor.norm, predictor.inner)
-        self.local = predictor.local.weight.t().contiguous().unsqueeze(0)
-        self.mean = predictor.mean.weight.clone(), predictor.mean.bias.clone()
+        self.inner = NormedLinear(predictor.norm, predictor.inner)
+        self.middle = LocalAndShared(predictor.local.weight, (predictor.mean.weight, predictor.mean.bias))
         self.last = predictor.last.weight[0].clone()
 
     def __call__(self, patches: Tensor) -> Tensor:
-        normed = F.layer_norm(patches, self.shape, eps=self.eps)
-        hidden = F.relu(F.linear(normed, *self.inner))  # (B, n, W)
-        shared = F.linear(hidden.mean(dim=1, keepdim=True), *self.mean)  # (B, 1, W)
-        return F.relu(torch.baddbmm(shared, hidden, self.local.expand(hidden.shape[0], -1, -1))) @ self.last
+        hidden = F.relu(self.inner(patches))  # (B, n, W)
+        return F.relu(self.middle(hidden, hidden.mean(dim=1, keepdim=True))) @ self.last
 
 
 @register_scorer("predictor_slim")

@@ -52,6 +52,7 @@ COMMANDS: dict[str, list[Option]] = {
               *_option("--plot", [], ["{out}/x.png", "{out}", ""])],
     "bench": [*_COMMON, *_BATCHES, *_option("--warmup", ["0"], ["-1", "no"]),
               *_option("--dtype", ["float32", "bfloat16"], ["int8", "float", ""]),
+              *_option("--runtime", ["eager"], ["tensorrt", "", "Eager"]),
               *_option("--device", ["cpu"], ["toaster", "", "meta", "cpu:x", "-1", "cuda:99"])],
     "show": [*_COMMON, *_TITLES, *_option("--seconds", ["0.02", "3"], ["0", "-1", "nan", "soon"]),
              *_option("-o", ["{out}/a.png", "{out}/a.gif", "{out}/a.svg"],

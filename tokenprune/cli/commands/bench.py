@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
     from tokenprune.analysis.flop_counter import FlopReport
 
 
+class Runtime(str, Enum):
+    """What runs a model."""
+
+    eager = "eager"
+    compiled = "compile"
+    onnx = "onnx"
+    program = "pt2"
+
+
 class DType(str, Enum):
     """dtypes that a model may be run in."""
 
@@ -49,7 +59,13 @@ def bench(
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Measured beside batches of one.")] = 16,
     pairs: Annotated[int, typer.Option(min=2, help="Pairs of batches, dense and sparse, that count.")] = 15,
     warmup: Annotated[int, typer.Option(min=0, help="Pairs that run before and do not.")] = 3,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")] = False,
+    runtime: Annotated[
+        Runtime,
+        typer.Option(
+            help="What runs the models: eager PyTorch; compile: torch.compile; pt2: programs of torch.export; onnx: "
+            "ONNX Runtime on the CPU, in a process of its own, with as many threads."
+        ),
+    ] = Runtime.eager,
     frozen: Annotated[bool, typer.Option("--freeze", help="Freeze the model, as tokenprune.freeze does.")] = False,
     dtype: Annotated[DType, typer.Option(help="dtype of weights and images.")] = DType.float32,
     device: DeviceName = None,
@@ -67,10 +83,17 @@ def bench(
     """
     import torch
 
-    from tokenprune.analysis.benchmark import throughput
+    from tokenprune.analysis.benchmark import throughputs
     from tokenprune.analysis.flop_counter import flops
     from tokenprune.api import freeze, sparsifier_of, unfreeze
+    from tokenprune.saving.export import check_path
 
+    if runtime is Runtime.onnx:
+        try:
+            check_path(Path("model.onnx"))
+        except ImportError as error:
+            raise typer.BadParameter(f"--runtime onnx: {error}") from None
+        device = device or "cpu"
     chosen, where = ratios(keep_ratio), device_named(device)
     results: list[tuple[FlopReport, ThroughputReport]] = []
     with working(f"loading {model}") as progress:
@@ -92,23 +115,20 @@ def bench(
             runner = loaded.to(where, getattr(torch, dtype.value))
             if frozen:
                 freeze(runner)
-            for batch in sorted({1, batch_size}):
-                what = f"{'compiling and ' if compiled else ''}measuring batch {batch}"
-                step(progress, what)
-                # Compiled anew for each batch size: sizes that turn dynamic on the way would be measured otherwise.
-                measured: Any = torch.compile(runner, dynamic=False) if compiled else runner
-                timed = throughput(
-                    measured,
-                    size,
-                    batch_size=batch,
-                    pairs=pairs,
-                    warmup=warmup,
-                    limit=not compiled,
-                    progress=lambda done, total, what=what: step(progress, what, done, total),  # type: ignore[misc]
-                )
-                results.append((counted, timed))
-                if compiled:
-                    torch.compiler.reset()
+            step(progress, f"{_FIRST.get(runtime, '')}measuring")
+            reports = throughputs(
+                runner,
+                size,
+                batch_sizes=sorted({1, batch_size}),
+                pairs=pairs,
+                warmup=warmup,
+                limit=True,
+                runtime=runtime.value,
+                progress=lambda batch, done, total: step(progress, f"measuring batch {batch}", done, total),
+            )
+            results += [(counted, each) for each in reports]
+            if runtime is Runtime.compiled:
+                torch.compiler.reset()
     if as_json:
         show_json(
             {
@@ -116,19 +136,22 @@ def bench(
                 "device": str(where),
                 "hardware": _hardware(where),
                 "dtype": dtype.value,
-                "compiled": compiled,
+                "runtime": runtime.value,
                 "frozen": frozen,
                 "torch": torch.__version__,
                 "reports": [_fields(counted, timed) for counted, timed in results],
             }
         )
         return
-    how = f"{_hardware(where)}, {dtype.value}, {'compiled' if compiled else 'eager'}{', frozen' if frozen else ''}"
+    how = f"{_hardware(where)}, {dtype.value}, {runtime.value}{', frozen' if frozen else ''}"
     show(_table(f"{model} on {how}, {pairs} pairs", results))
     for _, timed in results:
         if timed.doubt is not None:
             left = f"{timed.keep_ratios[-1]:.0%} left"
             show(f"? Not to be trusted at batch {timed.batch_size}, {left}: {timed.doubt}")
+
+
+_FIRST = {Runtime.compiled: "compiling and ", Runtime.onnx: "exporting and ", Runtime.program: "exporting and "}
 
 
 def _fields(counted: FlopReport, timed: ThroughputReport) -> dict[str, object]:

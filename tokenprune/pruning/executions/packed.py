@@ -2,8 +2,9 @@
 
 Scorers and decisions see a rectangle, a row for each image; blocks run on the sequence.
 
-Shapes: B images, N patch tokens of the largest of them, m of these that reach a stage, n kept ones, the most of any
-image, G merge groups, the most of any image, T tokens of all images, t of them that are kept, C channels.
+Shapes: B images, P prefix tokens of each, N patch tokens of the largest of them, m of these that reach a stage, n kept
+ones, the most of any image, G merge groups, the most of any image, T tokens of all images, t of them that are kept, C
+channels.
 """
 
 from __future__ import annotations
@@ -44,9 +45,8 @@ class OfPacked(Execution):
     def start(self, layout: Layout, images: Images | None) -> Selection:
         assert isinstance(images, PackedImages)
         self._images = images
-        num_images = len(images.lengths)
         slots = images.places.flatten().argsort(stable=True)[: images.length]  # (T,)
-        packing = Packing((num_images, images.longest), (Part(0, 1, images.length),), slots)
+        packing = Packing((len(images.lengths), layout.length), (Part(0, 1, images.length),), slots)
         return Selection(layout, all_kept=True, packing=packing)
 
     def keeps_all(self, num_keep: int, num_reached: int, *, probability: float, sampled: bool) -> bool:
@@ -114,17 +114,19 @@ class RemovingOfPacked(OfPacked):
 
     def remove(self, tokens: Tensor, before: Selection, selection: Selection) -> Tensor:
         assert selection.chosen is not None
-        return tokens.gather(1, selection.chosen.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+        chosen = selection.chosen.unsqueeze(-1).expand(-1, -1, tokens.shape[2])
+        return before.layout.with_patches(tokens, before.layout.patches(tokens).gather(1, chosen))
 
     def lay_out(self, selection: Selection) -> Selection:
         if selection.packing is not None:
             return selection
         assert selection.indices is not None and selection.present is not None
-        places = self._images.places.gather(1, selection.indices)  # (B, n)
-        places = places.masked_fill(selection.present == 0, self._images.length).flatten()
+        layout = selection.layout
+        places = self._images.places.gather(1, layout.positions(selection.indices))  # (B, P + n)
+        places = places.masked_fill(layout.with_others(selection.present) == 0, self._images.length).flatten()
         number = int((places < self._images.length).sum())
         rows, slots = (found[:number] for found in places.sort(stable=True))  # (t,)
-        shape = (len(selection.indices), selection.layout.num_patches)
+        shape = (len(selection.indices), layout.length)
         return selection.replace(packing=Packing(shape, (Part(0, 1, number),), slots), rows=rows)
 
     def resume(self, tokens: Tensor, selection: Selection, full: Layout) -> Tensor:
@@ -200,7 +202,7 @@ class MaskingOfPacked(OfPacked):
     def _in_sequence(self, selection: Selection) -> Tensor:
         """The decisions on all tokens, in the blocks' order: (1, T)."""
         assert selection.keep is not None and selection.packing is not None
-        return selection.packing.pack(selection.keep)
+        return selection.packing.pack(selection.layout.with_others(selection.keep))
 
 
 class SegmentAttention(MaskedAttention):

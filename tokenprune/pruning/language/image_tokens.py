@@ -44,10 +44,20 @@ class ImageTokens:
 
         Args:
             placeholders: (b, L) bool, the places of all tokens in the prompts; ``None`` where they are unknown.
+
+        Raises:
+            StateError: The tokens of one image stand in two prompts, so that they are not in the prompts' order.
         """
         if placeholders is None:
             return self._tiles
         row, column = placeholders.nonzero(as_tuple=True)  # (T,)
+        for size, rows in zip(self._tiles, row.cpu().split(self._tiles), strict=True):
+            if size and int(rows[0]) != int(rows[-1]):
+                raise StateError(
+                    f"an image of {size} tokens would be in two prompts: the model's own code has its images in "
+                    "another order than the prompts, as a search of several beams has in some models whose prompts "
+                    "have several images; generate with num_beams=1."
+                )
         starts = torch.ones(len(row), dtype=torch.bool, device=row.device)
         starts[1:] = (row[1:] != row[:-1]) | (column[1:] != column[:-1] + 1)
         ends = torch.tensor(self._tiles, device=row.device).cumsum(0)[:-1]
