@@ -74,8 +74,8 @@ def main(
     )
 
 
-def _build(name: str, checkpointing: bool) -> nn.Module:
-    model: Any = timm.create_model(name)
+def _build(name: str, checkpointing: bool) -> Any:
+    model = timm.create_model(name)
     model.set_grad_checkpointing(checkpointing)
     return model
 
