@@ -50,13 +50,19 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.varlen
 	$(BIN)/python -m benchmarks.planning
-	$(BIN)/python -m benchmarks.frozen
+	$(BIN)/python -m benchmarks.frozen --pairs 17
 	$(BIN)/python -m benchmarks.frozen --model digits_vit --batch-size 1 --batch-size 64 --pairs 61 \
 		--name frozen-digits-cpu
 	$(BIN)/python -m benchmarks.frozen --runtime onnx --pairs 11 --name frozen-onnx-cpu
 	$(BIN)/python -m benchmarks.frozen --runtime compile --pairs 11 --name frozen-compile-cpu
+	$(BIN)/python -m benchmarks.frozen --runtime onnx --model digits_vit --batch-size 1 --batch-size 64 --pairs 61 \
+		--name frozen-digits-onnx-cpu
+	$(BIN)/python -m benchmarks.frozen --runtime compile --model digits_vit --batch-size 1 --batch-size 64 --pairs 61 \
+		--name frozen-digits-compile-cpu
 	$(BIN)/python -m benchmarks.hierarchies
 	$(BIN)/python -m benchmarks.prefill
+	$(BIN)/python -m benchmarks.peers --pairs 7
+	$(BIN)/python -m benchmarks.peers --pairs 7 --take 2
 
 benchmarks-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import attention, inference, training
+from benchmarks import attention, inference, peers, training
 from benchmarks.measuring import Name, Ratio, environment, report
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -168,6 +168,7 @@ def jobs(setup: Setup) -> Iterator[Job]:
     yield from (_attention(setup, dtype) for dtype in DTYPES)
     yield from (_training(setup, small, dtype) for dtype in DTYPES)
     yield from (_inference(setup, small, dtype, one, RATIOS) for dtype in DTYPES)
+    yield from (_peers(setup, small, DTYPES[0], batch) for batch in (large, one))
     yield _inference(setup, small, DTYPES[0], large, RATIOS[:1], compiled=True)
     yield _training(setup, small, DTYPES[0], compiled=True)
     yield _inference(setup, small, DTYPES[0], one, RATIOS[:1], compiled=True)
@@ -175,6 +176,7 @@ def jobs(setup: Setup) -> Iterator[Job]:
     yield from (_inference(setup, model, dtype, batch, RATIOS) for dtype, model, batch in others)
     # One ratio of every model before all ratios of one: what compiling changes depends little on the ratio.
     yield from (_inference(setup, model, DTYPES[0], large, RATIOS[:1], compiled=True) for model in (base, lvvit))
+    yield from (_peers(setup, small, DTYPES[0], batch, compiled=True) for batch in (large, one))
     yield from (_training(setup, small, dtype, compiled=True) for dtype in DTYPES[1:])
     rest = [(model, dtype, batch) for dtype in DTYPES for batch in (large, one) for model in MODELS]
     done = {(model, DTYPES[0], large) for model in MODELS} | {(small, DTYPES[0], one)}
@@ -209,6 +211,33 @@ def _inference(
     kind = f"{run} inference, {'one image' if batch == 1 else 'batches'}, {dtype}, {len(ratios)} ratios"
     return Job(
         name=f"inference of {model}, {dtype}, {run}, batch {batch}, ρ {told}", kind=kind, seconds=seconds, run=measure
+    )
+
+
+def _peers(setup: Setup, model: str, dtype: str, batch: int, *, compiled: bool = False) -> Job:
+    run = _run(compiled)
+
+    def measure() -> tuple[list[list[str]], list[Any]]:
+        dense = timm.create_model(model, **setup.options(model)).eval()
+        found = peers.measure(
+            dense, RATIOS[0], runtime="compile" if compiled else "eager", batch_sizes=[batch], device=setup.device,
+            dtype=dtype, pairs=setup.rounds,
+        )  # fmt: skip
+        rows = [
+            [f"{model}, dense ÷ {one.what}", dtype, run, f"{batch}", f"{RATIOS[0]:g}", *_timed(one.dense_over_it)]
+            + ["", "", ""]
+            for one in found
+        ]
+        about = {"what": "peers", "model": model, "dtype": dtype, "compiled": compiled, "batch_size": batch}
+        return rows, [
+            {**about, "beside": one.what, "dense_over_it": one.dense_over_it, "of_limit": one.of_limit} for one in found
+        ]
+
+    return Job(
+        name=f"peers of {model}, {dtype}, {run}, batch {batch}",
+        kind=f"{run} peers, {'one image' if batch == 1 else 'batches'}",
+        seconds=240.0 if compiled else 15.0,
+        run=measure,
     )
 
 

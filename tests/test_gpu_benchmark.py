@@ -52,6 +52,8 @@ def test_all_that_is_asked_for_is_among_the_work() -> None:
                 assert sorted(name.partition("ρ ")[2] for name in compiled) == ["0.5, 0.9, 0.8", "0.7"]
     assert sum("masked attention" in name for name in every) == 3
     assert sum("training step" in name and "eager" in name for name in every) == 3
+    for run in ("eager", "compiled"):
+        assert {f"peers of deit_small_patch16_224, bfloat16, {run}, batch {batch}" for batch in (1, 256)} <= {*every}
     assert sum("training step" in name and "compiled" in name for name in every) == 3
 
 
@@ -71,7 +73,7 @@ def test_a_small_run(compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
     measured = {(row["what"], row.get("compiled"), row["dtype"]) for row in written["rows"]}
     runs = (False, True) if compiled else (False,)
     assert {("inference", run, dtype) for run in runs for dtype in gpu.DTYPES} <= measured
-    assert {("attention", None), ("training step", False)} <= {(what, run) for what, run, _ in measured}
+    assert {("attention", None), ("training step", False), ("peers", False)} <= {row[:2] for row in measured}
     for row in written["rows"]:
         if row["what"] == "inference":
             seconds = row["dense_over_sparse"]

@@ -143,6 +143,7 @@ def budgets(
 def hierarchies(
     data: Data = DATA,
     output: Output = Path("runs/digits-hierarchies"),
+    epochs: Annotated[int, typer.Option(min=1, help="Of dense training, half a minute each on one core.")] = 20,
     steps: Steps = 100,
     seed: int = 0,
     flat_ratio: Annotated[
@@ -152,8 +153,9 @@ def hierarchies(
     """Train a small Swin and a small ConvNeXt, and compare starts of their fast paths, scorers and keep ratios."""
     with resumable(console):
         make_digits(data)
-        study = Study(dense=DIGITS_DENSE, sparse=DIGITS_SPARSE, data=data, output=output, steps=steps, seed=seed)
-        study.run(console=console)
+        Study(
+            dense=DIGITS_DENSE, sparse=DIGITS_SPARSE, data=data, output=output, epochs=epochs, steps=steps, seed=seed
+        ).run(console=console)
         if flat_ratio is not None:
             run_flat(data=data, output=output, keep_ratio=flat_ratio, steps=steps, seed=seed, console=console)
 

@@ -11,9 +11,10 @@ from rich.console import Console
 from recipes.photographs.data import make_photographs
 from recipes.photographs.dense import train_photographs
 from recipes.photographs.model import load_dense_model
-from recipes.photographs.presets import DATA
+from recipes.photographs.presets import DATA, PHOTOGRAPHS_DENSE, PHOTOGRAPHS_SPARSE
 from recipes.small.budgets import run_budgets
 from recipes.small.command_line import resumable
+from recipes.small.hierarchy_study import Study
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console()
@@ -57,6 +58,25 @@ def budgets(
             load_model=load_dense_model, data=data, output=output, keep_ratios=ratios, seeds=range(seeds), steps=steps,
             console=console,
         )  # fmt: skip
+
+
+@app.command()
+def hierarchies(
+    data: Data = DATA,
+    output: Annotated[Path, typer.Option(help="Where results and checkpoints go.")] = Path(
+        "runs/photographs-hierarchies"
+    ),
+    epochs: Annotated[int, typer.Option(min=1, help="Of dense training.")] = 20,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of each fine-tuning.")] = 100,
+    seed: int = 0,
+) -> None:
+    """Train a small Swin and a small ConvNeXt, and compare starts of their fast paths, scorers and keep ratios."""
+    with resumable(console):
+        make_photographs(data)
+        Study(
+            dense=PHOTOGRAPHS_DENSE, sparse=PHOTOGRAPHS_SPARSE, data=data, output=output, epochs=epochs, steps=steps,
+            seed=seed,
+        ).run(console=console)  # fmt: skip
 
 
 if __name__ == "__main__":

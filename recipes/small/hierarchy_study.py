@@ -21,18 +21,18 @@ from recipes.engine.fitting import evaluate_model, run_once
 from recipes.engine.models import data_config
 from recipes.engine.randomness import seed_everything
 from recipes.engine.tables import Table
-from recipes.hierarchy import REDUCTION, HierarchySettings, keep_ratios, start_fast_paths, train_hierarchy
+from recipes.hierarchy import REDUCTION, HierarchySettings, start_fast_paths, train_hierarchy
 from recipes.small.presets import learning_rates
 
 STARTS = ("zero", "random", "fitted")
 FITTED = (("predictor", "fitted"), ("random", "fitted"))
-ROWS: dict[float, tuple[tuple[str, str], ...]] = {
-    0.7: (*(("predictor", start) for start in STARTS[:-1]), *FITTED),
-    0.5: FITTED,
+PLANS: dict[tuple[float, ...], tuple[tuple[str, str], ...]] = {
+    (0.7, 0.5, 0.3): (*(("predictor", start) for start in STARTS[:-1]), *FITTED),
+    (0.5, 0.3, 0.1): FITTED,
+    (0.2, 0.1, 0.05): FITTED,
 }
-"""By ρ, the scorers with starts of the fast paths. A predictor that was not trained says as little as chance."""
-EPOCHS = {"small_swin": 20, "small_convnext": 20}
-"""Of dense training, by model."""
+"""By plan, the scorers with starts of the fast paths. A predictor that was not trained says as little as chance."""
+MODELS = ("small_swin", "small_convnext")
 BATCH_SIZE = 64
 """Of dense training; half of the flat models'."""
 
@@ -43,20 +43,22 @@ class Row:
 
     Attributes:
         model: timm's name.
-        keep_ratio: ρ of ρ, ρ − 0.2, ρ − 0.4; 1 for the dense model.
+        keep_ratios: Of the three stages; empty for the dense model.
         scorer: Its name.
         fast_paths: How they start.
         steps: Of fine-tuning.
         accuracy: On the validation images, as a fraction.
+        unpruned: The same weights' without pruning; ``None`` where they are the dense model's.
         gmacs: An image.
     """
 
     model: str
-    keep_ratio: float
+    keep_ratios: tuple[float, ...]
     scorer: str
     fast_paths: str
     steps: int
     accuracy: float
+    unpruned: float | None
     gmacs: float
 
 
@@ -69,6 +71,7 @@ class Study:
         sparse: Settings of fine-tuning.
         data: The image folder.
         output: Every run gets a folder in it.
+        epochs: Of dense training.
         steps: Of fine-tuning.
         seed: Of everything random.
     """
@@ -77,10 +80,11 @@ class Study:
     sparse: Mapping[str, Any]
     data: Path
     output: Path
+    epochs: int
     steps: int
     seed: int
 
-    def run(self, models: Sequence[str] = tuple(EPOCHS), *, console: Console) -> list[Row]:
+    def run(self, models: Sequence[str] = MODELS, *, console: Console) -> list[Row]:
         """Train what has not been trained yet, and print the table; ``hierarchies.json`` has it too."""
         rows = [row for model in models for row in self.rows(model)]
         write_json(self.output / "hierarchies.json", [asdict(row) for row in rows])
@@ -91,23 +95,18 @@ class Study:
         """The results of one model."""
         dense = self.dense_settings(model)
         made = run_once(dense, partial(train_dense, dense, description=f"{model}, dense"))
-        yield Row(model=model, keep_ratio=1.0, scorer="", fast_paths="", steps=0,
-                  accuracy=made["scores"]["top1"], gmacs=made["gmacs"]["dense"])  # fmt: skip
+        yield Row(model=model, keep_ratios=(), scorer="", fast_paths="", steps=0,
+                  accuracy=made["scores"]["top1"], unpruned=None, gmacs=made["gmacs"]["dense"])  # fmt: skip
         for settings in self.sparse_settings(model):
             yield self._untrained(settings)
-            label = f"{model}, {settings.scorer}, {settings.fast_paths}, ρ {settings.keep_ratio}"
+            label = f"{model}, {settings.scorer}, {settings.fast_paths}, {settings.keep_ratio}"
             made = run_once(settings, partial(train_hierarchy, settings, description=label))
-            yield _row(settings, self.steps, made["scores"]["top1"], made["gmacs"]["sparse"])
+            scores, gmacs = made["scores"], made["gmacs"]["sparse"]
+            yield _row(settings, self.steps, scores["top1"], gmacs, unpruned=scores["dense_top1"])
 
     def dense_settings(self, model: str) -> DenseSettings:
         """Of the dense model."""
-        given = {
-            "model": model,
-            "data_dir": self.data,
-            "epochs": EPOCHS[model],
-            "warmup_epochs": 0.5,
-            "seed": self.seed,
-        }
+        given = {"model": model, "data_dir": self.data, "epochs": self.epochs, "warmup_epochs": 0.5}
         given |= {"seed": self.seed, "batch_size": BATCH_SIZE, "learning_rate": 1.5e-3 * 1024 / BATCH_SIZE}
         given["output"] = self.output / f"{model}-dense-seed{self.seed}"
         return DenseSettings(**{**self.dense, **given, "resume": True})
@@ -115,11 +114,11 @@ class Study:
     def sparse_settings(self, model: str) -> Iterator[HierarchySettings]:
         """Of every run of fine-tuning."""
         weights = self.dense_settings(model).output / "model.safetensors"
-        for ratio, rows in ROWS.items():
+        for ratios, rows in PLANS.items():
             for scorer, start in rows:
-                given = {"model": model, "data_dir": self.data, "checkpoint": weights, "keep_ratio": keep_ratios(ratio)}
+                given = {"model": model, "data_dir": self.data, "checkpoint": weights, "keep_ratio": [*ratios]}
                 given |= {"scorer": scorer, "fast_paths": start, "steps_per_epoch": self.steps, "seed": self.seed}
-                name = f"{model}-{scorer}-{start}-{ratio:g}-{self.steps}-seed{self.seed}"
+                name = f"{model}-{scorer}-{start}-{ratios[0]:g}-{self.steps}-seed{self.seed}"
                 given |= {**learning_rates(scorer), "output": self.output / name}
                 yield HierarchySettings(**{**self.sparse, **given, "resume": True})
 
@@ -134,17 +133,21 @@ class Study:
         return _row(settings, 0, evaluate_model(model, settings, classes=classes)["top1"], gmacs)
 
 
-def _row(settings: HierarchySettings, steps: int, accuracy: float, gmacs: float) -> Row:
-    ratio = (settings.keep_ratio or [1.0])[0]
-    return Row(model=settings.model, keep_ratio=ratio, scorer=settings.scorer, fast_paths=settings.fast_paths,
-               steps=steps, accuracy=accuracy, gmacs=gmacs)  # fmt: skip
+def _row(
+    settings: HierarchySettings, steps: int, accuracy: float, gmacs: float, *, unpruned: float | None = None
+) -> Row:
+    ratios = tuple(settings.keep_ratio or ())
+    return Row(model=settings.model, keep_ratios=ratios, scorer=settings.scorer, fast_paths=settings.fast_paths,
+               steps=steps, accuracy=accuracy, unpruned=unpruned, gmacs=gmacs)  # fmt: skip
 
 
 def table(rows: list[Row]) -> Table:
     """The rows, one a line."""
-    made = Table(title="Fast paths", columns=("model", "ρ", "scorer", "fast paths", "steps", "accuracy", "MMACs"))
+    columns = ("model", "keep ratios", "scorer", "fast paths", "steps", "accuracy", "unpruned", "MMACs")
+    made = Table(title="Fast paths", columns=columns)
     for row in rows:
-        what = ("dense", "", "", "") if row.keep_ratio == 1 else (f"{row.keep_ratio:g}", row.scorer, row.fast_paths,
-                                                                   str(row.steps))  # fmt: skip
-        made.add(row.model, *what, f"{row.accuracy:.2%}", f"{row.gmacs * 1e3:.2f}")
+        plan = ", ".join(f"{ratio:g}" for ratio in row.keep_ratios) or "dense"
+        what = (plan, row.scorer, row.fast_paths, str(row.steps) if row.keep_ratios else "")
+        unpruned = "" if row.unpruned is None else f"{row.unpruned:.2%}"
+        made.add(row.model, *what, f"{row.accuracy:.2%}", unpruned, f"{row.gmacs * 1e3:.2f}")
     return made

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -244,7 +245,7 @@ def test_compiled_and_exported(case: Hierarchy) -> None:
     model, images = case.sparsified(), case.images()
     expected = case.run(model, images)["output"]
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-4)
     exported = torch.export.export(model, (images,), strict=False).module()
     torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-4)
@@ -311,6 +312,16 @@ def test_a_norm_over_all_tokens_is_no_part() -> None:
     (case,) = [one for one in ALL if one.name == "timm PoolFormer"]
     model = tokenprune.sparsify(case.model(), pruned="fast")
     assert {type(path.part.first).__name__ for path in paths(model)} == {"Mlp"}
+
+
+@torch.no_grad()
+def test_channels_are_told_from_as_many_rows_by_what_runs_over_them() -> None:
+    """At 256 pixels the only level with a part is (B, 64, 64, 64), with 1 x 1 convolutions."""
+    torch.manual_seed(0)
+    model: Any = tokenprune.sparsify(timm.create_model("mobilevit_s").eval(), keep_ratio=0.6, pruned="fast")
+    assert model.tokenprune.backbone.adaptations[0].channels_first
+    model(torch.randn(2, 3, 128, 96))
+    assert model.tokenprune.trace.grid == (32, 24)
 
 
 def test_stages_choose_the_level() -> None:

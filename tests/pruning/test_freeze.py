@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import tokenprune
 from tests.helpers.tolerances import FROZEN
@@ -181,6 +182,23 @@ def test_rotary_tables_and_masks_are_refused() -> None:
     model = tokenprune.freeze(case.sparsified())
     with pytest.raises(tokenprune.StateError, match="more tensors than tokens"):
         model.forward_features(case.images(), attn_mask=torch.zeros(1, 1, 37, 37))
+
+
+@pytest.mark.parametrize(("scorer", "most"), [("predictor", 15), ("predictor_slim", 12)])
+@one_model
+@torch.no_grad()
+def test_a_stage_takes_few_operators(case: Case, scorer: str, most: int) -> None:
+    dense, model = operators(case, case.model()), case.sparsified(scorer=scorer)
+    hooked = operators(case, model) - dense
+    assert operators(case, tokenprune.freeze(model)) - dense <= most * len(STAGES) < hooked / 2
+
+
+def operators(case: Case, model: nn.Module) -> int:
+    """Of PyTorch that a pass of one image calls."""
+    model(case.images(1))  # what is folded is made once
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        model(case.images(1))
+    return sum(event.cpu_parent is None for event in found.events())
 
 
 def test_nothing_pruned_leaves_one_hook() -> None:

@@ -15,9 +15,19 @@ from torch import Tensor, nn
 import tokenprune
 from tests.census.entry import Entry
 from tests.census.lookup import entry_of
-from tests.census.transformers_inputs import PATCH_SIZE
 from tests.census.transformers_packed import behind_merger, towers
-from tests.helpers.tolerances import IDENTITY, MASK_EQUALS_GATHER, VARLEN
+from tests.helpers.packed_towers import (
+    DEEP,
+    KEEP_RATIO,
+    RASTER,
+    WINDOWED,
+    Numbered,
+    assert_joined,
+    merged,
+    one_by_one,
+    pruned,
+)
+from tests.helpers.tolerances import IDENTITY, MASK_EQUALS_GATHER
 from tokenprune.backbones.adapters import describe
 from tokenprune.backbones.probing import named_outputs
 
@@ -31,52 +41,6 @@ TOWERS = [
     pytest.param(entry, id=f"{entry}-{entry.stages}", marks=() if entry.name in FEW else pytest.mark.slow)
     for entry in (*towers(), *behind_merger())
 ]
-WINDOWED, DEEP, RASTER = (
-    "Qwen2_5_VisionTransformerPretrainedModel",
-    "Qwen3VLVisionModel",
-    "Kimi_K25VisionModel",
-)
-MERGING, CLASSIFIED, CONVOLVING = "MiniCPMV4_6VisionModel", "Inkling2VisionModel", "Lfm3VlVisionModel"
-KEEP_RATIO = (0.6, 0.36)
-
-
-class Numbered(tokenprune.Scorer):
-    """Keeps those that come first among an image's patches, as they are given."""
-
-    def forward(self, candidates: tokenprune.Candidates) -> Tensor:
-        number = torch.arange(candidates.num_patches, dtype=torch.float32).expand(len(candidates.patches), -1)
-        return -candidates.at_candidates(number)
-
-
-def pruned(entry: Entry, **settings: Any) -> tuple[Any, dict[str, Any]]:
-    """The tower of an entry, sparsified, and what it is given."""
-    return tokenprune.sparsify(entry.model(), entry.stages, KEEP_RATIO, **settings), entry.example()
-
-
-def merged(found: Any) -> Tensor:
-    """What a tower puts out; before transformers 5, that is all."""
-    if isinstance(found, Tensor):
-        return found
-    made: Tensor = found.last_hidden_state if found.get("pooler_output") is None else found.pooler_output
-    return made
-
-
-def one_by_one(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Of the inputs of several images those of each."""
-    (grids,) = (
-        value for name, value in arguments.items() if name.endswith(("grid_thw", "image_sizes", "target_sizes"))
-    )
-    lengths = grids.prod(dim=1).tolist()
-    for image, (start, length) in enumerate(zip(torch.tensor([0, *lengths]).cumsum(0), lengths, strict=False)):
-
-        def of_image(value: Tensor, image: int = image, start: int = int(start), length: int = length) -> Tensor:
-            if len(value) == len(lengths):
-                return value[image : image + 1]
-            if value.dim() == 4 and len(value) == 1:  # patches side by side
-                return value[..., start * PATCH_SIZE : (start + length) * PATCH_SIZE]
-            return value.narrow(0 if len(value) == sum(lengths) else 1, start, length)
-
-        yield {name: of_image(value) for name, value in arguments.items()}
 
 
 @pytest.mark.parametrize("entry", TOWERS)
@@ -90,12 +54,7 @@ def test_each_image_alone_equals_the_packed_batch(entry: Entry) -> None:
         alone.append(named_outputs(model(**inputs)))
         for stage, indices in enumerate(model.tokenprune.trace.indices):
             assert torch.equal(indices[0], kept[stage][image])
-    for name, output in together.items():
-        parts = [outputs[name] for outputs in alone]
-        of_first_token = parts[0].shape == output.shape
-        expected = parts[0] if of_first_token else torch.cat(parts, dim=int(output.shape[0] == 1))
-        scale = float(output.abs().max())
-        torch.testing.assert_close(output, expected, rtol=0, atol=VARLEN[torch.float32] * scale)
+    assert_joined(together, alone)
     with tokenprune.dense(model):
         dense = named_outputs(model(**arguments))
     model.tokenprune.keep_ratio = 1.0
@@ -103,80 +62,6 @@ def test_each_image_alone_equals_the_packed_batch(entry: Entry) -> None:
         torch.testing.assert_close(output, dense[name], rtol=0, atol=IDENTITY * float(dense[name].abs().max()))
         assert together[name].shape == output.shape
         assert len(output) == 1 or (together[name] - output).abs().max() > 1e-4 * output.abs().max()
-
-
-@torch.no_grad()
-def test_prefix_tokens_of_packed_images_stay() -> None:
-    """A class token in front of each image's patches: never scored, never pruned, and seen by scorers as what it is."""
-    entry = entry_of(CLASSIFIED)
-    seen: list[tokenprune.Candidates] = []
-
-    class Looking(Numbered):
-        def forward(self, candidates: tokenprune.Candidates) -> Tensor:
-            seen.append(candidates)
-            return super().forward(candidates)
-
-    model, arguments = pruned(entry, scorer=lambda _: Looking())
-    got: list[Tensor] = []
-    model.layers[1].register_forward_pre_hook(lambda block, args: got.append(args[0]), prepend=True)
-    output = model(**arguments)
-    images = model.tokenprune.trace.images
-    assert images.lengths == (4 * 36, 4 * 24, 4 * 12) and images.num_groups == (36, 24, 12)
-    places = [0, 145, 242]  # behind those of the images before
-    assert seen[0].prefix.shape == (3, 1, 32) and torch.equal(seen[0].prefix.squeeze(1), got[0][places])
-    for place, length, patches in zip(places, images.lengths, seen[0].patches, strict=True):
-        assert torch.equal(patches[:length], got[0][place + 1 : place + 1 + length])
-    for selection in model.tokenprune.trace.selections:
-        assert torch.isin(torch.tensor(places), selection.rows).all()
-    with tokenprune.dense(model):
-        dense = model(**arguments)
-    changed = (output.last_hidden_state - dense.last_hidden_state)[places].abs().amax(dim=1)
-    assert (changed > 1e-5).all()  # they attend to fewer patches
-    sparse = tokenprune.sparsify(tokenprune.unsparsify(model), (1, 2), KEEP_RATIO, scorer="cls_attention")
-    sparse(**arguments)
-    received = sparse.tokenprune.trace.scores[0]  # of the class token's attention, times the tokens of the segment
-    paid = received.nansum(dim=1) / (torch.tensor(images.lengths) + 1)
-    assert ((paid > 0.9) & (paid < 1)).all()  # what is left of 1 it pays to itself
-
-
-@torch.no_grad()
-def test_modules_that_do_not_attend_stand_between_blocks_and_see_every_token() -> None:
-    model, arguments = pruned(entry_of(CONVOLVING))
-    blocks = model.tokenprune.backbone.blocks
-    assert [*blocks] == [layer for layer in model.layers if layer.is_attention_layer] and len(blocks) == 4
-    lengths: list[int] = []
-    for layer in model.layers:
-        layer.feed_forward.register_forward_pre_hook(lambda _, args: lengths.append(len(args[0])))
-    model(**arguments)
-    kept = [len(selection.rows) for selection in model.tokenprune.trace.selections]
-    assert lengths == [72, 72, 72, kept[0], 72, kept[1], 72, kept[1]]
-    assert kept[1] < kept[0] < 72
-
-
-@torch.no_grad()
-def test_stages_stand_on_one_side_of_a_merger_between_blocks() -> None:
-    entry = entry_of(MERGING)
-    arguments = entry.example()
-    lengths: list[int] = []
-    for stages, tokens, expected in (((1, 2), 72, [72, 36, 24, 24, 18, 18]), ((4, 5), 18, [72, 72, 72, 72, 9, 6])):
-        model = tokenprune.sparsify(entry.model(), stages, KEEP_RATIO)
-        lengths.clear()
-        for layer in model.encoder.layers:
-            layer.mlp.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-        output = model(**arguments).last_hidden_state
-        images = model.tokenprune.trace.images
-        assert images.num_groups == (9, 6, 3) and sum(images.lengths) == tokens and output.shape == (1, 18, 32)
-        assert lengths == expected
-    model = entry.model()
-    with pytest.raises(tokenprune.PlanError, match=r"merges tokens between its blocks.*0 … 3 or 4 … 5"):
-        tokenprune.sparsify(model, (1, 4), KEEP_RATIO)
-    assert not hasattr(model, "tokenprune")
-    assert tokenprune.sparsify(model).tokenprune.plan.stages == (1, 2, 3)
-    front = tokenprune.sparsify(tokenprune.unsparsify(model), (1, 2), KEEP_RATIO)
-    assert front(**arguments, use_vit_merger=False).last_hidden_state.shape == (1, 72, 32)
-    behind = tokenprune.sparsify(tokenprune.unsparsify(model), (4, 5), KEEP_RATIO)
-    with pytest.raises(tokenprune.StateError, match="the images' grids say that there are 18"):
-        behind(**arguments, use_vit_merger=False)
 
 
 @pytest.mark.parametrize("name", [WINDOWED, DEEP, RASTER])
@@ -338,14 +223,6 @@ def test_written_out_attention_is_masked_segment_by_segment() -> None:
     model.tokenprune.execution = "mask"
     found = merged(model(**arguments))
     torch.testing.assert_close(found, expected, rtol=0, atol=MASK_EQUALS_GATHER[torch.float32])
-
-
-@pytest.mark.parametrize("reduction", ["merge", "fuse", "merge_sizes", "fast", "merge_preserve"])
-def test_reductions_that_need_rows_are_refused(reduction: str) -> None:
-    model = entry_of(DEEP).model()
-    with pytest.raises(tokenprune.UnsupportedModelError, match="one sequence"):
-        tokenprune.sparsify(model, pruned=reduction)
-    assert not hasattr(model, "tokenprune")
 
 
 @pytest.mark.parametrize("scorer", ["cls_attention", "redundancy", "informative"])

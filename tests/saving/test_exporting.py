@@ -282,6 +282,20 @@ def test_images_whose_decisions_hang_on_rounding_are_passed_over() -> None:
     assert (chosen > 0.5).all(), "at k = 21 of 36, positions 20 and 21 have equal scores in a dark image"
 
 
+def test_a_frozen_model_is_checked_with_the_same_images() -> None:
+    """Frozen, it keeps no record by which they could be chosen."""
+    case = BY_NAME["timm class token"]
+    model, images = case.sparsified(), torch.rand(32, 3, 48, 48)
+    chosen = []
+    for each in (model, tokenprune.freeze(copy.deepcopy(model))):
+        hooks = hook_counts(each)
+        with exporting._as_it_runs(each), torch.no_grad():
+            chosen.append(exporting._clear_cut(each, images))
+        assert hook_counts(each) == hooks and each.tokenprune.frozen is (each is not model)
+        assert each.tokenprune.trace is None
+    assert torch.equal(*chosen) and not torch.equal(chosen[0], images[:12])
+
+
 def meta() -> nn.Module:
     with torch.device("meta"):
         return BY_NAME["timm class token"].build()

@@ -56,8 +56,8 @@ def train_one_process(rank: int, name: str, scorer: str, folder: Path) -> None:
     ("name", "scorer"),
     [
         ("timm class token", "predictor"),
-        ("timm class token", "cls_attention"),
-        ("transformers ViT classifier", "predictor"),
+        pytest.param("timm class token", "cls_attention", marks=pytest.mark.slow),
+        pytest.param("transformers ViT classifier", "predictor", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_one_model(name: str, scorer: str, tmp_path: Path) -> None:
@@ -85,7 +85,9 @@ def test_two_processes_train_one_model(name: str, scorer: str, tmp_path: Path) -
         torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["timm class token", "timm no class token, average"])
+@pytest.mark.parametrize(
+    "name", ["timm class token", pytest.param("timm no class token, average", marks=pytest.mark.slow)]
+)
 def test_three_hundred_steps_at_a_tenth_of_the_tokens_in_bfloat16(name: str) -> None:
     case = BY_NAME[name]
     torch.manual_seed(0)

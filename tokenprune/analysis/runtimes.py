@@ -57,7 +57,10 @@ def runtime_named(name: str) -> Runtime:
 def in_turn(
     timers: Sequence[Timer], *, rounds: int, warmup: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> list[tuple[float, ...]]:
-    """Time in rounds, every other one the other way round, so that a speed that drifts favours nobody.
+    """Time in rounds, each beginning with another one, so that a speed that drifts favours nobody.
+
+    Turning every other round the other way would run the first and the last twice in succession, and find their weights
+    in the cache.
 
     Args:
         timers: What is timed.
@@ -70,8 +73,8 @@ def in_turn(
     """
     seconds: list[list[float]] = [[] for _ in timers]
     for number in range(-warmup, rounds):
-        order = range(len(timers))
-        for index in reversed(order) if number % 2 else order:
+        for offset in range(len(timers)):
+            index = (number + offset) % len(timers)
             taken = timers[index]()
             if number >= 0:
                 seconds[index].append(taken)

@@ -90,12 +90,12 @@ def observe_hierarchy(
     recording = probe.record()
     modules = _blocks(model, recording)
     found = probe.parts(modules, recording)
-    # Where channels are as many as rows, one block does not say which are which; all together do.
+    # Where channels are as many as rows, one block does not say which are which; all together do, or else their parts.
     ways = [
         [block for module in modules if (block := _block(module, found[module], recording, num_images, channels_first))]
         for channels_first in (False, True)
     ]
-    blocks = max(ways, key=len)
+    blocks = max(ways, key=lambda blocks: (len(blocks), sum(map(_is_read_as_its_parts, blocks))))
     if not blocks:
         raise UnsupportedModelError(_refusal(name, modules, found))
     levels, costs = [], []
@@ -155,6 +155,10 @@ def _block(
         and torch.Size(one.shape).numel() == torch.Size(shape).numel()
     ]
     return block._replace(parts=same) if same else None
+
+
+def _is_read_as_its_parts(block: _Block) -> bool:
+    return all(found.part.channels_first == block.channels_first for found in block.parts)
 
 
 def _level(

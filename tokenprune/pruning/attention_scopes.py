@@ -37,7 +37,7 @@ class AttentionScopes:
         self.entered: list[Scope] = []
         self._recorder = AttentionRecorder(class_token=backbone.class_token, segments=backbone.packed is not None)
         self._key_recorder = KeyRecorder()
-        self._proportional = ProportionalAttention()
+        self._proportional = ProportionalAttention(segments=backbone.packed is not None)
         self._attention: list[Tensor] = []
         self._keys: list[Tensor] = []
 

@@ -102,6 +102,8 @@ class FrozenStage:
             if self._rows is None or not self._rows.fits(tokens, num_keep):
                 self._rows = _Rows(self, tokens, num_keep)
             rows = self._rows.filled(chosen, fresh=False)
+            if batch == 1:
+                return tokens.index_select(1, rows)
         return (
             tokens.reshape(-1, width)
             .index_select(0, rows)

@@ -22,17 +22,21 @@ class ProportionalAttention(Interception):
 
     Token Merging: Your ViT But Faster (ToMe, arXiv 2210.09461), Eq. 1. By SDPA it is a bias, where a softmax is
     written out a sum. It is to be entered inside what masks or records attention, and outside what gathers its bias.
+
+    Args:
+        segments: Whether the model attends segment by segment of one sequence for all images, one call after the other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, segments: bool = False) -> None:
         super().__init__()
+        self._segments, self._done = segments, 0
         self._selection: Selection | None = None
         self._layouts: tuple[Layout, ...] = ()
         self._hits = 0
 
     def prepare(self, selection: Selection, layouts: Sequence[Layout]) -> ProportionalAttention:
         """Itself, for what is in force, in sequences of these layouts."""
-        self._selection, self._layouts, self._hits = selection, tuple(layouts), 0
+        self._selection, self._layouts, self._hits, self._done = selection, tuple(layouts), 0, 0
         return self
 
     def leave(self) -> None:
@@ -72,18 +76,19 @@ class ProportionalAttention(Interception):
     def _log_sizes(self, num_keys: int, like: Tensor) -> Tensor | None:
         """Log s of so many keys, (B, 1, 1, K) in the dtype of ``like``; ``None`` where there are not so many tokens.
 
-        Of images that stand in one sequence (1, 1, 1, T).
+        Of images that stand in one sequence (1, 1, 1, T), or of the next segment of it.
         """
         selection = self._selection
         if selection is None or selection.sizes is None:
             return None
-        packing = selection.packing
-        packed = packing is not None and num_keys == packing.length
+        packing, start = selection.packing, self._done
+        packed = packing is not None and (num_keys == packing.length or self._segments)
         layout = self._layouts[0] if packed else of_length(self._layouts, num_keys)
         if layout is None:
             return None
         self._hits += 1
         everything = layout.with_others(selection.sizes)  # (B, K)
         if packing is not None and packed:
-            everything = packing.pack(everything)  # (1, T)
+            everything = packing.pack(everything)[:, start : start + num_keys]  # (1, T), or (1, t) of a segment
+            self._done += num_keys
         return everything.log().to(like.dtype)[:, None, None, :]

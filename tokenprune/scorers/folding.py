@@ -47,4 +47,5 @@ class LocalAndShared:
         shared = F.linear(mean, *self._shared)  # (B, 1, C')
         if self._compiled:
             return F.linear(own, self._local) + shared
-        return torch.baddbmm(shared, own, self._local.expand(own.shape[0], -1, -1))
+        batch = own.shape[0]
+        return torch.baddbmm(shared, own, self._local if batch == 1 else self._local.expand(batch, -1, -1))

@@ -77,16 +77,15 @@ class _Folded:
     def __init__(self, predictor: Predictor) -> None:
         norm, first = cast(nn.LayerNorm, predictor.in_conv[0]), cast(nn.Linear, predictor.in_conv[1])
         second, third, last = (cast(nn.Linear, predictor.out_conv[index]) for index in (0, 2, 4))
-        self.half = second.in_features // 2
+        of_local, of_mean = second.weight.chunk(2, dim=1)
         self.first = NormedLinear(norm, first)
-        self.second = LocalAndShared(second.weight[:, : self.half], (second.weight[:, self.half :], second.bias))
+        self.second = LocalAndShared(of_local, (of_mean, second.bias))
         self.third = third.weight.clone(), third.bias.clone()
         self.last = last.weight[0] - last.weight[1]
 
     def __call__(self, patches: Tensor) -> Tensor:
-        hidden = F.gelu(self.first(patches))  # (B, n, C)
-        mean = hidden.narrow(2, self.half, self.half).mean(dim=1, keepdim=True)
-        hidden = F.gelu(self.second(hidden.narrow(2, 0, self.half), mean))  # (B, n, C/2)
+        local, other = F.gelu(self.first(patches)).chunk(2, dim=2)  # (B, n, C/2) each
+        hidden = F.gelu(self.second(local, other.mean(dim=1, keepdim=True)))  # (B, n, C/2)
         return F.gelu(F.linear(hidden, *self.third)) @ self.last
 
 

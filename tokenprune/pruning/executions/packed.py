@@ -55,6 +55,15 @@ class OfPacked(Execution):
     def pass_all(self, before: Selection, tokens: Tensor) -> Selection:
         return before.replace(chosen=None, scores=None, attention=None)
 
+    def from_hosts(self, tokens: Tensor, selection: Selection) -> Tensor:
+        """All tokens of the sequence (1, T, C), each patch token in the state of its host, if the selection has any."""
+        if selection.hosts is None:
+            return tokens
+        places = self._images.places[:, self._images.num_prefix :]  # (B, N)
+        sources = torch.arange(tokens.shape[1] + 1, device=places.device)  # the last one, of what fills rows
+        sources = sources.scatter(0, places.flatten(), places.gather(1, selection.hosts).flatten())
+        return tokens.index_select(1, sources[:-1])
+
     def kept(self, scores: Tensor, before: Selection, num_keep: Tensor, *, sampled: bool) -> Tensor:
         """Which of the tokens that reached a stage are kept, (B, m), whole groups of them.
 
@@ -133,7 +142,9 @@ class RemovingOfPacked(OfPacked):
         return tokens if selection.rows is None else tokens.index_select(1, selection.rows)
 
     def restore(self, tokens: Tensor, selection: Selection, everything: Tensor, full: Layout) -> Tensor:
-        return tokens if selection.rows is None else everything.index_copy(1, selection.rows, tokens)
+        if selection.rows is None:
+            return tokens
+        return self.from_hosts(everything.index_copy(1, selection.rows, tokens), selection)
 
     def side_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], selection: Selection, full: Layout
@@ -194,6 +205,8 @@ class MaskingOfPacked(OfPacked):
         if selection.all_kept:
             return tokens
         kept = self._in_sequence(selection).unsqueeze(-1).to(tokens.dtype)  # (1, T, 1)
+        if selection.hosts is not None:
+            everything = self.from_hosts(torch.where(kept.detach() > 0, tokens, everything), selection)
         return tokens * kept + everything * (1 - kept)
 
     def attention(self, selection: Selection, layouts: Sequence[Layout]) -> Interception | None:

@@ -122,10 +122,11 @@ class Reduction(nn.Module):
         Raises:
             UnsupportedModelError: The message says why, and what can be done instead.
         """
-        if backbone.packed is not None and (self.whole or self.looks_at_pruned):
+        if backbone.packed is not None and (self.whole or self.num_summary):
+            what = "lets pruned tokens stay in the sequence" if self.whole else "adds a token that is in no segment"
             raise UnsupportedModelError(
-                f"pruned={name!r} makes something of pruned tokens, and this model has all images of a batch in one "
-                "sequence, where they are left as they are until they are restored behind every block; choose 'drop'."
+                f"pruned={name!r} {what}, and this model has all images of a batch in one sequence, and attends "
+                "segment by segment; choose 'drop', 'merge' or 'merge_sizes'."
             )
         if self.num_summary and backbone.summary_obstacles:
             raise UnsupportedModelError(
