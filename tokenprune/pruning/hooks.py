@@ -268,6 +268,10 @@ class PruningHooks(CurrentPass):
             if self._everything is None:  # a block that somebody called by itself
                 return None
             tokens = self._restore(place, running, tokens, selection)
+        elif place.block == self.backbone.reach[-1]:
+            tokens = running.complete(tokens, selection, self.backbone.layout_at(selection.layout, place.block))
+            if self.trace is not None and not recomputing():
+                self.trace.selections[-1] = self.trace.selections[-1].completed()
         if running.intercepts and masked is not None and not masked.all_kept and not torch.compiler.is_compiling():
             checks.check_attended(block, self._attended)
             self._attended = False

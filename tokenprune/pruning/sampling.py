@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def sample(log_odds: Tensor, keep: Tensor | None) -> Tensor:
+def sample(log_odds: Tensor, keep: Tensor | None, uniform: Tensor | None = None) -> Tensor:
     """Sample keep decisions, with a straight-through gradient, never reviving a token.
 
     Gumbel-softmax over keep and drop at temperature 1 (DynamicViT, arXiv 2106.02034, Eq. 6 and 7).
@@ -21,11 +21,13 @@ def sample(log_odds: Tensor, keep: Tensor | None) -> Tensor:
     Args:
         log_odds: (B, n), log p(keep) − log p(drop).
         keep: (B, n), earlier decisions, 1 = still there; ``None`` means all are.
+        uniform: (B, n), random numbers in [0, 1); drawn here if not given.
 
     Returns:
         (B, n), exactly 0 or 1 in the dtype of ``log_odds``; its gradient is that of ``soft``.
     """
-    uniform = torch.rand_like(log_odds).clamp(min=torch.finfo(log_odds.dtype).tiny, max=1 - 2**-24)
+    uniform = torch.rand_like(log_odds) if uniform is None else uniform
+    uniform = uniform.clamp(min=torch.finfo(log_odds.dtype).tiny, max=1 - 2**-24)
     soft = torch.sigmoid(log_odds + uniform.log() - (-uniform).log1p())  # (B, n)
     left = torch.ones_like(soft) if keep is None else keep
     reachable = soft.detach().masked_fill(left == 0, -math.inf)

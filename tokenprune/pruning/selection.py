@@ -19,12 +19,15 @@ from tokenprune.tokens import Layout, replaced
 class Selection(NamedTuple):
     """The tokens in force behind a stage. Of ``indices`` and ``keep`` an execution sets the one that it goes by.
 
+    It sets both where only tokens have been removed that had been pruned before the stage: then ``keep`` is on the
+    grid, and ``present`` holds the same decisions on the rows that go on.
+
     Attributes:
-        layout: Of the sequence that goes on: with n patch tokens where the others were removed, with all N where
-            they stay.
+        layout: Of the sequence that goes on: with n patch tokens where others were removed, with all N where they
+            stay.
         indices: (B, n) int64, ascending positions of the kept tokens in the image's row-major patch grid; where images
             keep different numbers, n is the largest of them, and further positions, of pruned tokens, stand behind.
-        present: (B, n), 1 for a kept token, 0 for one of those behind, where images keep different numbers; ``None``
+        present: (B, n), 1 for a kept token, 0 for any other in the row, where images keep different numbers; ``None``
             where all keep n.
         keep: (B, N), 1 = kept, 0 = pruned; in training a gradient reaches it.
         all_kept: Whether nothing has been pruned yet, so that there is nothing to carry out.
@@ -92,7 +95,7 @@ class Selection(NamedTuple):
     @property
     def left(self) -> Tensor | None:
         """(B, n), 1 = a patch token that is left in the sequence that goes on, 0 = none; ``None`` if all are."""
-        return self.present if self.keep is None else self.keep
+        return self.keep if self.present is None else self.present
 
     def of_kept(self, values: Tensor | None) -> Tensor | None:
         """Values (B, m) of what reached the stage, as those of the patch tokens in the sequence that goes on."""
@@ -108,27 +111,36 @@ class Selection(NamedTuple):
 
     def indices_by_image(self) -> Tensor | tuple[Tensor, ...] | None:
         """The kept tokens' positions, (B, n), or (n,) for each image; ``None`` where they are not known by number."""
+        if self.keep is not None:
+            return None
         if self.indices is None or self.present is None:
             return self.indices
         return tuple(row[kept > 0] for row, kept in zip(self.indices, self.present, strict=True))
 
     def indices_of_grid(self, num_keep: int) -> Tensor:
         """(B, n), the positions of the ``num_keep`` kept tokens that every image has, whichever way it was decided."""
-        if self.indices is not None:
+        if self.keep is None:
+            assert self.indices is not None
             return self.indices
-        assert self.keep is not None
         return self.keep.argsort(dim=1, descending=True, stable=True)[:, :num_keep]
 
     def split(self, before: Selection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Those that reached the stage, after ``before``, as kept and as pruned by it: (B, m) of 0 and 1 each."""
-        if self.keep is not None:
-            keep = self.keep.to(dtype)
+        if self.chosen is None:
+            assert self.left is not None
+            keep = self.left.to(dtype)
         else:
-            assert self.chosen is not None
             batch, reached = self.chosen.shape[0], before.layout.num_patches
             kept = 1.0 if self.present is None else self.present.to(dtype)
             keep = torch.zeros(batch, reached, device=self.chosen.device, dtype=dtype).scatter(1, self.chosen, kept)
         return keep, (1.0 if before.left is None else before.left.to(dtype)) - keep
+
+    def completed(self) -> Selection:
+        """The selection of the sequence with all patch tokens, where ``keep`` says which of them are kept."""
+        if self.keep is None or self.indices is None:
+            return self
+        layout = self.layout.replace(num_patches=self.keep.shape[1])
+        return self.replace(layout=layout, indices=None, present=None, chosen=None)
 
     def with_summaries(self, number: int, pruned: Tensor) -> Selection:
         """The selection of a sequence with so many further summary tokens, made of the ``pruned`` (B, m)."""

@@ -84,6 +84,8 @@ class Stage(nn.Module):
             selection = execution.decide_up_to(scored.scores, before, counts, num_keep, sampled=sampled)
         else:
             selection = execution.decide(scored.scores, before, counts, sampled=sampled)
+        if sampled and trace.images is None and not (self.reduction.looks_at_pruned or trace.restored or trace.whole):
+            selection = execution.shorten(selection, before)
         selection = selection.replace(scores=scored.scores, **recorded._asdict())
         selection = selection.replace(sizes=selection.of_kept(before.sizes), notes=selection.of_kept(scored.notes))
         if not self.reduction.looks_at_pruned:

@@ -111,6 +111,17 @@ class Execution(ABC):
     def remove(self, tokens: Tensor, before: Selection, selection: Selection) -> Tensor:
         """Of the sequence (B, K, C) that reached a stage what goes on; summary tokens are added later."""
 
+    def shorten(self, selection: Selection, before: Selection) -> Selection:
+        """The selection without tokens that the stages ``before`` have pruned, where nothing asks for them any more.
+
+        It is asked where decisions are sampled, and nothing looks at pruned tokens but the attention of blocks.
+        """
+        return selection
+
+    def complete(self, tokens: Tensor, selection: Selection, layout: Layout) -> Tensor:
+        """Of the sequence (B, K, C) behind the last block, of that layout, the one with what `shorten` left out."""
+        return tokens
+
     def lay_out(self, selection: Selection) -> Selection:
         """The selection with its ``packing``, where blocks are to run on one sequence for all images."""
         return selection
