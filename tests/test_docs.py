@@ -15,6 +15,7 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
+from tests.census.hosts import is_older
 from tests.helpers import supported_models
 from tests.helpers.official import Layout
 from tokenprune.cli import app as cli
@@ -45,6 +46,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_every_block_of_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if page.stem == "vision-language-models" and int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("before transformers 5 prompts are not shortened")
     # Trained weights are a download. Everything else is as it stands on the page, one block after the other.
     create_model = timm.create_model
 
@@ -104,6 +107,7 @@ def test_commands_on_the_pages_exist() -> None:
     assert {"recipes.deit", "recipes.dense", "recipes.digits"} <= seen
 
 
+@pytest.mark.skipif(is_older("transformers"), reason="the page is written for a later release of transformers")
 def test_the_page_of_supported_models_is_up_to_date() -> None:
     assert supported_models.PAGE.read_text() == supported_models.page(), "run python -m tests.helpers.supported_models"
 

@@ -217,13 +217,11 @@ def models(*names: str) -> pytest.MarkDecorator:
 ONE_OF_EACH_KIND = ("timm class token", "timm no class token, average", "transformers ViT classifier",
                     "transformers SigLIP", "torchvision")  # fmt: skip
 some_models = models(*ONE_OF_EACH_KIND)
-# Compiling takes seconds: one model of each library that compiles its own way, and the others among the slow tests.
+# Compiling takes seconds: one model, and the others among the slow tests.
 compiled_models = pytest.mark.parametrize(
     "case",
     [
-        pytest.param(
-            BY_NAME[name], marks=[] if name in ("timm class token", "transformers ViT classifier") else pytest.mark.slow
-        )
+        pytest.param(BY_NAME[name], marks=[] if name == "timm class token" else pytest.mark.slow)
         for name in ONE_OF_EACH_KIND
     ],
     ids=str,

@@ -15,7 +15,17 @@ from torch.profiler import ProfilerActivity, profile
 
 import tokenprune
 from tests.helpers.tolerances import FROZEN
-from tests.helpers.zoo import BY_NAME, KEEP_RATIO, STAGES, Case, hook_counts, models, some_models, wide_scorers
+from tests.helpers.zoo import (
+    BY_NAME,
+    KEEP_RATIO,
+    STAGES,
+    Case,
+    compiled_models,
+    hook_counts,
+    models,
+    some_models,
+    wide_scorers,
+)
 
 one_model = models("timm class token")
 
@@ -210,7 +220,7 @@ def test_nothing_pruned_leaves_one_hook() -> None:
         assert torch.equal(model(case.images()), dense(case.images()))
 
 
-@models("timm class token", "transformers ViT classifier")
+@compiled_models
 def test_compiled_code_follows(case: Case) -> None:
     model, images = case.sparsified(), case.images()
     expected = copy.deepcopy(model)

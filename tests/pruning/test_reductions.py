@@ -141,7 +141,11 @@ def test_saved_and_loaded(name: str, pruned: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["timm class token", "transformers ViT classifier", pytest.param("torchvision", marks=pytest.mark.slow)]
+    "name",
+    [
+        "timm class token",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("transformers ViT classifier", "torchvision")),
+    ],
 )
 @pytest.mark.parametrize(
     "pruned",

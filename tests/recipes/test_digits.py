@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from recipes.digits import __main__ as command_line
 from recipes.digits import data as digits_data
+from recipes.digits import demo as digits_demo
 from recipes.digits.__main__ import app
 from recipes.digits.data import DigitsConfig, make_digits
 from recipes.digits.demo import Row, run_demo
@@ -83,7 +84,8 @@ def test_the_shipped_weights_are_small_and_whole() -> None:
     load_dense_model()
 
 
-def test_the_demo_end_to_end(folder: Path, tmp_path: Path) -> None:
+def test_the_demo_end_to_end(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits_demo, "BATCH_SIZE", 16)  # whose speed is measured
     console = Console(record=True, width=120)
 
     def demo() -> list[Row]:

@@ -63,6 +63,7 @@ def test_a_calibration_serves_every_cost_and_reduction(
     assert [options.get("train", "scorers") for options in calls] == ["scorers", "all"]
 
 
+@pytest.mark.slow
 def test_tome_meets_a_cost_with_a_stage_in_every_block(task: Task, tmp_path: Path) -> None:
     runs = Runs(task, tmp_path)
     method = Method(scorer="tome", pruned="merge_sizes", training="none")
@@ -73,6 +74,7 @@ def test_tome_meets_a_cost_with_a_stage_in_every_block(task: Task, tmp_path: Pat
     assert len(merged) == 12 and max(merged) - min(merged[:6]) <= 1  # the last blocks merge half of what is left
 
 
+@pytest.mark.slow
 def test_a_backbone_is_trained_around_scorers_without_parameters(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,7 @@ def check(model: nn.Module, path: Path, images: Callable[[int], Tensor]) -> None
         ("timm registers alone, average", "onnx"),
         ("timm registers, layer scale, q/k norm, no class position", "pt2"),
         ("transformers ViT classifier", "onnx"),
-        ("torchvision", "pt2"),
+        pytest.param("torchvision", "pt2", marks=pytest.mark.slow),
     ],
 )
 def test_a_file_computes_what_the_model_computes(name: str, suffix: str, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_the_model_does_not_notice(tmp_path: Path) -> None:
     assert state() == before
 
 
-@suffixes
+@pytest.mark.parametrize("suffix", ["onnx", pytest.param("pt2", marks=pytest.mark.slow)])
 def test_a_file_that_disagrees_is_not_left(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, path = BY_NAME["timm class token"], tmp_path / f"model.{suffix}"
     path.write_text("older")

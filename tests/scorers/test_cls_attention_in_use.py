@@ -64,7 +64,11 @@ def test_checkpointed_blocks_see_the_same_decisions(case: Case, scorer: Any) -> 
 
 @pytest.mark.parametrize(
     ("name", "training"),
-    [("timm class token", True), ("torchvision", True), *((name, False) for name in ONE_OF_EACH_KIND)],
+    [
+        ("timm class token", True),
+        pytest.param("torchvision", True, marks=pytest.mark.slow),
+        *((name, False) for name in ONE_OF_EACH_KIND),
+    ],
 )
 def test_compile(name: str, training: bool) -> None:
     case = BY_NAME[name]

@@ -19,13 +19,13 @@ _WEIGHTLESS = frozenset(
     index_put index_put_ index_select is_nonzero item l1_loss le lift_fresh linalg_vector_norm linspace log log1p
     log_softmax logical_and logical_not logical_or lt masked_fill masked_fill_ max max_pool2d maximum mean meshgrid
     min minimum movedim mul mul_ narrow ne neg new_empty new_full new_ones new_zeros nonzero norm numel numpy_T
-    one_hot ones ones_like pad permute pixel_shuffle pixel_unshuffle pow prod rand rand_like randint randn randperm
-    reciprocal relu relu_ remainder repeat repeat_interleave reshape reshape_as resize_ resolve_conj resolve_neg
-    roll round rsqrt rsub scalar_tensor scatter scatter_ scatter_add scatter_reduce searchsorted select selu sigmoid
-    sigmoid_ sign silu silu_ sin size slice slice_scatter softmax softplus sort split split_with_sizes sqrt square
-    squeeze stack std sub sub_ sum t tanh tensor_split tile to topk transpose tril triu type_as unbind unflatten
-    uniform_ unique_consecutive unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var view view_as
-    view_as_complex view_as_real where zero_ zeros zeros_like
+    one_hot ones ones_like outer pad permute pixel_shuffle pixel_unshuffle pow prod rand rand_like randint randn
+    randperm reciprocal relu relu_ remainder repeat repeat_interleave reshape reshape_as resize_ resolve_conj
+    resolve_neg roll round rsqrt rsub scalar_tensor scatter scatter_ scatter_add scatter_reduce searchsorted select
+    selu sigmoid sigmoid_ sign silu silu_ sin size slice slice_scatter softmax softplus sort split split_with_sizes
+    sqrt square squeeze stack std sub sub_ sum t tanh tensor_split tile to topk transpose tril triu type_as unbind
+    unflatten uniform_ unique_consecutive unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var
+    view view_as view_as_complex view_as_real where zero_ zeros zeros_like
     """.split()  # noqa: SIM905 (a line a name would hide the rest of the file)
 )
 

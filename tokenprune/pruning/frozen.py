@@ -85,11 +85,13 @@ class FrozenStage:
         """The scorer's ranking with its weights as they are now."""
         scorer = self.stage.scorer
         if torch.compiler.is_compiling():
-            return scorer.ranking()  # a part of what is compiled, and of weights as they are in each pass
+            with torch.no_grad():
+                return scorer.ranking()  # a part of what is compiled, and of weights as they are in each pass
         ranked_with = scorer, tokens.device, tokens.dtype, sum([weight._version for weight in self._weights])
         if ranked_with != self._ranked_with:
             self._weights = tuple(scorer.parameters())
-            self._ranking = scorer.ranking()
+            with torch.no_grad():
+                self._ranking = scorer.ranking()
             self._ranked_with = (*ranked_with[:3], sum([weight._version for weight in self._weights]))
         return self._ranking
 

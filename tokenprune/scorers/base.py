@@ -129,9 +129,10 @@ class Scorer(nn.Module):
     def ranking(self) -> Ranking | None:
         """How to rank tokens in a frozen model in fewer operations than `forward`, with the weights as they are now.
 
-        Weights may be folded into one another: `tokenprune.freeze` asks again when a parameter has changed. In a model
-        that is compiled or exported it is asked in every pass (``torch.compiler.is_compiling()``), and what it folds
-        becomes a part of that pass. ``None``, the default, leaves it to `forward`.
+        Weights may be folded into one another: `tokenprune.freeze` asks again when a parameter has changed, always
+        without gradients. In a model that is compiled or exported it is asked in every pass
+        (``torch.compiler.is_compiling()``), and what it folds becomes a part of that pass. ``None``, the default,
+        leaves it to `forward`.
         """
         return None
 

@@ -14,7 +14,6 @@ class NormedLinear:
     that would fold them in every pass, and compiled norms scale and shift at no cost.
     """
 
-    @torch.no_grad()
     def __init__(self, norm: nn.LayerNorm, linear: nn.Linear) -> None:
         self._shape, self._eps = norm.normalized_shape, norm.eps
         self._norm: tuple[Tensor | None, Tensor | None] = None, None
@@ -36,7 +35,6 @@ class LocalAndShared:
         shared: (C', D) and (C',), weight and bias of what is the same for all.
     """
 
-    @torch.no_grad()
     def __init__(self, local: Tensor, shared: tuple[Tensor, Tensor]) -> None:
         self._compiled = torch.compiler.is_compiling()
         self._local = local if self._compiled else local.t().contiguous().unsqueeze(0)

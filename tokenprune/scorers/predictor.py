@@ -73,7 +73,6 @@ class _Folded:
     difference is computed.
     """
 
-    @torch.no_grad()
     def __init__(self, predictor: Predictor) -> None:
         norm, first = cast(nn.LayerNorm, predictor.in_conv[0]), cast(nn.Linear, predictor.in_conv[1])
         second, third, last = (cast(nn.Linear, predictor.out_conv[index]) for index in (0, 2, 4))

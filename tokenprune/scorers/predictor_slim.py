@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,7 +52,6 @@ class PredictorSlim(Scorer):
 class _Folded:
     """What a `PredictorSlim` computes, with constants folded, and its last bias left out, which is the same for all."""
 
-    @torch.no_grad()
     def __init__(self, predictor: PredictorSlim) -> None:
         self.inner = NormedLinear(predictor.norm, predictor.inner)
         self.middle = LocalAndShared(predictor.local.weight, (predictor.mean.weight, predictor.mean.bias))

@@ -115,7 +115,7 @@ def test_streams_need_workers_and_a_number_of_classes(shards: Path, tmp_path: Pa
         fine_tune(streamed(shards, tmp_path / "run", num_classes=None))
 
 
-@pytest.mark.parametrize("stop", [2, 5])
+@pytest.mark.parametrize("stop", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_run_on_streamed_tars_goes_on_alike(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
