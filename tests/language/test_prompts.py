@@ -12,6 +12,7 @@ import tokenprune
 from tests.census.transformers_inputs import IMAGE_TOKEN, NUM_PATCHES
 from tests.helpers.tolerances import SHORTENED_PROMPT
 from tests.helpers.vision_language import CASES, Case, alone, prompts
+from tokenprune.pruning.language.prompt import cache_among
 
 LLAVA = next(case for case in CASES if case.family == "llava")
 GENERATE: dict[str, Any] = {
@@ -35,7 +36,7 @@ def test_a_loop_written_by_hand_goes_on_at_the_right_positions(case: Case) -> No
     banned = torch.tensor(GENERATE["suppress_tokens"])
     with torch.no_grad():
         output = model(**inputs, use_cache=True)
-        mask, cache, found = inputs["attention_mask"], output.past_key_values, []
+        mask, cache, found = inputs["attention_mask"], cache_among(output), []
         for _ in range(4):
             found.append(output.logits[:, -1].index_fill(1, banned, -torch.inf).argmax(dim=1, keepdim=True))
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -46,7 +47,7 @@ def test_a_loop_written_by_hand_goes_on_at_the_right_positions(case: Case) -> No
     one = alone(inputs, case, 2)
     with torch.no_grad():
         first = model(**one, use_cache=True)
-        second = model(input_ids=found[0][2:], past_key_values=first.past_key_values)
+        second = model(input_ids=found[0][2:], past_key_values=cache_among(first))
         ids = torch.cat([one["input_ids"], found[0][2:]], dim=1)
         longer = {name: one[name] for name in one if name not in ("token_type_ids", "mm_token_type_ids")}
         types = {name: torch.nn.functional.pad(one[name], (0, 1), value=int(case.family == "paligemma"))
@@ -70,7 +71,7 @@ def test_a_conversation_goes_on_from_its_cache(case: Case) -> None:
     images = {name: one[name] for name in ("pixel_values", "image_grid_thw") if name in one}
     afresh = model.generate(**given, **images, **GENERATE)
     grids = {name: images[name] for name in ("image_grid_thw",) if name in images}
-    again = model.generate(**given, **grids, past_key_values=first.past_key_values, **GENERATE)
+    again = model.generate(**given, **grids, past_key_values=cache_among(first), **GENERATE)
     assert torch.equal(again, afresh)
 
 
@@ -160,7 +161,7 @@ def test_what_cannot_be_shortened_is_refused() -> None:
     with pytest.raises(tokenprune.StateError, match="static cache"):
         model.generate(**inputs, cache_implementation="static", **GENERATE)
     one = alone(inputs, LLAVA, 2)
-    cache = model(**one, use_cache=True).past_key_values
+    cache = cache_among(model(**one, use_cache=True))
     held = cache.get_seq_length()
     token = torch.tensor([[9]])
     with pytest.raises(

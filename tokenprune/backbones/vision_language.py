@@ -48,6 +48,6 @@ class VisionLanguage:
     images: tuple[str, ...] = ("pixel_values",)
     encoded: str = "mm_encoder_outputs"
     features: tuple[str, ...] = ("deepstack_features",)
-    outputs: tuple[str, ...] = ("image_hidden_states",)
+    outputs: tuple[str, ...] = ("image_hidden_states", "image_outputs")
     token_arguments: tuple[str, ...] = ("input_ids", "token_type_ids", "mm_token_type_ids", "labels")
     positions: Positions | None = None

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from tokenprune.backbones.vision_language import VisionLanguage
 from tokenprune.errors import PromptError, StateError
 from tokenprune.pruning.language.image_tokens import ImageTokens, tower_rows
-from tokenprune.pruning.language.prompt import Prompt, Shortening
+from tokenprune.pruning.language.prompt import CACHES, Prompt, Shortening, cache_among
 from tokenprune.pruning.language.pruners import Pruner, prune, pruner_name, pruner_of
 from tokenprune.pruning.plan import cumulative_ratios, num_kept
 
@@ -306,8 +306,8 @@ class LanguagePruning(nn.Module):
 
 def _cache_of(output: Any, given: dict[str, Any]) -> Any:
     """The cache that a pass has filled; ``None`` if there is none."""
-    parts = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
-    return next((part for part in parts if hasattr(part, "get_seq_length")), given.get("past_key_values"))
+    parts = output if isinstance(output, tuple) else [getattr(output, name, None) for name in CACHES]
+    return next((part for part in parts if hasattr(part, "get_seq_length")), cache_among(given))
 
 
 def _restored(output: Any, short: Shortening) -> Any:
