@@ -12,7 +12,6 @@ import tokenprune
 from tests.census.transformers_inputs import IMAGE_TOKEN, NUM_PATCHES
 from tests.helpers.tolerances import SHORTENED_PROMPT
 from tests.helpers.vision_language import CASES, Case, alone, prompts
-from tokenprune.pruning.language.prompt import cache_among
 
 LLAVA = next(case for case in CASES if case.family == "llava")
 GENERATE: dict[str, Any] = {
@@ -22,6 +21,10 @@ GENERATE: dict[str, Any] = {
 some_cases = pytest.mark.parametrize(
     "case", [case for case in CASES if case.label in ("llava", "paligemma", "qwen3_vl")], ids=lambda case: case.label
 )
+
+
+def cache_of(model: Any, output: Any) -> Any:
+    return model.tokenprune.language.described.cache_in(output)
 
 
 def sparsified(case: Case = LLAVA, **given: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -36,7 +39,7 @@ def test_a_loop_written_by_hand_goes_on_at_the_right_positions(case: Case) -> No
     banned = torch.tensor(GENERATE["suppress_tokens"])
     with torch.no_grad():
         output = model(**inputs, use_cache=True)
-        mask, cache, found = inputs["attention_mask"], cache_among(output), []
+        mask, cache, found = inputs["attention_mask"], cache_of(model, output), []
         for _ in range(4):
             found.append(output.logits[:, -1].index_fill(1, banned, -torch.inf).argmax(dim=1, keepdim=True))
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -47,7 +50,7 @@ def test_a_loop_written_by_hand_goes_on_at_the_right_positions(case: Case) -> No
     one = alone(inputs, case, 2)
     with torch.no_grad():
         first = model(**one, use_cache=True)
-        second = model(input_ids=found[0][2:], past_key_values=cache_among(first))
+        second = model(input_ids=found[0][2:], past_key_values=cache_of(model, first))
         ids = torch.cat([one["input_ids"], found[0][2:]], dim=1)
         longer = {name: one[name] for name in one if name not in ("token_type_ids", "mm_token_type_ids")}
         types = {name: torch.nn.functional.pad(one[name], (0, 1), value=int(case.family == "paligemma"))
@@ -71,7 +74,7 @@ def test_a_conversation_goes_on_from_its_cache(case: Case) -> None:
     images = {name: one[name] for name in ("pixel_values", "image_grid_thw") if name in one}
     afresh = model.generate(**given, **images, **GENERATE)
     grids = {name: images[name] for name in ("image_grid_thw",) if name in images}
-    again = model.generate(**given, **grids, past_key_values=cache_among(first), **GENERATE)
+    again = model.generate(**given, **grids, past_key_values=cache_of(model, first), **GENERATE)
     assert torch.equal(again, afresh)
 
 
@@ -161,7 +164,7 @@ def test_what_cannot_be_shortened_is_refused() -> None:
     with pytest.raises(tokenprune.StateError, match="static cache"):
         model.generate(**inputs, cache_implementation="static", **GENERATE)
     one = alone(inputs, LLAVA, 2)
-    cache = cache_among(model(**one, use_cache=True))
+    cache = cache_of(model, model(**one, use_cache=True))
     held = cache.get_seq_length()
     token = torch.tensor([[9]])
     with pytest.raises(

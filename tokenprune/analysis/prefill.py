@@ -22,7 +22,6 @@ from tokenprune.api import attached_to, dense, language_of, unwrap
 from tokenprune.backbones.probing import eval_mode
 from tokenprune.errors import StateError
 from tokenprune.pruning.language import LanguagePruning, pruner_of
-from tokenprune.pruning.language.prompt import cache_among
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -315,7 +314,7 @@ def _count(model: nn.Module, inputs: Mapping[str, Any], language: LanguagePrunin
     everything = counter.get_total_flops() // 2
     merged, tower, words = of(described.model), of(described.tower), of(described.language)
     parts = (tower, merged - tower - words, words, everything - merged)
-    return dict(zip(PARTS, parts, strict=True)), _bytes(cache_among(output))
+    return dict(zip(PARTS, parts, strict=True)), _bytes(described.cache_in(output))
 
 
 def _bytes(cache: Any) -> int:

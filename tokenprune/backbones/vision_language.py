@@ -32,6 +32,7 @@ class VisionLanguage:
         encode: Name of the method that gives image tokens: as ``pooler_output``, or by itself.
         images: The parameters that bring images, any of which makes the model encode some.
         encoded: The parameter that takes what ``encode`` gives, by modality, if there is one.
+        caches: Names that the cache may have among arguments and outputs.
         outputs: What the module puts out of the image tokens themselves: of those alone that went on.
         features: What ``encode`` gives with an entry for each image token, besides the tokens.
         token_arguments: The parameters with an entry for each token of the prompt, (b, L).
@@ -48,6 +49,11 @@ class VisionLanguage:
     images: tuple[str, ...] = ("pixel_values",)
     encoded: str = "mm_encoder_outputs"
     features: tuple[str, ...] = ("deepstack_features",)
+    caches: tuple[str, ...] = ("cache", "past_key_values")
     outputs: tuple[str, ...] = ("image_hidden_states", "image_outputs")
     token_arguments: tuple[str, ...] = ("input_ids", "token_type_ids", "mm_token_type_ids", "labels")
     positions: Positions | None = None
+
+    def cache_in(self, values: Mapping[str, Any]) -> Any:
+        """The cache among a call's arguments or outputs by name; ``None`` if there is none."""
+        return next((values[name] for name in self.caches if values.get(name) is not None), None)

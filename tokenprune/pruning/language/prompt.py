@@ -19,10 +19,6 @@ from tokenprune.errors import StateError
 _REMEMBERED = "tokenprune_prompt"
 
 
-CACHES = ("cache", "past_key_values")
-"""What the cache is called among arguments and outputs: from transformers 5.24 on, and before."""
-
-
 class Cached(NamedTuple):
     """What a cache holds of the tokens that it was given.
 
@@ -85,11 +81,6 @@ def shortening(keep: Tensor, valid: Tensor) -> Shortening:
     return Shortening(indices, real.gather(1, indices), torch.where(last < 0, first, last))
 
 
-def cache_among(values: Mapping[str, Any]) -> Any:
-    """The cache among named values; ``None`` if there is none."""
-    return next((values[name] for name in CACHES if values.get(name) is not None), None)
-
-
 class Prompt:
     """The arguments of a call of the module that merges images and text, by name.
 
@@ -106,7 +97,7 @@ class Prompt:
         self.given: dict[str, Any] = {**bound.arguments, **kwargs}
         tokens = self._tokens()
         self.batch, self.length = (0, 0) if tokens is None else (tokens.shape[0], tokens.shape[1])
-        cache = cache_among(self.given)
+        cache = described.cache_in(self.given)
         self._cached: Cached | None = getattr(cache, _REMEMBERED, None)
         in_cache = 0 if cache is None else int(cache.get_seq_length())
         if self._cached is not None:

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from tokenprune.backbones.vision_language import VisionLanguage
 from tokenprune.errors import PromptError, StateError
 from tokenprune.pruning.language.image_tokens import ImageTokens, tower_rows
-from tokenprune.pruning.language.prompt import CACHES, Prompt, Shortening, cache_among
+from tokenprune.pruning.language.prompt import Prompt, Shortening
 from tokenprune.pruning.language.pruners import Pruner, prune, pruner_name, pruner_of
 from tokenprune.pruning.plan import cumulative_ratios, num_kept
 
@@ -180,8 +180,16 @@ class LanguagePruning(nn.Module):
         self._prompt = self._shortening = None
         if prompt is None or output is None:
             return None
-        prompt.remember(_cache_of(output, prompt.given))
+        prompt.remember(self._cache_of(output, prompt.given))
         return None if short is None else _restored(output, short)
+
+    def _cache_of(self, output: Any, given: dict[str, Any]) -> Any:
+        """The cache that a pass has filled; ``None`` if there is none."""
+        if isinstance(output, tuple):
+            filled = next((part for part in output if hasattr(part, "get_seq_length")), None)
+        else:
+            filled = self.described.cache_in(output)
+        return self.described.cache_in(given) if filled is None else filled
 
     # Choosing
 
@@ -302,12 +310,6 @@ class LanguagePruning(nn.Module):
         own.pop(name)
         if before is not None:
             own[name] = before
-
-
-def _cache_of(output: Any, given: dict[str, Any]) -> Any:
-    """The cache that a pass has filled; ``None`` if there is none."""
-    parts = output if isinstance(output, tuple) else [getattr(output, name, None) for name in CACHES]
-    return next((part for part in parts if hasattr(part, "get_seq_length")), cache_among(given))
 
 
 def _restored(output: Any, short: Shortening) -> Any:
