@@ -65,11 +65,11 @@ def sparsify(
         keep_ratio: A number ρ keeps ρ, ρ², ρ³ … of the original patch tokens; a sequence gives one
             such fraction a stage. In (0, 1]. The language model of a vision-language model is given the fraction of the
             last stage of each image's tokens, or, without stages, ρ.
-        scorer: ``"predictor"`` (learned, DynamicViT's) or ``"predictor_slim"`` (learned, a twelfth of its cost); with
-            nothing to learn ``"cls_attention"`` (what a token receives in the block before the stage),
-            ``"redundancy"`` (how much it differs from the others), ``"informative"`` (both) and ``"tome"`` (ToMe's
-            matching, whose stages stand inside of their blocks, between attention and MLP); ``"random"``,
-            ``"static"``, or a callable that takes a `ScorerContext` and returns a new `Scorer`.
+        scorer: Learned ones are ``"predictor"`` (DynamicViT's), ``"predictor_slim"`` (a twelfth of its cost) and
+            ``"predictor_linear"`` (one linear layer). With nothing to learn: ``"cls_attention"`` (what a token receives
+            in the block before the stage), ``"redundancy"`` (how much it differs from the others), ``"informative"``
+            (both) and ``"tome"`` (ToMe's matching, whose stages stand inside of their blocks, between attention and
+            MLP); ``"random"``, ``"static"``, or a callable that takes a `ScorerContext` and returns a new `Scorer`.
         pruned: What becomes of pruned tokens. ``"drop"``: they are gone for good. ``"fuse"``: those of a stage go on
             as one token, their mean weighted with their importance (EViT's). ``"merge"``: each is folded into the
             most similar token that is kept (TPS'). ``"merge_sizes"``: the same by means weighted with the number of

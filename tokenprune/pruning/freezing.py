@@ -16,6 +16,7 @@ from tokenprune.backbones.adaptations import Adaptation
 from tokenprune.errors import StateError
 from tokenprune.pruning.frozen import FrozenStage
 from tokenprune.pruning.hooks import PruningHooks
+from tokenprune.pruning.plan import num_kept
 from tokenprune.pruning.stage import Stage
 from tokenprune.pruning.trace import Trace
 from tokenprune.tokens import find_tokens, replace_tokens
@@ -92,7 +93,7 @@ class FreezingHooks(PruningHooks):
         if number == 0:
             self._frozen_image = stage.num_patches(tokens), None
         num_patches, indices = self._frozen_image
-        num_keep = self._plan.num_keep(num_patches)[number]
+        num_keep = num_kept(num_patches, self._plan.keep_ratios[number])
         if num_keep >= stage.num_patches(tokens):
             return None
         grid = self.backbone.grid_of(num_patches, None)
