@@ -65,7 +65,8 @@ def _of_all_images(value: Tensor, left: list[str], right: list[str], kept: Tenso
     rows = kept if first == last else kept.unsqueeze(2) * sizes(value)[last] + kept.unsqueeze(1)
     found = value.flatten(first, last).index_select(first, rows.flatten()).unflatten(first, sizes(rows))
     # An axis for images now stands in front of the first one of tokens.
-    return rearrange(found, f"{' '.join([*left[:first], 'b', *left[first:]])} -> {' '.join(right)}")
+    gathered: Tensor = rearrange(found, f"{' '.join([*left[:first], 'b', *left[first:]])} -> {' '.join(right)}")
+    return gathered
 
 
 def gather_mask(mask: Tensor, kept: Tensor) -> Tensor:
