@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -181,17 +180,6 @@ def test_models_that_are_refused(case: Case, options: dict[str, Any], why: str) 
     assert_same(case, model, before)
     with tokenprune.dense(model), pytest.raises(tokenprune.UnsupportedModelError):
         tokenprune.freeze(model)
-
-
-def test_rotary_tables_and_masks_are_refused() -> None:
-    sizes = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 2}
-    rotary = tokenprune.sparsify(timm.create_model("eva02_tiny_patch14_224", **sizes).eval(), STAGES, KEEP_RATIO)
-    with pytest.raises(tokenprune.UnsupportedModelError, match="rotary tables"):
-        tokenprune.freeze(rotary)
-    case = BY_NAME["timm class token"]
-    model = tokenprune.freeze(case.sparsified())
-    with pytest.raises(tokenprune.StateError, match="more tensors than tokens"):
-        model.forward_features(case.images(), attn_mask=torch.zeros(1, 1, 37, 37))
 
 
 @pytest.mark.parametrize(("scorer", "most"), [("predictor", 15), ("predictor_slim", 12), ("predictor_linear", 6)])
