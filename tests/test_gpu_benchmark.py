@@ -51,6 +51,8 @@ def test_all_that_is_asked_for_is_among_the_work() -> None:
                 compiled = [name for name in every if name.startswith(f"{start}, compiled, batch {batch}, ")]
                 assert sorted(name.partition("ρ ")[2] for name in compiled) == ["0.5, 0.9, 0.8", "0.7"]
     assert sum("masked attention" in name for name in every) == 3
+    on_gpu = [job.name for job in jobs(Setup(device="cuda", rounds=4, small=False))]
+    assert sum("masked attention" in name and "without our kernels" in name for name in on_gpu) == 3
     assert sum("training step" in name and "eager" in name for name in every) == 3
     for run in ("eager", "compiled"):
         assert {f"peers of deit_small_patch16_224, bfloat16, {run}, batch {batch}" for batch in (1, 256)} <= {*every}

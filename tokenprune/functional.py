@@ -139,7 +139,8 @@ def _kernels_take(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     if 0 in query.shape or 0 in value.shape:
         return False
-    return max(query.shape[3], value.shape[3]) <= _most_channels(query.device, query.dtype)
+    most: int = _most_channels(query.device, query.dtype)
+    return max(query.shape[3], value.shape[3]) <= most
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -267,6 +268,7 @@ class _MaskedAttention(torch.autograd.Function):
         scale: float,
         fused: bool,
     ) -> Tensor:
+        output: Tensor
         if fused:
             kernel = torch.ops.tokenprune.masked_attention
             output, log_sum_exp = kernel(query, key, value, keep, attn_mask, own_key, scale)

@@ -310,20 +310,20 @@ def masked_attention_backward(
     inputs = (grad, query, key, value, *columns)
     strides = (*_strides(grad, query, key, value), *_strides_of_columns(*columns))
     call = ((query, key, value), bias, own_key, scale)
-    tensors = (*inputs, output, log_sum_exp, delta, grad_query)
-    _launch(_query_kernel, "query", tensors, (*strides, *_strides(output, grad_query)), *call)
-    tensors = (*inputs, log_sum_exp, delta, grad_key, grad_value, grad_keep)
-    _launch(_key_kernel, "key", tensors, (*strides, *_strides(grad_key, grad_value)), *call)
+    of_query = (*inputs, output, log_sum_exp, delta, grad_query)
+    _launch(_query_kernel, "query", of_query, (*strides, *_strides(output, grad_query)), *call)
+    of_key = (*inputs, log_sum_exp, delta, grad_key, grad_value, grad_keep)
+    _launch(_key_kernel, "key", of_key, (*strides, *_strides(grad_key, grad_value)), *call)
     return grad_query, grad_key, grad_value, grad_keep.sum(dim=1).to(keep.dtype)
 
 
 @masked_attention.register_fake
-def _(query, key, value, keep, bias, own_key, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, keep, bias, own_key, scale):
     return _outputs(query, value)
 
 
 @masked_attention_backward.register_fake
-def _(grad, query, key, value, keep, bias, output, log_sum_exp, own_key, scale):  # type: ignore[no-untyped-def]
+def _(grad, query, key, value, keep, bias, output, log_sum_exp, own_key, scale):
     return *(_empty(tensor) for tensor in (query, key, value)), keep.new_empty(keep.shape)
 
 

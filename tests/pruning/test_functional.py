@@ -118,7 +118,7 @@ def test_a_dominating_dropped_key_leaves_everything_finite(place: Place) -> None
     assert (scores[..., 4] - others).min() > 1e4
     there = [place.take(tensor) for tensor in inputs]
     output, expected = masked_attention(*there), formula(*inputs)
-    tolerance = place.tolerance if place.dtype == torch.float64 else 5e-3  # of a score of 4e4 in single precision
+    tolerance = place.tolerance if place.dtype == torch.float64 else 3e-2  # steps of scores near 5e4 are 4e-3
     assert (output.cpu() - expected).abs().max() <= tolerance
     grad = torch.randn_like(expected)
     actual = [one.cpu() for one in torch.autograd.grad(output, there, place.take(grad))]

@@ -139,12 +139,14 @@ def test_views_into_one_projection_are_not_copied(place: Place) -> None:
 
 
 @by_kernels
-def test_channels_and_gradients_of_any_stride(place: Place) -> None:
+def test_channels_masks_and_gradients_of_any_stride(place: Place) -> None:
     inputs = [tensor.detach().mT.contiguous().mT.requires_grad_() for tensor in tensors()[:3]] + tensors()[3:]
     assert all(tensor.stride(-1) != 1 for tensor in inputs[:3])
     there = [place.take(tensor) for tensor in inputs]
-    actual = torch.autograd.grad(masked_attention(*there).sum(), there)  # the gradient is one number, expanded
-    assert_near(actual, torch.autograd.grad(formula(*inputs).sum(), inputs), KERNELS)
+    mask = torch.randn(7, 7, dtype=torch.float64).mT
+    output = masked_attention(*there, attn_mask=place.take(mask))
+    actual = torch.autograd.grad(output.sum(), there)  # from one number, expanded
+    assert_near(actual, torch.autograd.grad(formula(*inputs, attn_mask=mask).sum(), inputs), KERNELS)
 
 
 @by_kernels
