@@ -13,7 +13,9 @@ import typer
 from torch import Tensor
 
 from benchmarks.measuring import Device, DType, Name, Pairs, Ratio, environment, measure_pairs, report
+from tokenprune.backbones.interception import AttentionCall
 from tokenprune.functional import masked_attention, without_kernels
+from tokenprune.pruning.size_channels import with_channels
 
 
 def main(
@@ -78,6 +80,25 @@ def runs(
             backward(masked_attention, (query, key, value, keep), gradient)
 
     return masked, partial(backward, F.scaled_dot_product_attention, (query, key, value), gradient)
+
+
+def compare_sizes(batch: int, heads: int, tokens: int, dim: int, *, device: str, dtype: str, pairs: int) -> Ratio:
+    """Attention in proportion to sizes by two more channels ÷ by a bias, forward, as an inference with ToMe has it."""
+    torch.manual_seed(0)
+    shape = (3, batch, heads, tokens, dim)
+    query, key, value = torch.randn(shape, device=device, dtype=getattr(torch, dtype)).unbind(0)
+    log_sizes = torch.randint(1, 8, (batch, tokens), device=device).float().log()
+    call = AttentionCall(query, key, value)
+
+    @torch.no_grad()
+    def channels() -> Tensor:
+        return with_channels(call, log_sizes).run()[..., :dim]
+
+    @torch.no_grad()
+    def bias() -> Tensor:
+        return call._replace(attn_mask=log_sizes.to(query.dtype)[:, None, None, :]).run()
+
+    return measure_pairs(channels, bias, pairs=pairs, device=device, repeat=1 if batch > 4 else 5)
 
 
 def backward(attention: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradient: Tensor) -> None:

@@ -168,6 +168,7 @@ def jobs(setup: Setup) -> Iterator[Job]:
     yield from (_attention(setup, dtype) for dtype in DTYPES)
     if setup.device.startswith("cuda"):  # elsewhere there are no kernels of ours
         yield from (_attention(setup, dtype, kernels=False) for dtype in DTYPES)
+        yield from (_sizes(setup, dtype) for dtype in DTYPES if dtype != "float32")
     yield from (_training(setup, small, dtype) for dtype in DTYPES)
     yield from (_inference(setup, small, dtype, one, RATIOS) for dtype in DTYPES)
     yield from (_peers(setup, small, DTYPES[0], batch) for batch in (large, one))
@@ -266,6 +267,17 @@ def _attention(setup: Setup, dtype: str, *, kernels: bool = True) -> Job:
         seconds=3.0,
         run=measure,
     )
+
+
+def _sizes(setup: Setup, dtype: str) -> Job:
+    shape, what = (2 if setup.small else 128, 6, 197, 64), "attention by sizes, channels ÷ bias"
+
+    def measure() -> tuple[list[list[str]], list[Any]]:
+        ratio = attention.compare_sizes(*shape, device=setup.device, dtype=dtype, pairs=2 * setup.rounds)
+        row = [what, dtype, "eager", f"{shape[0]}", "", *_timed(ratio), "", "", ""]
+        return [row], [{"what": what, "dtype": dtype, "batch_size": shape[0], "channels_over_bias": ratio}]
+
+    return Job(name=f"{what}, {dtype}, batch {shape[0]}", kind="attention", seconds=3.0, run=measure)
 
 
 def _training(setup: Setup, model: str, dtype: str, *, compiled: bool = False) -> Job:
