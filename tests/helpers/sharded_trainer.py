@@ -1,8 +1,8 @@
 """A training by `SparseTrainer` that does not depend on how many processes share it.
 
 ``python -m tests.helpers.sharded_trainer FOLDER '{"arguments": …, "options": …}'``, alone or under
-``tests.helpers.sharded_on_cpu``. Goes on with the newest complete checkpoint in the folder if there is one. Leaves there
-``log.jsonl``, ``trained/`` and, after all of it, ``after.json``.
+``tests.helpers.sharded_on_cpu``. Goes on with the newest complete checkpoint in the folder if there is one. Leaves
+``log.jsonl``, ``trained/`` and, after all of it, ``after.json`` there.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from tests.helpers.killed import kill_workers
 from tests.helpers.tolerances import SHARDED
 from tests.helpers.trainer import arguments, sparse_model
 from tokenprune.integrations.checkpoints import newest_complete
-from tokenprune.integrations.learning_rates import leave_out_backbone, zero_gradients
+from tokenprune.integrations.learning_rates import complete_states, leave_out_backbone, zero_gradients
 from tokenprune.integrations.sharding import prepare_sharding
 from tokenprune.integrations.transformers import SparseTrainer
 
@@ -121,6 +121,25 @@ def test_a_held_backbone_is_as_if_it_had_no_gradient() -> None:
     assert optimizer.state[backbone]["step"] == 1  # so that AdamW's first correction is that of a first step
     backbone.sum().backward()
     assert torch.equal(backbone.grad, torch.ones(2))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
+def test_the_state_of_what_has_not_learned_is_that_of_a_first_step(kind: type[Any]) -> None:
+    def learned(completed: bool) -> list[nn.Parameter]:
+        parameters = [nn.Parameter(torch.full((3,), 2.0)) for _ in range(2)]
+        optimizer = kind([{"params": [one]} for one in parameters], lr=0.1, weight_decay=0.5)
+        for step in range(3):
+            for parameter in parameters[: 1 if step == 0 else 2]:
+                parameter.grad = parameter.detach() ** 2
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 0 and completed:
+                complete_states(optimizer)
+                assert torch.equal(parameters[1], torch.full((3,), 2.0)) and parameters[1].grad is None
+                assert kind is torch.optim.SGD or optimizer.state[parameters[1]]
+        return parameters
+
+    assert all(torch.equal(*pair) for pair in zip(learned(False), learned(True), strict=True))
 
 
 def test_gathered_gives_back_what_learns_although_fsdp_puts_other_parameters_in_place() -> None:

@@ -208,6 +208,36 @@ def test_it_finds_the_sparsifier_in_a_compiled_model() -> None:
     assert all(p.grad.abs().max() > 0 for p in model.tokenprune.parameters())
 
 
+def test_a_compiled_teacher_is_compiled_once_and_distils() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model, teacher = student_and_teacher()
+    images, targets = TIMM.images(), torch.tensor([1, 5, 2])
+    with torch.no_grad():  # code of the same class that reads no tokens
+        torch.compile(copy.deepcopy(teacher).eval(), backend=backend, fullgraph=True)(images)
+    ours = DynamicViTLoss(torch.compile(copy.deepcopy(teacher), backend=backend, fullgraph=True))
+    plain = DynamicViTLoss(teacher)
+    for step in range(3):
+        outputs = model(images + step)
+        parts, expected = ours(model, images + step, outputs, targets), plain(model, images + step, outputs, targets)
+        assert parts["distill"] > 0
+        torch.testing.assert_close(parts, expected)
+    assert len(graphs) == 2
+
+    ran = torch.compile(copy.deepcopy(teacher).eval(), backend=backend)
+    with torch.no_grad():
+        ran(images)
+        ran.norm.__dict__["forward"] = ran.norm.forward  # what it compiled is now taken for code with the hook
+        ran(images)
+    with pytest.raises(tokenprune.StateError, match="had run before this loss"):
+        DynamicViTLoss(ran)(model, images, outputs, targets)
+
+
 @pytest.mark.parametrize("keep_ratio", [1.0, (0.5, 0.5)], ids=str)
 def test_a_stage_that_keeps_all_needs_no_gradient(keep_ratio: Any) -> None:
     model, teacher = student_and_teacher()

@@ -69,3 +69,29 @@ def zero_gradients(parameters: Iterable[nn.Parameter], held: Callable[[], bool])
     finally:
         for handle in handles:
             handle.remove()
+
+
+def complete_states(optimizer: torch.optim.Optimizer) -> None:
+    """Give parameters that have not learned yet the state that they have in front of their first step.
+
+    Files that hold a state in parts are read into that of every parameter.
+    """
+    every = optimizer.param_groups
+    fresh = {parameter for group in every for parameter in group["params"] if not optimizer.state.get(parameter)}
+    if not fresh:
+        return
+    # A step of length 0 makes the state.
+    optimizer.param_groups = [
+        {**group, "lr": 0.0, "weight_decay": 0.0, "params": [one for one in group["params"] if one in fresh]}
+        for group in every
+    ]
+    before = {parameter: parameter.grad for parameter in fresh}
+    for parameter in fresh:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.param_groups = every
+    for parameter, grad in before.items():
+        parameter.grad = grad
+        state = optimizer.state[parameter]
+        if "step" in state:
+            state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0

@@ -1,4 +1,4 @@
-"""What `SparseTrainer` needs where Accelerate shards training over processes: by FSDP2, or by DeepSpeed's ZeRO 1 and 2."""
+"""What `SparseTrainer` needs where Accelerate shards over processes: by FSDP2, or by DeepSpeed's ZeRO 1 and 2."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from tokenprune.api import dense, unsparsify
 from tokenprune.errors import StateError
 from tokenprune.integrations.averages import Averages
+from tokenprune.integrations.checkpoints import newest_complete
 from tokenprune.integrations.checks import (
     PAPER_LEARNING_RATE_SCALE,
     check_arguments,
@@ -27,8 +28,7 @@ from tokenprune.integrations.checks import (
     check_sparsified,
     use_non_reentrant_checkpointing,
 )
-from tokenprune.integrations.checkpoints import newest_complete
-from tokenprune.integrations.learning_rates import leave_out_backbone, split_groups, zero_gradients
+from tokenprune.integrations.learning_rates import complete_states, leave_out_backbone, split_groups, zero_gradients
 from tokenprune.integrations.own_names import own_names
 from tokenprune.integrations.sharding import autocast_of, left_unprepared, prepare_sharding, share_weights
 from tokenprune.pruning.trace import Trace
@@ -57,6 +57,9 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
     …), averaged since the last log, and ``backbone_learning_rate``. Evaluation runs the model as
     inference does, tokens removed; its loss is the classification part, and ``eval_kept_ratio_0`` … are
     the shares left.
+
+    Processes hold whole models, or shards of one: FSDP2 and DeepSpeed's ZeRO 1 and 2 work as Accelerate's configuration
+    or ``args`` ask for them, and other ways to shard are refused. ``args.torch_compile`` compiles the teacher, too.
 
     Weights are saved under the names that the model's ``state_dict`` has, those of the predictors
     (``tokenprune.…``) among them, and the teacher is not. A checkpoint with other names is refused.
@@ -156,6 +159,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         teacher = self._teacher
         if teacher is None and (self._loss_weights["kl_weight"] or self._loss_weights["distill_weight"]):
             teacher = unsparsify(copy.deepcopy(model)).requires_grad_(False)
+        if teacher is not None and args.torch_compile:
+            teacher = torch.compile(teacher, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         # Where both of its weights are 0, nobody asks the teacher, and no memory is spent on one.
         return DynamicViTLoss(nn.Identity() if teacher is None else teacher, criterion=criterion, **self._loss_weights)
 
@@ -354,11 +359,16 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
     # Files
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the whole model; under FSDP2 also where checkpoints hold it in parts, which the Trainer leaves at that."""
+        """Save the whole model, also where checkpoints hold it in parts, which the Trainer leaves at that."""
         super().save_model(output_dir, _internal_call)
         in_parts = self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT"
         if in_parts and not _internal_call:
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            complete_states(self.optimizer.optimizer)  # inside of Accelerate's
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with own_names(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
@@ -379,4 +389,3 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
 
 def _kept_ratios(trace: Trace) -> dict[str, Tensor]:
     return {f"kept_ratio_{index}": keep.mean() for index, keep in enumerate(trace.keep)}
-
