@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -45,7 +44,7 @@ def differs(case: Case, model: nn.Module, other: nn.Module) -> bool:
     return any((actual[name] - expected[name]).abs().max() > 1e-3 for name in expected)
 
 
-@pytest.mark.parametrize("scorer", ["predictor", "predictor_slim", "static"])
+@pytest.mark.parametrize("scorer", ["predictor", "predictor_slim", "predictor_linear", "static"])
 @models(
     "timm class token", "timm registers, average with prefix", "timm no class token, average", "timm LV-ViT",
     "timm non-square, dynamic size", "transformers ViT classifier", "transformers DINOv2 registers classifier",
@@ -183,18 +182,7 @@ def test_models_that_are_refused(case: Case, options: dict[str, Any], why: str) 
         tokenprune.freeze(model)
 
 
-def test_rotary_tables_and_masks_are_refused() -> None:
-    sizes = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 2}
-    rotary = tokenprune.sparsify(timm.create_model("eva02_tiny_patch14_224", **sizes).eval(), STAGES, KEEP_RATIO)
-    with pytest.raises(tokenprune.UnsupportedModelError, match="rotary tables"):
-        tokenprune.freeze(rotary)
-    case = BY_NAME["timm class token"]
-    model = tokenprune.freeze(case.sparsified())
-    with pytest.raises(tokenprune.StateError, match="more tensors than tokens"):
-        model.forward_features(case.images(), attn_mask=torch.zeros(1, 1, 37, 37))
-
-
-@pytest.mark.parametrize(("scorer", "most"), [("predictor", 15), ("predictor_slim", 12)])
+@pytest.mark.parametrize(("scorer", "most"), [("predictor", 15), ("predictor_slim", 12), ("predictor_linear", 6)])
 @one_model
 @torch.no_grad()
 def test_a_stage_takes_few_operators(case: Case, scorer: str, most: int) -> None:

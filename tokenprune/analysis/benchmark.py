@@ -287,7 +287,7 @@ def _variants(model: nn.Module, input_size: Sequence[int], *, limit: bool) -> li
         cut = twin(made[1])
         stages = _cut_stages(cut, input_size)
         if stages is not None:
-            sparsifier_of(cut).freeze(stages)
+            sparsifier_of(cut).freeze(stages, cut)
             made.append(cut)
     return made
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor
 
 from tokenprune.tokens import Layout, sizes
@@ -39,8 +39,13 @@ def gather_tokens(value: Tensor, pattern: str, kept: Tensor) -> Tensor:
     if "b" not in right and "n" in right:  # all images are one row of tokens
         return value.index_select(right.index("n"), kept[0])
     batch, num_kept = sizes(kept)
-    if "b" in left and sizes(value)[left.index("b")] == 1:
-        value = value.expand(*(batch if axis == "b" else -1 for axis in left))
+    images = left.index("b") if "b" in left else None
+    if images is None or sizes(value)[images] == 1:
+        counting = [axis for axis, letter in enumerate(left) if letter in "nm"]
+        if counting[-1] - counting[0] < len(counting):  # tokens, or both tokens of a pair side by side
+            return _of_all_images(value, left, right, kept)
+        if images is not None:
+            value = value.expand(*(batch if axis == "b" else -1 for axis in left))
     value = repeat(value, pattern, b=batch)
     for axis in (index for index, letter in enumerate(right) if letter in "nm"):
         shape = [1] * value.dim()
@@ -49,6 +54,19 @@ def gather_tokens(value: Tensor, pattern: str, kept: Tensor) -> Tensor:
         size[axis] = num_kept
         value = value.gather(axis, kept.view(shape).expand(size))
     return value
+
+
+def _of_all_images(value: Tensor, left: list[str], right: list[str], kept: Tensor) -> Tensor:
+    """`gather_tokens` of what all images share: whole rows, of tokens or of pairs, are copied faster than numbers."""
+    if "b" in left:
+        value, left = value.squeeze(left.index("b")), [axis for axis in left if axis != "b"]
+    counting = [axis for axis, letter in enumerate(left) if letter in "nm"]
+    first, last = counting[0], counting[-1]
+    rows = kept if first == last else kept.unsqueeze(2) * sizes(value)[last] + kept.unsqueeze(1)
+    found = value.flatten(first, last).index_select(first, rows.flatten()).unflatten(first, sizes(rows))
+    # An axis for images now stands in front of the first one of tokens.
+    gathered: Tensor = rearrange(found, f"{' '.join([*left[:first], 'b', *left[first:]])} -> {' '.join(right)}")
+    return gathered
 
 
 def gather_mask(mask: Tensor, kept: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from tokenprune.pruning.places import stage_before, stage_into, stands_inside
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.recomputation import State, recomputing
 from tokenprune.pruning.selection import Selection
+from tokenprune.pruning.side_inputs import SideInputs
 from tokenprune.pruning.stage import Stage
 from tokenprune.pruning.trace import Trace
 from tokenprune.tokens import Layout
@@ -86,10 +87,11 @@ class CurrentPass(nn.Module):
         self._state = State()
         self.recomputed = State()
         self._frozen_image: tuple[int, Tensor | None] = 0, None
+        self._frozen_inputs = SideInputs(self.backbone.token_inputs, self.backbone.neutral_inputs)
 
     _LIVE: ClassVar[list[str]] = [
         "trace", "_executions", "_running", "_images", "_scopes", "_sum", "_tail", "_everything", "_entry", "_state",
-        "recomputed", "_frozen_image",
+        "recomputed", "_frozen_image", "_frozen_inputs",
     ]  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Freezing: hooks and modes give way to the few that inference at fixed keep ratios needs, until they are put back.
 
-Shapes: B images, N patch tokens of the whole image, n of them that reach a stage, C channels.
+Shapes: B images, N patch tokens of the whole image, n of them that are left, L tokens before any pruning, C channels.
 """
 
 from __future__ import annotations
@@ -12,17 +12,24 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenprune.backbones.adaptations import Adaptation
+from tokenprune.backbones.adaptations import Removed
 from tokenprune.errors import StateError
 from tokenprune.pruning.frozen import FrozenStage
 from tokenprune.pruning.hooks import PruningHooks
+from tokenprune.pruning.places import Place, places, stage_before
+from tokenprune.pruning.plan import num_kept
+from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.stage import Stage
 from tokenprune.pruning.trace import Trace
-from tokenprune.tokens import find_tokens, replace_tokens
+from tokenprune.tokens import Layout, find_tokens, replace_tokens
 
 
 class FreezingHooks(PruningHooks):
-    """Hooks that can be exchanged for those of a frozen model, which prune in front of stages and do nothing else."""
+    """Hooks that can be exchanged for those of a frozen model, which prune in front of stages.
+
+    Where something asks afterwards which tokens are left, they also gather what blocks are given besides tokens, and
+    answer the backbone's adaptations.
+    """
 
     @property
     def frozen(self) -> bool:
@@ -37,48 +44,72 @@ class FreezingHooks(PruningHooks):
         """
         stages = [cast(Stage, stage) for stage in self.stages]
         found = []
-        if any(one.reduction.looks_at_pruned or one.reduction.whole for one in stages) or self._restores:
-            found.append("pruned tokens are not simply dropped")
-        if any(one.scorer.needs_recording for one in stages):
-            found.append("its scorers need something of attention")
-        if self._hands_on_kept():
-            found.append("what follows its vision tower is handed the kept tokens")
-        kinds = {type(one).__name__ for one in self.backbone.adaptations if self._acts(one)}
-        if kinds:
-            found.append(f"its blocks need more than tokens ({', '.join(sorted(kinds))})")
+        reductions = {type(one.reduction).__name__ for one in stages if _does_more_than_drop(one)}
+        scorers = {type(one.scorer).__name__ for one in stages if one.scorer.needs_recording}
+        if reductions:
+            found.append(f"pruned tokens are not simply dropped ({', '.join(sorted(reductions))})")
+        elif self._restores:
+            found.append("what stands between or behind its blocks needs every token, so that pruned ones are restored")
+        if scorers:
+            found.append(f"its scorers need something of attention ({', '.join(sorted(scorers))})")
         if self.backbone.packed is not None:
             found.append("all images of a batch are packed into one sequence")
         if trial is None:
             found.append("the model runs dense")
-        elif self._running is not None and self._running.gathered():
-            found.append("its blocks are given something that has an entry for each token, such as rotary tables")
+        elif trial.images is not None and self.backbone.packed is None:
+            found.append(_PADDED)
         return found
 
-    def _acts(self, adaptation: Adaptation) -> bool:
-        """Whether an adaptation has hooks that run with the blocks."""
-        blocks = [self.backbone.blocks[index] for index in self.backbone.reach]
-        handles = [*adaptation.install_outside(blocks, self), *adaptation.install_inside(blocks, self)]
-        for handle in handles:
-            handle.remove()
-        return bool(handles) or adaptation in self._scopes.adapting
-
     def frozen_stages(self, trial: Trace, kind: type[FrozenStage] = FrozenStage) -> tuple[FrozenStage, ...]:
-        """The stages as inference needs them, for sequences such as those of a pass."""
+        """The stages as inference needs them, for sequences such as those of a pass that has just been made."""
         before = [trial.start, *trial.selections[:-1]]
         layouts = [
             self.backbone.layout_at(one.layout, block) for one, block in zip(before, self._plan.stages, strict=True)
         ]
-        return tuple(kind(cast(Stage, stage), layout) for stage, layout in zip(self.stages, layouts, strict=True))
+        tracked = (self._running is not None and bool(self._running.gathered())) or self._adapts()
+        return tuple(
+            kind(cast(Stage, stage), layout, tracked=tracked, ordered=self._hands_on_kept())
+            for stage, layout in zip(self.stages, layouts, strict=True)
+        )
 
-    def _install_frozen(self) -> Iterator[RemovableHandle]:
+    def _adapts(self) -> bool:
+        """Whether adaptations act while blocks run."""
+        blocks = [self.backbone.blocks[index] for index in self.backbone.reach]
+        handles = [
+            handle
+            for one in self.backbone.adaptations
+            for handle in (*one.install_outside(blocks, self), *one.install_inside(blocks, self))
+        ]
+        for handle in handles:
+            handle.remove()
+        return bool(handles or self._scopes.adapting)
+
+    def _install_frozen(self, tower: nn.Module) -> Iterator[RemovableHandle]:
+        """Put the hooks of a frozen model into the module that embeds images and runs the blocks."""
         assert self._frozen is not None
-        for number, (index, ratio) in enumerate(zip(self._plan.stages, self._plan.keep_ratios, strict=True)):
-            if ratio < 1 or number == 0:  # the first one counts the patches of an image
-                block = self.backbone.blocks[index]
-                yield block.register_forward_pre_hook(partial(self._before_frozen, number), with_kwargs=True)
+        blocks, tracked = [self.backbone.blocks[index] for index in self.backbone.reach], self._frozen[0].tracked
+        if tracked:
+            for adaptation in self.backbone.adaptations:
+                yield from adaptation.install_outside(blocks, self)
+        if self.backbone.patch_mask is not None:
+            yield tower.register_forward_pre_hook(self._refuse_padded, with_kwargs=True)
+        for place, block in zip(places(self._plan, self.backbone, list(self.stages)), blocks, strict=True):
+            prunes = place.stage >= 0 and self._plan.keep_ratios[place.stage] < 1
+            if place.starts and (prunes or place.stage == 0):  # the first one counts the patches of an image
+                yield block.register_forward_pre_hook(partial(self._before_frozen, place), with_kwargs=True)
+            elif tracked and prunes:
+                yield block.register_forward_pre_hook(partial(self._for_those_left, place), with_kwargs=True)
+            if prunes and self._scopes.adapting:
+                for attention in self.backbone.attention_modules(place.block):
+                    yield attention.register_forward_pre_hook(partial(self._before_frozen_attention, place))
+                    yield attention.register_forward_hook(partial(self._after_attention, place), always_call=True)
+        if tracked:
+            for adaptation in self.backbone.adaptations:
+                yield from adaptation.install_inside(blocks, self)
+            yield blocks[-1].register_forward_hook(self._after_frozen)
 
     def _before_frozen(
-        self, number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, place: Place, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """In front of a block at which a stage stands."""
         frozen = self._frozen
@@ -86,19 +117,90 @@ class FreezingHooks(PruningHooks):
             return None
         if self.training:
             raise StateError("a frozen model runs in eval mode alone; call tokenprune.unfreeze(model) to train it.")
-        if len(args) + len(kwargs) > 1:
-            _check_alone(block, (*args[1:], *kwargs.values()) if args else [*kwargs.values()][1:])
-        tokens, stage = find_tokens(block, args, kwargs), frozen[number]
-        if number == 0:
-            self._frozen_image = stage.num_patches(tokens), None
-        num_patches, indices = self._frozen_image
-        num_keep = self._plan.num_keep(num_patches)[number]
-        if num_keep >= stage.num_patches(tokens):
+        tokens, stage = find_tokens(block, args, kwargs), frozen[place.stage]
+        number = stage.num_patches(tokens)
+        # What an earlier pass has left is not even looked at: compiled code would have a guard for it.
+        num_patches, indices = (0, None) if place.stage == 0 else self._frozen_image
+        if num_patches == 0 or (indices is not None and indices.shape[1] != number):
+            num_patches, indices = number, None  # nothing has been pruned of them
+        num_keep = num_kept(num_patches, self._plan.keep_ratios[place.stage])
+        if num_keep < number:
+            if not stage.tracked and len(args) + len(kwargs) > 1:
+                _check_alone(block, (*args[1:], *kwargs.values()) if args else [*kwargs.values()][1:])
+            grid = self.backbone.grid_of(num_patches, None)
+            tokens, indices = stage.prune(tokens, num_keep, indices=indices, num_patches=num_patches, grid=grid)
+            args, kwargs = replace_tokens(args, kwargs, tokens)
+            self._frozen_inputs.forget()
+        self._frozen_image = num_patches, indices if stage.tracked or place.stage + 1 < len(frozen) else None
+        return self._for_those_left(place, block, args, kwargs) or (args, kwargs)
+
+    def _for_those_left(
+        self, place: Place, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """In front of a block behind a stage: what it is given besides tokens, for those that are left."""
+        if self._frozen is None or not self._frozen[0].tracked or len(args) + len(kwargs) < 2:
             return None
-        grid = self.backbone.grid_of(num_patches, None)
-        tokens, indices = stage.prune(tokens, num_keep, indices=indices, num_patches=num_patches, grid=grid)
-        self._frozen_image = num_patches, indices if number + 1 < len(frozen) else None
-        return replace_tokens(args, kwargs, tokens)
+        found = self._left(place)
+        if found is None:
+            return None
+        left, full = found
+        if find_tokens(block, args, kwargs).shape[1] != left.layout.length:  # somebody calls it by itself
+            return None
+        return self._frozen_inputs.gather(args, kwargs, place.names, left, full)
+
+    def _left(self, place: Place) -> tuple[Selection, Layout] | None:
+        """What is left in front of a block, and the whole sequence; ``None`` if nothing has been pruned of it."""
+        indices = self._frozen_image[1]
+        if not self.enabled or indices is None:
+            return None
+        full = self._full_layout(place.block)
+        return Selection(full.replace(num_patches=indices.shape[1]), indices=indices), full
+
+    def _before_frozen_attention(self, place: Place, attention: nn.Module, args: tuple[Any, ...]) -> None:
+        found = None if self._frozen is None else self._left(place)
+        if found is not None:
+            left, full = found
+            assert left.indices is not None
+            removed = Removed(full.positions(left.indices), full.length, self._frozen_inputs.tables())
+            self._scopes.enter(self._scopes.of_adaptations(attention, removed))
+
+    def _after_frozen(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Behind the last block: one that somebody calls by itself afterwards runs as it is."""
+        if self._frozen is not None:
+            self._frozen_image = 0, None
+            self._frozen_inputs.forget()
+
+    def _refuse_padded(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse images of different sizes, of which a frozen model would keep equally many tokens."""
+        if self.enabled and self._frozen is not None and self.backbone.images(tower, args, kwargs) is not None:
+            raise StateError(f"{_PADDED}; call tokenprune.unfreeze(model) to run it like that.")
+
+    # What adaptations ask
+
+    def kept_indices(self, block: int) -> Tensor | None:
+        if self._frozen is None:
+            return super().kept_indices(block)
+        return self._frozen_image[1] if self.enabled and stage_before(self._plan, block) >= 0 else None
+
+    def full_length(self) -> int | None:
+        if self._frozen is None:
+            return super().full_length()
+        return self._full_layout(0).length if self.enabled and self._frozen_image[0] else None
+
+    def _full_layout(self, block: int) -> Layout:
+        if self._frozen is None:
+            return super()._full_layout(block)
+        backbone, num_patches = self.backbone, self._frozen_image[0]
+        layout = Layout(backbone.num_prefix_tokens, num_patches, num_suffix=backbone.num_suffix_tokens)
+        return backbone.layout_at(layout, block)
+
+
+_PADDED = "images of different sizes are rows of patches, padded to the longest"
+
+
+def _does_more_than_drop(stage: Stage) -> bool:
+    reduction = stage.reduction
+    return reduction.looks_at_pruned or reduction.whole or reduction.restores
 
 
 def _check_alone(block: nn.Module, others: Sequence[Any]) -> None:
@@ -110,7 +212,7 @@ def _check_alone(block: nn.Module, others: Sequence[Any]) -> None:
     if any(isinstance(one, (Tensor, tuple, list)) and _holds_tensor(one) for one in others):
         raise StateError(
             f"{type(block).__name__} is given more tensors than tokens, such as a mask, and was not when the model was "
-            "frozen; call tokenprune.unfreeze(model) to run it like that."
+            "frozen; call tokenprune.unfreeze(model) to run it like that, or freeze it with such inputs."
         )
 
 

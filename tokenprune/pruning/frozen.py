@@ -19,16 +19,19 @@ from tokenprune.tokens import Layout
 class FrozenStage:
     """What a stage does in `gather` execution where nothing reads afterwards what it has decided.
 
-    The kept tokens go on in no particular order.
+    The kept tokens go on in no particular order, unless they are asked for in that of the grid.
 
     Args:
         stage: The stage, whose reduction drops tokens.
         layout: Of a sequence that reaches it, for the numbers of prefix and suffix tokens.
+        tracked: Whether blocks behind it, or adaptations, ask which tokens are left.
+        ordered: Whether the kept tokens go on in the order of the grid.
     """
 
-    def __init__(self, stage: Stage, layout: Layout) -> None:
+    def __init__(self, stage: Stage, layout: Layout, *, tracked: bool = False, ordered: bool = False) -> None:
         self.stage = stage
         self.num_prefix, self.num_suffix = layout.num_prefix, layout.num_suffix
+        self.tracked, self.ordered = tracked, ordered
         self.forget()
 
     def forget(self) -> None:
@@ -39,7 +42,8 @@ class FrozenStage:
         self._rows: _Rows | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"stage": self.stage, "num_prefix": self.num_prefix, "num_suffix": self.num_suffix}
+        kept = ("stage", "num_prefix", "num_suffix", "tracked", "ordered")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -62,7 +66,7 @@ class FrozenStage:
             grid: Rows and columns of the image, if known.
 
         Returns:
-            (B, P + k + Q, C), and where its patch tokens stand in the grid, if the scorer may ask.
+            (B, P + k + Q, C), and where its patch tokens stand in the grid, if anybody may ask.
         """
         ranking, number = self._current(tokens), self.num_patches(tokens)
         patches = tokens.narrow(1, self.num_prefix, number)
@@ -76,8 +80,10 @@ class FrozenStage:
         else:
             scores = ranking(patches)
         chosen = scores.topk(num_keep, dim=1, sorted=False).indices  # (B, k)
+        if self.ordered:
+            chosen = chosen.sort(dim=1).values
         kept = self._gather(tokens, chosen)
-        if ranking is not None:
+        if ranking is not None and not self.tracked:
             return kept, None
         return kept, chosen if indices is None else indices.gather(1, chosen)
 
@@ -87,12 +93,15 @@ class FrozenStage:
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 return scorer.ranking()  # a part of what is compiled, and of weights as they are in each pass
-        ranked_with = scorer, tokens.device, tokens.dtype, sum([weight._version for weight in self._weights])
+        version = 0
+        for weight in self._weights:
+            version += weight._version
+        ranked_with = scorer, tokens.device, tokens.dtype, version
         if ranked_with != self._ranked_with:
             self._weights = tuple(scorer.parameters())
             with torch.no_grad():
                 self._ranking = scorer.ranking()
-            self._ranked_with = (*ranked_with[:3], sum([weight._version for weight in self._weights]))
+            self._ranked_with = (*ranked_with[:3], sum(weight._version for weight in self._weights))
         return self._ranking
 
     def _gather(self, tokens: Tensor, chosen: Tensor) -> Tensor:
@@ -120,10 +129,12 @@ class CutStage(FrozenStage):
     """
 
     def prune(self, tokens: Tensor, num_keep: int, **others: Any) -> tuple[Tensor, Tensor | None]:
-        end = self.num_prefix + num_keep
+        end, indices = self.num_prefix + num_keep, None
+        if self.tracked:
+            indices = torch.arange(num_keep, device=tokens.device).expand(tokens.shape[0], -1)
         if not self.num_suffix:
-            return tokens.narrow(1, 0, end).contiguous(), None
-        return torch.cat([tokens[:, :end], tokens[:, -self.num_suffix :]], dim=1), None
+            return tokens.narrow(1, 0, end).contiguous(), indices
+        return torch.cat([tokens[:, :end], tokens[:, -self.num_suffix :]], dim=1), indices
 
 
 class _Rows:

@@ -305,12 +305,12 @@ class Sparsifier(FreezingHooks):
         model._modules.pop("tokenprune", None)
         self._own_forward, self.trace, self._frozen = [], None, None
 
-    def freeze(self, frozen: tuple[FrozenStage, ...]) -> None:
-        """Exchange the hooks for those of a frozen model."""
+    def freeze(self, frozen: tuple[FrozenStage, ...], model: nn.Module) -> None:
+        """Exchange the hooks in ``model`` for those of a frozen one."""
         self._close()
         self._take_out_hooks()
-        self._frozen, self.trace = frozen, None
-        self._handles += self._install_frozen()
+        self._frozen, self.trace, self._running = frozen, None, None
+        self._handles += self._install_frozen(self._tower(model))
 
     def unfreeze(self, model: nn.Module) -> None:
         """Put the hooks of a model that is not frozen into ``model`` again."""
@@ -329,20 +329,20 @@ class Sparsifier(FreezingHooks):
         try:
             yield
         finally:
-            self.freeze(before)
+            self.freeze(before, model)
 
     @contextmanager
     def running_on(self, frozen: tuple[FrozenStage, ...], model: nn.Module) -> Iterator[None]:
         """While it lasts, ``model`` is frozen with other stages."""
         before = self._frozen
-        self.freeze(frozen)
+        self.freeze(frozen, model)
         try:
             yield
         finally:
             if before is None:
                 self.unfreeze(model)
             else:
-                self.freeze(before)
+                self.freeze(before, model)
 
     def _take_out_hooks(self) -> None:
         for handle in self._handles:
