@@ -160,7 +160,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         if teacher is None and (self._loss_weights["kl_weight"] or self._loss_weights["distill_weight"]):
             teacher = unsparsify(copy.deepcopy(model)).requires_grad_(False)
         if teacher is not None and args.torch_compile:
-            teacher = torch.compile(teacher, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            compiled: Any = torch.compile(teacher, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            teacher = compiled
         # Where both of its weights are 0, nobody asks the teacher, and no memory is spent on one.
         return DynamicViTLoss(nn.Identity() if teacher is None else teacher, criterion=criterion, **self._loss_weights)
 
