@@ -16,7 +16,7 @@ from recipes.digits.model import load_dense_model
 from tokenprune.analysis.runtimes import in_turn, runtime_named
 
 DIGITS = "digits_vit"
-SCORERS = {"predictor": "official", "predictor_slim": "slim"}
+SCORERS = {"predictor": "official", "predictor_slim": "slim", "predictor_linear": "linear"}
 
 
 def main(

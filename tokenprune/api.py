@@ -65,11 +65,11 @@ def sparsify(
         keep_ratio: A number ρ keeps ρ, ρ², ρ³ … of the original patch tokens; a sequence gives one
             such fraction a stage. In (0, 1]. The language model of a vision-language model is given the fraction of the
             last stage of each image's tokens, or, without stages, ρ.
-        scorer: ``"predictor"`` (learned, DynamicViT's) or ``"predictor_slim"`` (learned, a twelfth of its cost); with
-            nothing to learn ``"cls_attention"`` (what a token receives in the block before the stage),
-            ``"redundancy"`` (how much it differs from the others), ``"informative"`` (both) and ``"tome"`` (ToMe's
-            matching, whose stages stand inside of their blocks, between attention and MLP); ``"random"``,
-            ``"static"``, or a callable that takes a `ScorerContext` and returns a new `Scorer`.
+        scorer: Learned ones are ``"predictor"`` (DynamicViT's), ``"predictor_slim"`` (a twelfth of its cost) and
+            ``"predictor_linear"`` (one linear layer). With nothing to learn: ``"cls_attention"`` (what a token receives
+            in the block before the stage), ``"redundancy"`` (how much it differs from the others), ``"informative"``
+            (both) and ``"tome"`` (ToMe's matching, whose stages stand inside of their blocks, between attention and
+            MLP); ``"random"``, ``"static"``, or a callable that takes a `ScorerContext` and returns a new `Scorer`.
         pruned: What becomes of pruned tokens. ``"drop"``: they are gone for good. ``"fuse"``: those of a stage go on
             as one token, their mean weighted with their importance (EViT's). ``"merge"``: each is folded into the
             most similar token that is kept (TPS'). ``"merge_sizes"``: the same by means weighted with the number of
@@ -182,11 +182,13 @@ def freeze(model: Model, inputs: Any = None) -> Model:
     All hooks but one at each stage are taken out, and a stage ranks tokens, picks the best and gathers them, with the
     weights of a learned scorer folded into one another. It keeps no record: ``model.tokenprune.trace`` is ``None``.
     Where blocks are given something with an entry for each token, such as rotary tables, or attention keeps a bias for
-    each pair of them, hooks behind the stages gather that, for the tokens that are left; where scorers look at attention,
-    that of the block before their stage is recorded.
+    each pair of them, hooks behind the stages gather that, for the tokens that are left; where scorers look at
+    attention, that of the block before their stage is recorded.
+
     Outputs differ by rounding alone. A frozen model runs in eval mode, at these keep ratios, and on images of any
-    size; weights may still be loaded, and it is saved, exported and compiled like any other. A block that is called
-    by itself prunes as it does in the model. `unfreeze` undoes it exactly, and so does `unsparsify`.
+    size; weights may still be loaded, and it is saved, exported and compiled like any other. A block with a stage in
+    front of it that is called by itself prunes as it does in the model. `unfreeze` undoes it exactly, and so does
+    `unsparsify`.
 
     Args:
         model: A sparsified model, possibly wrapped, in which nothing asks for pruned tokens behind their stage: whose

@@ -8,15 +8,16 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from recipes.digits.calibration import run_calibration
 from recipes.digits.data import VARYING, make_digits
 from recipes.digits.demo import run_demo
 from recipes.digits.dense import train_digits
 from recipes.digits.flat import run_flat
 from recipes.digits.model import WEIGHTS, load_dense_model
 from recipes.digits.presets import DATA, DIGITS_DENSE, DIGITS_SPARSE
+from recipes.digits.sparse import SparseConfig
 from recipes.digits.study import SCORERS, run_study
 from recipes.small.budgets import run_budgets
+from recipes.small.calibration import KEEP_RATIO, run_calibration
 from recipes.small.command_line import resumable
 from recipes.small.hierarchy_study import Study
 
@@ -109,8 +110,11 @@ def calibrate(
     """Train the predictors alone, without labels, once for all keep ratios."""
     ratios = keep_ratio or [0.7, 0.5, 0.35]
     with resumable(console):
+        make_digits(data)
+        config = SparseConfig(scorer=scorer, keep_ratio=KEEP_RATIO, steps=steps)
         run_calibration(
-            data=data,
+            load_model=load_dense_model,
+            settings=config.settings(data, output, WEIGHTS),
             output=output,
             keep_ratios=ratios,
             seeds=range(seeds),

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 import tokenprune
-from recipes.digits.calibration import accuracy_of, calibrated_model
+from recipes.digits.calibration import calibrated_model
 from recipes.digits.data import DigitsConfig, make_digits
 from recipes.digits.model import WEIGHTS, build_model, load_dense_model
 from recipes.digits.sparse import SparseConfig, fine_tune
@@ -23,6 +23,7 @@ from recipes.engine.data import loader, open_images
 from recipes.engine.fitting import evaluate_dense
 from recipes.engine.models import data_config
 from recipes.engine.tables import Table
+from recipes.small.calibration import accuracy_of
 from recipes.small.model import IMAGE_SIZE
 
 INPUT_SIZE = (3, IMAGE_SIZE, IMAGE_SIZE)

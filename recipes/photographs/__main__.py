@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from recipes.dynamicvit import SparseSettings
 from recipes.photographs.data import make_photographs
 from recipes.photographs.dense import train_photographs
 from recipes.photographs.model import load_dense_model
 from recipes.photographs.presets import DATA, PHOTOGRAPHS_DENSE, PHOTOGRAPHS_SPARSE
 from recipes.small.budgets import run_budgets
+from recipes.small.calibration import run_calibration
 from recipes.small.command_line import resumable
 from recipes.small.hierarchy_study import Study
 
@@ -40,6 +42,33 @@ def dense(
     with resumable(console):
         accuracy = train_photographs(data, output, epochs=epochs, seed=seed)
         console.print(f"dense accuracy {accuracy:.2%}")
+
+
+@app.command()
+def calibrate(
+    data: Data = DATA,
+    output: Annotated[Path, typer.Option(help="Where results go.")] = Path("runs/photographs"),
+    keep_ratio: Annotated[list[float] | None, typer.Option(help="ρ; give it several times.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of the predictors' calibration.")] = 100,
+    backbone_steps: Annotated[int, typer.Option(min=0, help="Gathered steps that follow, at each ratio.")] = 0,
+    scorer: Annotated[str, typer.Option(help="A learned scorer, such as predictor_linear.")] = "predictor",
+) -> None:
+    """Train the predictors alone, without labels, once for all keep ratios."""
+    ratios = keep_ratio or [0.7, 0.5, 0.35]
+    with resumable(console):
+        make_photographs(data)
+        run_calibration(
+            load_model=load_dense_model,
+            settings=SparseSettings(**{**PHOTOGRAPHS_SPARSE, "data_dir": data, "output": output}),
+            output=output,
+            keep_ratios=ratios,
+            seeds=range(seeds),
+            steps=steps,
+            backbone_steps=backbone_steps,
+            scorer=scorer,
+            console=console,
+        )
 
 
 @app.command()

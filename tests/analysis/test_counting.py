@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
-from tests.helpers.zoo import ALL, BY_NAME, Case, every_model
+from tests.helpers.zoo import ALL, BY_NAME, Case, every_model, hook_counts
 from tokenprune.analysis.flop_counter import count
 
 
@@ -105,6 +105,14 @@ def test_an_operator_that_cannot_be_counted_is_an_error() -> None:
 
     with pytest.raises(tokenprune.CountingError, match=r"cannot count aten::cdist \(1 times\) in Distance"):
         count(Distance(), torch.zeros(1, 3, 8, 8))
+
+
+def test_a_pass_that_fails_leaves_no_hooks() -> None:
+    model = BY_NAME["timm class token"].sparsified()
+    before = hook_counts(model)
+    with pytest.raises(AssertionError, match="Input height"):  # timm's own
+        tokenprune.flops(model, (3, 10, 10))
+    assert hook_counts(model) == before
 
 
 def test_attention_is_not_counted_as_nothing() -> None:

@@ -44,7 +44,7 @@ def differs(case: Case, model: nn.Module, other: nn.Module) -> bool:
     return any((actual[name] - expected[name]).abs().max() > 1e-3 for name in expected)
 
 
-@pytest.mark.parametrize("scorer", ["predictor", "predictor_slim", "static"])
+@pytest.mark.parametrize("scorer", ["predictor", "predictor_slim", "predictor_linear", "static"])
 @models(
     "timm class token", "timm registers, average with prefix", "timm no class token, average", "timm LV-ViT",
     "timm non-square, dynamic size", "transformers ViT classifier", "transformers DINOv2 registers classifier",
@@ -227,7 +227,7 @@ def test_models_that_are_refused(case: Case, options: dict[str, Any], why: str) 
         tokenprune.freeze(model)
 
 
-@pytest.mark.parametrize(("scorer", "most"), [("predictor", 15), ("predictor_slim", 12)])
+@pytest.mark.parametrize(("scorer", "most"), [("predictor", 15), ("predictor_slim", 12), ("predictor_linear", 6)])
 @one_model
 @torch.no_grad()
 def test_a_stage_takes_few_operators(case: Case, scorer: str, most: int) -> None:

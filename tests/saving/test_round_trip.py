@@ -41,7 +41,7 @@ def test_scorers_alone_come_back_beside_a_dense_model(case: Case, tmp_path: Path
     assert dense.tokenprune.plan == model.tokenprune.plan
 
 
-@pytest.mark.parametrize("scorer", ["predictor", "predictor_slim", "static", "random"])
+@pytest.mark.parametrize("scorer", ["predictor", "predictor_slim", "predictor_linear", "static", "random"])
 def test_every_scorer_comes_back(scorer: str, tmp_path: Path) -> None:
     model = VIT.sparsified(scorer=scorer)
     model.tokenprune.keep_ratio = 0.45  # the ratio of now, not that of then

@@ -13,6 +13,7 @@ from tests.helpers.zoo import BY_NAME, NUM_PATCHES
 from tokenprune.scorers import (
     Candidates,
     Predictor,
+    PredictorLinear,
     PredictorSlim,
     Random,
     Scorer,
@@ -65,6 +66,16 @@ def test_the_slim_predictor_is_its_formula() -> None:
     torch.testing.assert_close(predictor(given), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_linear_predictor_is_its_formula() -> None:
+    predictor = PredictorLinear(16, 0.7)
+    for parameter in predictor.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    given, weight = candidates(), predictor.linear.weight[0]
+    centred = given.patches - given.patches.mean(dim=2, keepdim=True)
+    expected = centred @ weight / (centred.square().mean(dim=2) + 1e-5).sqrt() + predictor.linear.bias
+    torch.testing.assert_close(predictor(given), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_the_slim_predictor_costs() -> None:
     width, inner = 384, 48
     sizes = {name: parameter.numel() for name, parameter in PredictorSlim(width).named_parameters()}
@@ -74,7 +85,7 @@ def test_what_the_slim_predictor_costs() -> None:
     assert 11 < official / per_token < 12.5
 
 
-@pytest.mark.parametrize("build", [Predictor, PredictorSlim])
+@pytest.mark.parametrize("build", [Predictor, PredictorSlim, PredictorLinear])
 def test_a_short_ranking_ranks_as_scores_do(build: type[Scorer]) -> None:
     scorer = build(16, 0.7)  # type: ignore[call-arg]
     for parameter in scorer.parameters():

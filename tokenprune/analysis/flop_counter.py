@@ -267,7 +267,7 @@ def count(model: nn.Module, inputs: Tensor) -> Counter[str]:
     Raises:
         CountingError: An operator that may do multiply-adds has no handler.
     """
-    with _slow_path(), warnings.catch_warnings():
+    with _slow_path(), _no_leftover_hooks(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's, of shapes and of deprecations in fvcore's own code
         from fvcore.nn import FlopCountAnalysis
 
@@ -310,3 +310,16 @@ def _slow_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _no_leftover_hooks(model: nn.Module) -> Iterator[None]:
+    """Without the hooks that fvcore leaves in a model whose pass fails."""
+    tables = [table for module in model.modules() for table in (module._forward_pre_hooks, module._forward_hooks)]
+    before = [set(table) for table in tables]
+    try:
+        yield
+    finally:
+        for table, kept in zip(tables, before, strict=True):
+            for added in table.keys() - kept:
+                del table[added]

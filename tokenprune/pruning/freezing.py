@@ -17,6 +17,7 @@ from tokenprune.errors import StateError
 from tokenprune.pruning.frozen import FrozenImage, FrozenStage
 from tokenprune.pruning.hooks import PruningHooks
 from tokenprune.pruning.places import Place, places, stage_before
+from tokenprune.pruning.plan import num_kept
 from tokenprune.pruning.recording import Recorded
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.stage import Stage
@@ -135,7 +136,7 @@ class FreezingHooks(PruningHooks):
         if num_patches == 0 or (indices is not None and indices.shape[1] != number):
             num_summary, indices = 0, None  # nothing has been pruned of them
             num_patches = number = stage.num_patches(tokens, 0)
-        num_keep = self._plan.num_keep(num_patches)[place.stage]
+        num_keep = num_kept(num_patches, self._plan.keep_ratios[place.stage])
         if num_keep < number:
             if not stage.tracked and len(args) + len(kwargs) > 1:
                 _check_alone(block, (*args[1:], *kwargs.values()) if args else [*kwargs.values()][1:])

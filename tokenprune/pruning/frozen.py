@@ -143,12 +143,15 @@ class FrozenStage:
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 return scorer.ranking()  # a part of what is compiled, and of weights as they are in each pass
-        ranked_with = scorer, tokens.device, tokens.dtype, sum([weight._version for weight in self._weights])
+        version = 0
+        for weight in self._weights:
+            version += weight._version
+        ranked_with = scorer, tokens.device, tokens.dtype, version
         if ranked_with != self._ranked_with:
             self._weights = tuple(scorer.parameters())
             with torch.no_grad():
                 self._ranking = scorer.ranking()
-            self._ranked_with = (*ranked_with[:3], sum([weight._version for weight in self._weights]))
+            self._ranked_with = (*ranked_with[:3], sum(weight._version for weight in self._weights))
         return self._ranking
 
     def _reduced(self, patches: Tensor, scored: Scored, chosen: Tensor) -> Reduced:

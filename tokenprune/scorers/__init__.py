@@ -14,6 +14,7 @@ from tokenprune.scorers.base import (
 from tokenprune.scorers.cls_attention import ClassAttention
 from tokenprune.scorers.informative import Informative
 from tokenprune.scorers.predictor import Predictor
+from tokenprune.scorers.predictor_linear import PredictorLinear
 from tokenprune.scorers.predictor_slim import PredictorSlim
 from tokenprune.scorers.random import Random
 from tokenprune.scorers.redundancy import Redundancy
@@ -25,6 +26,7 @@ __all__ = [
     "ClassAttention",
     "Informative",
     "Predictor",
+    "PredictorLinear",
     "PredictorSlim",
     "Random",
     "Ranking",
