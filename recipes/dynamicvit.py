@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from rich.console import Console
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ class Objective(nn.Module):
     def __init__(self, teacher: nn.Module, settings: SparseSettings, heads: tuple[str, str] | None = None) -> None:
         super().__init__()
         self.loss = tokenprune.DynamicViTLoss(
-            teacher,
+            cast(nn.Module, torch.compile(teacher)) if settings.compile else teacher,
             criterion=criterion(settings),
             kl_weight=settings.kl_weight,
             distill_weight=settings.distill_weight,

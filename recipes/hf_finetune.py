@@ -58,7 +58,7 @@ def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
         SettingsError: The settings do not fit the model, the data, the machine or the run in ``output``.
         DataError: The data cannot be read.
     """
-    checkpoint = _checkpoint_to_resume(settings)
+    resumes = _resumes(settings)
     images = open_images(settings)
     set_seed(settings.seed)
     model = _model(settings, images)
@@ -82,7 +82,7 @@ def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
         raise SettingsError(str(error)) from error
     if trainer.is_world_process_zero() and not continues(settings):
         write_settings(settings)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=resumes)
     metrics = trainer.evaluate()
     trainer.save_model()
     outcome = Outcome(model=model, scores=scores(metrics), gmacs=counts)
@@ -94,9 +94,9 @@ def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
     return outcome
 
 
-def _checkpoint_to_resume(settings: HfSettings) -> str | None:
-    there: str | None = get_last_checkpoint(str(settings.output)) if settings.output.is_dir() else None
-    check_folder(settings, holds_checkpoint=there is not None)
+def _resumes(settings: HfSettings) -> bool:
+    there = settings.output.is_dir() and get_last_checkpoint(str(settings.output)) is not None
+    check_folder(settings, holds_checkpoint=there)
     return there
 
 

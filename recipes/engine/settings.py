@@ -82,7 +82,7 @@ class RunSettings(Settings):
 
     # Machine
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], Machine(help="Precision of autocast.")] = "no"
-    compile: Annotated[bool, Machine(help="torch.compile the model.")] = False
+    compile: Annotated[bool, Machine(help="torch.compile the model, and its teacher.")] = False
     activation_checkpointing: Annotated[bool, Machine(help="Less memory, a third more time.")] = False
 
     # Run

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from timm.utils import ModelEmaV3
@@ -37,6 +39,8 @@ def prepare_sharding(accelerator: Accelerator, settings: TrainingSettings) -> No
     if kind == DistributedType.FSDP:
         # Weights are read on every process anyway, and Accelerate deals them out by a method that timm's models lack.
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+        # Accelerate would cast weights, tokens between blocks and summed gradients; autocast is enough, as everywhere.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     if kind == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator, settings)
 
@@ -55,7 +59,17 @@ def _configure_deepspeed(accelerator: Accelerator, settings: TrainingSettings) -
     config["gradient_clipping"] = settings.clip_gradient
     if settings.mixed_precision == "bf16":  # autocast, as everywhere else, in place of weights in bfloat16
         config["bf16"] = {"enabled": False}
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # With no module named, gradients are summed in float32.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+
+
+def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """The autocast in which a batch runs with its loss; that of DeepSpeed ends with the model."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config
+        enabled = bool(config.get("torch_autocast", {}).get("enabled"))
+        return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=enabled)
+    return cast(AbstractContextManager[Any], accelerator.autocast())
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    convert_to_fp32,
+)
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -26,7 +31,7 @@ from recipes.engine.optimization import Schedule
 from recipes.engine.randomness import seed_everything
 from recipes.engine.run_folder import check_folder, continues, write_settings
 from recipes.engine.settings import SettingsError, TrainingSettings
-from recipes.engine.sharding import Average, Unsharded, is_sharded, prepare_sharding
+from recipes.engine.sharding import Average, Unsharded, autocast, is_sharded, prepare_sharding
 
 LossFunction = Callable[[nn.Module, Tensor, Any, Tensor], Mapping[str, Tensor]]
 
@@ -173,8 +178,10 @@ def train(
                     images, targets = mixup(images, targets)
                 schedule.set(optimizer, position.step)
                 with accelerator.accumulate(wrapped):
-                    with accelerator.autocast():
-                        parts = loss_function(wrapped, images, wrapped(images), targets)
+                    with autocast(accelerator):
+                        # As DistributedDataParallel returns them; FSDP2 and DeepSpeed leave them as they are.
+                        outputs = convert_to_fp32(wrapped(images))
+                        parts = loss_function(wrapped, images, outputs, targets)
                     accelerator.backward(parts["loss"])
                     if accelerator.sync_gradients and settings.clip_gradient:
                         accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip_gradient)

@@ -109,7 +109,8 @@ def test_bfloat16_reaches_model_and_teacher(images: Any, tmp_path: Path) -> None
 def test_compiled_models_train_and_report(images: Any, tmp_path: Path) -> None:
     plain, plain_trainer = trained(tmp_path, images, max_steps=2)
     compiled, trainer = trained(tmp_path, images, max_steps=2, torch_compile=True, torch_compile_backend="eager")
-    assert set(compiled) == set(plain)
+    assert set(compiled) == set(plain) and hasattr(trainer.dynamicvit_loss.teacher, "_orig_mod")
+    assert all(logs["distill"] > 0 for logs in training_logs(trainer))
     for first, second in zip(training_logs(plain_trainer), training_logs(trainer), strict=True):
         assert {key: first[key] for key in KEPT} == {key: second[key] for key in KEPT}
 

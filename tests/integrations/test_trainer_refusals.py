@@ -73,15 +73,6 @@ def test_ways_to_run_it_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
         two_gpus.setattr(transformers.TrainingArguments, "n_gpu", 2)
         with pytest.raises(ValueError, match=r"2 GPUs in one process.*torchrun or accelerate launch"):
             SparseTrainer(sparse_model(), settings)
-    post_process = transformers.Trainer.create_accelerator_and_postprocess
-
-    def shard(trainer: Any) -> None:
-        post_process(trainer)
-        trainer.is_deepspeed_enabled = True
-
-    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", shard)
-    with pytest.raises(ValueError, match="does not shard models"):
-        SparseTrainer(sparse_model(), settings)
 
 
 def test_refusals_on_the_way(images: Any, tmp_path: Path) -> None:

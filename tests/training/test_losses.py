@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import tokenprune
 from tests.helpers.zoo import BY_NAME, Case, every_model
 from tokenprune import DynamicViTLoss
+from tokenprune.training.teacher_tokens import watched
 
 TIMM = BY_NAME["timm class token"]
 LVVIT, HEADS = BY_NAME["timm LV-ViT"], ("head", "aux_head")
@@ -206,6 +207,35 @@ def test_it_finds_the_sparsifier_in_a_compiled_model() -> None:
     parts = DynamicViTLoss(teacher)(compiled, images, compiled(images), torch.tensor([1, 5, 2]))
     parts["loss"].backward()
     assert all(p.grad.abs().max() > 0 for p in model.tokenprune.parameters())
+
+
+def test_a_compiled_teacher_is_compiled_once_and_distils() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model, teacher = student_and_teacher()
+    images, targets = TIMM.images(), torch.tensor([1, 5, 2])
+    with torch.no_grad():  # code of the same class that reads no tokens
+        torch.compile(copy.deepcopy(teacher).eval(), backend=backend, fullgraph=True)(images)
+    ours = DynamicViTLoss(torch.compile(copy.deepcopy(teacher), backend=backend, fullgraph=True))
+    plain = DynamicViTLoss(teacher)
+    for step in range(3):
+        outputs = model(images + step)
+        parts, expected = ours(model, images + step, outputs, targets), plain(model, images + step, outputs, targets)
+        assert parts["distill"] > 0
+        torch.testing.assert_close(parts, expected)
+    assert len(graphs) == 2
+
+    ran = torch.compile(copy.deepcopy(teacher).eval(), backend=backend)
+    with torch.no_grad():
+        ran(images)
+    torch.testing.assert_close(DynamicViTLoss(ran)(model, images + step, outputs, targets), expected)
+    with pytest.raises(tokenprune.StateError, match="had run before this loss"), watched(ran, "norm"):
+        pass  # code without the hook leaves no tokens either
 
 
 @pytest.mark.parametrize("keep_ratio", [1.0, (0.5, 0.5)], ids=str)

@@ -6,20 +6,20 @@ Shapes: B images, N patch tokens, K classes.
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, nullcontext
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from tokenprune.api import dense, unsparsify
 from tokenprune.errors import StateError
 from tokenprune.integrations.averages import Averages
+from tokenprune.integrations.checkpoints import newest_complete
 from tokenprune.integrations.checks import (
     PAPER_LEARNING_RATE_SCALE,
     check_arguments,
@@ -28,6 +28,9 @@ from tokenprune.integrations.checks import (
     check_sparsified,
     use_non_reentrant_checkpointing,
 )
+from tokenprune.integrations.learning_rates import complete_states, leave_out_backbone, split_groups, zero_gradients
+from tokenprune.integrations.own_names import own_names
+from tokenprune.integrations.sharding import autocast_of, left_unprepared, prepare_sharding, share_weights
 from tokenprune.pruning.trace import Trace
 from tokenprune.training.calibration import calibrate
 from tokenprune.training.gathered import gathered
@@ -54,6 +57,9 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
     …), averaged since the last log, and ``backbone_learning_rate``. Evaluation runs the model as
     inference does, tokens removed; its loss is the classification part, and ``eval_kept_ratio_0`` … are
     the shares left.
+
+    Processes hold whole models, or shards of one: FSDP2 and DeepSpeed's ZeRO 1 and 2 work as Accelerate's configuration
+    or ``args`` ask for them, and other ways to shard are refused. ``args.torch_compile`` compiles the teacher, too.
 
     Weights are saved under the names that the model's ``state_dict`` has, those of the predictors
     (``tokenprune.…``) among them, and the teacher is not. A checkpoint with other names is refused.
@@ -132,13 +138,12 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         }
         self._training_averages, self._evaluation_averages = Averages(), Averages()
         self._backbone_frozen = False
-        self._groups_are_ours = False
+        self._groups_are_ours, self._trained = False, False
         if model is not None:
             self.dynamicvit_loss = self._make_loss(model, args)
         use_non_reentrant_checkpointing(args)
         super().__init__(model, args, **options)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or getattr(args, "parallelism_config", None) is not None:
-            raise ValueError("SparseTrainer does not shard models; train with DistributedDataParallel (the default).")
+        prepare_sharding(self.accelerator, self.model, args, options)
         self.dynamicvit_loss.to(self.args.device)
         # `compute_loss` scales the loss itself, and has the Trainer count the labels of all accumulated batches.
         self.model_accepts_loss_kwargs = True
@@ -154,6 +159,9 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         teacher = self._teacher
         if teacher is None and (self._loss_weights["kl_weight"] or self._loss_weights["distill_weight"]):
             teacher = unsparsify(copy.deepcopy(model)).requires_grad_(False)
+        if teacher is not None and args.torch_compile:
+            compiled: Any = torch.compile(teacher, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            teacher = compiled
         # Where both of its weights are 0, nobody asks the teacher, and no memory is spent on one.
         return DynamicViTLoss(nn.Identity() if teacher is None else teacher, criterion=criterion, **self._loss_weights)
 
@@ -180,11 +188,11 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
                 "cannot have two learning rates; choose another, such as 'adamw_torch'."
             )
         backbone = {id(parameter) for parameter in self._backbone_parameters()}
-        # Predictors come first: the Trainer logs the learning rate of the first group.
-        optimizer.param_groups[:] = [
-            *_part(optimizer, "predictors", found - backbone, 1.0),
-            *_part(optimizer, "backbone", backbone, self.backbone_learning_rate_scale),
-        ]
+        split_groups(optimizer, backbone, self.backbone_learning_rate_scale)
+        if self.is_deepspeed_enabled:
+            leave_out_backbone(optimizer, self._in_frozen_epochs)
+        if self.is_fsdp_enabled:  # it is about to be sharded
+            share_weights([self.model, self.dynamicvit_loss], self.args.device)
         self._groups_are_ours = True
         return optimizer
 
@@ -195,8 +203,22 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
         """Train, with averages that start anew; in the gathered schedule calibrate first, unless resuming."""
         self._training_averages = Averages()
-        if self.schedule == "masked":
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_complete(self.args)
+        if self._trained and self.is_fsdp_enabled and self.schedule == "gathered" and not resume_from_checkpoint:
+            raise StateError(
+                "the model is sharded by an earlier training, and cannot be calibrated again; make a new trainer."
+            )
+        with ExitStack() as stack:
+            if self.is_deepspeed_enabled:
+                stack.enter_context(zero_gradients(self._backbone_parameters(), self._in_frozen_epochs))
+            if self.schedule == "gathered":
+                self._calibrate(resume_from_checkpoint)
+                stack.enter_context(gathered(self.model))
+            self._trained = True
             return super().train(resume_from_checkpoint, *args, **options)
+
+    def _calibrate(self, resume_from_checkpoint: str | bool | None) -> None:
         if not resume_from_checkpoint and any(True for _ in self.model.tokenprune.parameters()):
             report = calibrate(
                 self.model,
@@ -210,8 +232,6 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             if report.stopped == "interrupted":
                 raise KeyboardInterrupt
             logger.info("calibrated: %s", report)
-        with gathered(self.model):
-            return super().train(resume_from_checkpoint, *args, **options)
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
         """One forward and backward pass; while the backbone is frozen, its gradients are dropped."""
@@ -231,6 +251,10 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         return bool((self.state.epoch or 0.0) + 1e-9 < self.freeze_epochs)
 
     # The loss
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """The autocast in which a batch runs, for training and for evaluation."""
+        return autocast_of(self.accelerator)
 
     def compute_loss(
         self,
@@ -258,16 +282,16 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
                 f"the batch has no 'labels', only {sorted(inputs)}; name the data set's column 'label' or 'labels', or "
                 "use a collator that does."
             )
-        outputs = model(**inputs)
-        with self.accelerator.autocast():  # the model brings its own; the teacher needs this one
-            if model.training:
-                parts = self.dynamicvit_loss(model, inputs, outputs, labels)
-                share = self._share(labels, num_items_in_batch)
-                loss = parts.pop("loss") * share
-                trace = self.model.tokenprune.trace
-                self._training_averages.add({**parts, **_kept_ratios(trace)}, share)
-            else:
-                loss = self.dynamicvit_loss.criterion(logits_of(outputs), labels)
+        # As DistributedDataParallel returns them; FSDP2 and DeepSpeed leave them as they are.
+        outputs = convert_to_fp32(model(**inputs))
+        if model.training:
+            parts = self.dynamicvit_loss(model, inputs, outputs, labels)
+            share = self._share(labels, num_items_in_batch)
+            loss = parts.pop("loss") * share
+            trace = self.model.tokenprune.trace
+            self._training_averages.add({**parts, **_kept_ratios(trace)}, share)
+        else:
+            loss = self.dynamicvit_loss.criterion(logits_of(outputs), labels)
         if not return_outputs:
             return loss
         # The Trainer reads logits out of a mapping, and takes the first item of a tuple for the loss.
@@ -316,7 +340,10 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """Predict a whole data set; the kept ratio of each stage is among the metrics."""
         self._evaluation_averages = Averages()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with nullcontext() if self._trained else left_unprepared(self):
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         if self._evaluation_averages:
             kept = self._evaluation_averages.read(self.accelerator)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in kept.items()})
@@ -332,8 +359,20 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
 
     # Files
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the whole model, also where checkpoints hold it in parts, which the Trainer leaves at that."""
+        super().save_model(output_dir, _internal_call)
+        in_parts = self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT"
+        if in_parts and not _internal_call:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            complete_states(self.optimizer.optimizer)  # inside of Accelerate's
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with _own_names(self.model):
+        with own_names(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
             super()._save(output_dir, state_dict)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -351,30 +390,3 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
 
 def _kept_ratios(trace: Trace) -> dict[str, Tensor]:
     return {f"kept_ratio_{index}": keep.mean() for index, keep in enumerate(trace.keep)}
-
-
-def _part(optimizer: torch.optim.Optimizer, name: str, members: set[int], scale: float) -> Iterator[dict[str, Any]]:
-    """Of every parameter group the parameters with these ids, at a fraction of its learning rate."""
-    for group in optimizer.param_groups:
-        parameters = [parameter for parameter in group["params"] if id(parameter) in members]
-        if parameters:
-            yield {**group, "params": parameters, "lr": group["lr"] * scale, "name": name}
-
-
-@contextmanager
-def _own_names(model: nn.Module) -> Iterator[None]:
-    """While it lasts, ``model.save_pretrained`` writes weights under the names of the model's ``state_dict``.
-
-    From version 5 on, transformers writes them under the names of the checkpoints that were published
-    first, which the Trainer cannot load again (transformers issue 48805).
-    ``from_pretrained`` reads both.
-    """
-    save: Any = getattr(model, "save_pretrained", None)
-    if save is None or "save_original_format" not in inspect.signature(save).parameters:
-        yield
-        return
-    model.__dict__["save_pretrained"] = partial(save, save_original_format=False)
-    try:
-        yield
-    finally:
-        del model.__dict__["save_pretrained"]

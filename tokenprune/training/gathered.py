@@ -32,15 +32,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
         StateError: The model is not sparsified.
     """
     sparsifier = sparsifier_of(model)
-    held = scorer_parameters(sparsifier)
-    learned = [parameter.requires_grad for parameter in held]
+    learned = [parameter.requires_grad for parameter in scorer_parameters(sparsifier)]
     with sparsifier.executing(default_execution(training=False)):
         try:
-            for parameter in held:
+            for parameter in scorer_parameters(sparsifier):
                 parameter.requires_grad_(False)
             yield
         finally:
-            for parameter, learns in zip(held, learned, strict=True):
+            # FSDP2 may have put others in their place.
+            for parameter, learns in zip(scorer_parameters(sparsifier), learned, strict=True):
                 parameter.requires_grad_(learns)
 
 

@@ -5,8 +5,7 @@ Shapes: B images, N patch tokens, P prefix tokens, C channels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -21,6 +20,7 @@ from tokenprune.pruning.sparsifier import Sparsifier
 from tokenprune.pruning.stage import Stage
 from tokenprune.pruning.trace import Trace
 from tokenprune.tokens import select
+from tokenprune.training.teacher_tokens import watched
 
 
 class DynamicViTLoss(nn.Module):
@@ -52,7 +52,7 @@ class DynamicViTLoss(nn.Module):
     Args:
         teacher: The dense model, as it was before it was sparsified: a copy made with
             ``copy.deepcopy``. It is put in eval mode, is run without gradients, once a step, and
-            stays in eval mode whatever the mode of this loss.
+            stays in eval mode whatever the mode of this loss. It may be compiled, ``torch.compile(teacher)``.
         criterion: Called as ``criterion(logits, targets)``; ``None`` means cross-entropy, for class
             indices (B,) as for class probabilities (B, K).
         kl_weight: λ_KL.
@@ -158,9 +158,9 @@ class DynamicViTLoss(nn.Module):
         """The teacher's logits, and its final tokens: what its module of that name puts out."""
         if not self.distill_weight and self.heads is None:
             return logits_of(call(self.teacher, inputs)), None
-        with _captured(unwrap(self.teacher), tokens_module) as captured:
+        with watched(self.teacher, tokens_module) as watch:
             outputs = call(self.teacher, inputs)
-        tokens = captured[-1]
+            tokens = cast(Tensor, watch.output)
         return logits_of(outputs) if self.heads is None else self._class_logits(self.teacher, tokens), tokens
 
     def _class_logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
@@ -250,26 +250,6 @@ def _tokens_module(model: nn.Module, sparsifier: Sparsifier) -> str:
     wanted = backbone.blocks[-1] if backbone.final_norm is None else backbone.final_norm
     name: str = next(name for name, module in unwrap(model).named_modules() if module is wanted)
     return name
-
-
-@contextmanager
-def _captured(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
-    """Collect what the module of that name puts out."""
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(
-            f"the teacher, a {type(model).__name__}, has no module {name!r} whose tokens could be distilled; "
-            "pass distill_weight=0 for a teacher of another architecture."
-        ) from None
-    outputs: list[Tensor] = []
-    handle = module.register_forward_hook(
-        lambda module, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)
-    )
-    try:
-        yield outputs
-    finally:
-        handle.remove()
 
 
 def _kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -6,12 +6,10 @@ import importlib.util
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from accelerate.utils import DistributedType
@@ -23,6 +21,7 @@ from recipes.engine.logbook import read_log
 from recipes.engine.settings import SettingsError
 from recipes.engine.sharding import Average, Unsharded, prepare_sharding
 from tests.helpers.engine import broken, command, run_plain, sparse, weights_of
+from tests.helpers.killed import kill_workers
 from tests.helpers.tolerances import SHARDED
 
 CONFIGS = Path(__file__).parents[3] / "recipes" / "accelerate"
@@ -73,7 +72,8 @@ def test_deepspeed_is_told_the_settings(folder: Path, tmp_path: Path) -> None:
     prepare_sharding(accelerator, settings)
     assert config["train_micro_batch_size_per_gpu"] == 20 and config["gradient_accumulation_steps"] == 3
     assert config["gradient_clipping"] == 0.5
-    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} and not config["bf16"]["enabled"]
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    assert not config["bf16"]["enabled"]
 
 
 def test_of_a_model_that_is_whole_the_average_is_that_of_timm() -> None:
@@ -86,18 +86,6 @@ def test_of_a_model_that_is_whole_the_average_is_that_of_timm() -> None:
     assert torch.equal(ours.module.weight, theirs.module.weight)
     end: Any = before.with_weights_of(model)
     assert end is not model and torch.equal(end.weight, model.weight)
-
-
-def kill_workers(process: subprocess.Popen[bytes], log: Path, steps: int, victims: slice) -> None:
-    """Wait until a run has logged so many steps in all, and kill some of its workers, or all."""
-    while process.poll() is None and len(log.read_text().splitlines() if log.exists() else ()) < steps:
-        time.sleep(0.01)
-    assert process.poll() is None, "the run ended before it could be killed; give it more steps"
-    workers = [one for one in psutil.Process(process.pid).children() if "tests.helpers.sharded_on_cpu" in one.cmdline()]
-    assert len(workers) == 2
-    for worker in workers[victims]:
-        worker.kill()
-    assert process.wait(timeout=120) != 0
 
 
 @pytest.mark.slow
