@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import attention, inference, peers, training
-from benchmarks.measuring import Name, Ratio, environment, report
+from benchmarks.measuring import Name, Ratio, environment, peak_bytes, report
 
 DTYPES = ("bfloat16", "float16", "float32")
 RATIOS = (0.7, 0.5, 0.9, 0.8)
@@ -166,6 +166,9 @@ def jobs(setup: Setup) -> Iterator[Job]:
     large, one = setup.batch_size, 1
     yield from (_inference(setup, small, dtype, large, RATIOS) for dtype in DTYPES)
     yield from (_attention(setup, dtype) for dtype in DTYPES)
+    if setup.device.startswith("cuda"):  # elsewhere there are no kernels of ours
+        yield from (_attention(setup, dtype, kernels=False) for dtype in DTYPES)
+        yield from (_sizes(setup, dtype) for dtype in DTYPES if dtype != "float32")
     yield from (_training(setup, small, dtype) for dtype in DTYPES)
     yield from (_inference(setup, small, dtype, one, RATIOS) for dtype in DTYPES)
     yield from (_peers(setup, small, DTYPES[0], batch) for batch in (large, one))
@@ -200,7 +203,11 @@ def _inference(
         )
         rows = [
             [f"{model}, dense ÷ sparse", dtype, run, f"{batch}", f"{speed.keep_ratio:g}", *_timed(speed.speedup)]
-            + [f"{speed.gmac_ratio:.2f}", f"**{speed.kept_promise:.2f}**", _peaks(speed)]
+            + [
+                f"{speed.gmac_ratio:.2f}",
+                f"**{speed.kept_promise:.2f}**",
+                _peaks(speed.dense_peak_bytes, speed.sparse_peak_bytes),
+            ]
             for speed in speeds
         ]
         about = {"what": "inference", "model": model, "dtype": dtype, "compiled": compiled}
@@ -241,20 +248,36 @@ def _peers(setup: Setup, model: str, dtype: str, batch: int, *, compiled: bool =
     )
 
 
-def _attention(setup: Setup, dtype: str) -> Job:
-    batch = 2 if setup.small else 128
+def _attention(setup: Setup, dtype: str, *, kernels: bool = True) -> Job:
+    shape, how = (2 if setup.small else 128, 6, 197, 64), "" if kernels else ", without our kernels"
 
     def measure() -> tuple[list[list[str]], list[Any]]:
-        ratio = attention.compare(batch, 6, 197, 64, device=setup.device, dtype=dtype, pairs=2 * setup.rounds)
-        row = ["attention, masked ÷ plain", dtype, "eager", f"{batch}", "", *_timed(ratio), "", "", ""]
-        return [row], [{"what": "attention", "dtype": dtype, "batch_size": batch, "masked_over_plain": ratio}]
+        device = setup.device
+        ratio = attention.compare(*shape, device=device, dtype=dtype, pairs=2 * setup.rounds, kernels=kernels)
+        runs = attention.runs(*shape, device=device, dtype=dtype, kernels=kernels)
+        masked, plain = (peak_bytes(run, device) for run in runs)
+        row = [f"attention, masked ÷ plain{how}", dtype, "eager", f"{shape[0]}", "", *_timed(ratio)]
+        measured = {"masked_over_plain": ratio, "masked_peak_bytes": masked, "plain_peak_bytes": plain}
+        about = {"what": "attention", "dtype": dtype, "kernels": kernels, "batch_size": shape[0]}
+        return [[*row, "", "", _peaks(masked, plain)]], [{**about, **measured}]
 
     return Job(
-        name=f"masked attention against the plain one, {dtype}, batch {batch}",
+        name=f"masked attention against the plain one{how}, {dtype}, batch {shape[0]}",
         kind="attention",
         seconds=3.0,
         run=measure,
     )
+
+
+def _sizes(setup: Setup, dtype: str) -> Job:
+    shape, what = (2 if setup.small else 128, 6, 197, 64), "attention by sizes, channels ÷ bias"
+
+    def measure() -> tuple[list[list[str]], list[Any]]:
+        ratio = attention.compare_sizes(*shape, device=setup.device, dtype=dtype, pairs=2 * setup.rounds)
+        row = [what, dtype, "eager", f"{shape[0]}", "", *_timed(ratio), "", "", ""]
+        return [row], [{"what": what, "dtype": dtype, "batch_size": shape[0], "channels_over_bias": ratio}]
+
+    return Job(name=f"{what}, {dtype}, batch {shape[0]}", kind="attention", seconds=3.0, run=measure)
 
 
 def _training(setup: Setup, model: str, dtype: str, *, compiled: bool = False) -> Job:
@@ -289,10 +312,8 @@ def _timed(ratio: Ratio) -> list[str]:
     return [f"{first:.2f} → {second:.2f}", f"{ratio.median:.2f} ({lower:.2f} … {upper:.2f})"]
 
 
-def _peaks(speed: inference.Speed) -> str:
-    if speed.dense_peak_bytes is None or speed.sparse_peak_bytes is None:
-        return ""
-    return f"{speed.dense_peak_bytes / 2**20:.0f} → {speed.sparse_peak_bytes / 2**20:.0f}"
+def _peaks(first: int | None, second: int | None) -> str:
+    return "" if first is None or second is None else f"{first / 2**20:.0f} → {second / 2**20:.0f}"
 
 
 if __name__ == "__main__":

@@ -51,10 +51,22 @@ def test_all_that_is_asked_for_is_among_the_work() -> None:
                 compiled = [name for name in every if name.startswith(f"{start}, compiled, batch {batch}, ")]
                 assert sorted(name.partition("ρ ")[2] for name in compiled) == ["0.5, 0.9, 0.8", "0.7"]
     assert sum("masked attention" in name for name in every) == 3
+    on_gpu = [job.name for job in jobs(Setup(device="cuda", rounds=4, small=False))]
+    assert sum("masked attention" in name and "without our kernels" in name for name in on_gpu) == 3
+    assert sum("attention by sizes" in name for name in on_gpu) == 2
     assert sum("training step" in name and "eager" in name for name in every) == 3
     for run in ("eager", "compiled"):
         assert {f"peers of deit_small_patch16_224, bfloat16, {run}, batch {batch}" for batch in (1, 256)} <= {*every}
     assert sum("training step" in name and "compiled" in name for name in every) == 3
+
+
+def test_what_only_a_gpu_gets_can_be_measured() -> None:
+    every = [job for job in jobs(Setup(device="cuda", rounds=4, small=True)) if job.kind == "attention"]
+    here = Setup(device="cpu", rounds=4, small=True)
+    for job in (gpu._attention(here, "float32", kernels=False), gpu._sizes(here, "bfloat16")):
+        rows, data = job.run()
+        assert job.name in [other.name for other in every]
+        assert len(rows) == len(data) == 1 and len(rows[0]) == len(gpu.COLUMNS)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])

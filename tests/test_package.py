@@ -36,10 +36,11 @@ print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
     assert "tokenprune" in loaded and not loaded & unwanted
 
 
-def test_integrations_are_imported_by_nobody_else() -> None:
-    script = (
-        "import sys, tokenprune; print([name for name in sys.modules if name.startswith('tokenprune.integrations')])"
-    )
+def test_what_needs_other_libraries_is_imported_by_nobody_else() -> None:
+    script = """
+import sys, tokenprune
+print([name for name in sys.modules if name.startswith(("tokenprune.integrations", "tokenprune.kernels"))])
+"""
     assert run_python("-c", script).strip() == "[]"
 
 

@@ -1,8 +1,9 @@
-"""The exceptions that tokenprune raises."""
+"""The exceptions that tokenprune raises, and where a missing optional dependency becomes one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class TokenpruneError(Exception):
@@ -74,3 +75,18 @@ def _listed(names: Sequence[str], most: int = 12) -> str:
 
 class UnknownModelError(TokenpruneError, LookupError):
     """No model has this name, neither a saved one nor one of a library."""
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around imports of an optional dependency: if one is missing, say which extra to install.
+
+    Raises:
+        MissingExtraError: It is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"this needs {error.name}, which is not installed; pip install 'tokenprune[{name}]' brings it."
+        ) from error

@@ -6,7 +6,9 @@ Shapes: B images, H heads, L queries, K keys, D channels of a query or key, E of
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -24,6 +26,10 @@ MAX_EXPONENT = 60.0
 # core (2 MB of float32), elsewhere one that keeps the device busy (256 MB).
 _CPU_BLOCK = 1 << 19
 _DEVICE_BLOCK = 1 << 26
+
+# Whether the kernels are to be used where they can be, and whether Triton interprets them, which it does anywhere.
+_kernels_wanted = os.environ.get("TOKENPRUNE_KERNELS", "1") != "0"
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def masked_attention(
@@ -99,13 +105,54 @@ def attend(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if attn_mask is not None:
         attn_mask = additive(attn_mask, query)
+    fused = dropout_p == 0 and _kernels_take(query, key, value)
     if not torch.is_grad_enabled():
+        if fused:
+            kernel = torch.ops.tokenprune.masked_attention
+            return cast(Tensor, kernel(query, key, value, keep, attn_mask, own_key, scale)[0])
         bias = _bias(keep, attn_mask, query, own_key)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)
-    if dropout_p > 0:
+    if dropout_p > 0 or 0 in query.shape[:2]:  # of nothing, PyTorch's kernel ends the process
         inputs = (query, key, value, keep, attn_mask, own_key, scale, dropout_p)
         return checkpoint(_written_out, *inputs, use_reentrant=False)
-    return cast(Tensor, _MaskedAttention.apply(query, key, value, keep, attn_mask, own_key, scale))
+    return cast(Tensor, _MaskedAttention.apply(query, key, value, keep, attn_mask, own_key, scale, fused))
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Masked attention by PyTorch's own operators inside, on every device, to compare with or to go without Triton.
+
+    The environment variable ``TOKENPRUNE_KERNELS=0``, set before tokenprune is imported, does so everywhere. A backward
+    pass is of the kind of its forward pass. As the flags of `torch.backends`, this one is that of the whole process.
+    """
+    global _kernels_wanted
+    before, _kernels_wanted = _kernels_wanted, False
+    try:
+        yield
+    finally:
+        _kernels_wanted = before
+
+
+def _kernels_take(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether attention over these is by our own kernels, for which the device, the dtype and the widths decide."""
+    if not _kernels_wanted or not (query.dtype == key.dtype == value.dtype):
+        return False
+    if 0 in query.shape or 0 in value.shape:
+        return False
+    most: int = _most_channels(query.device, query.dtype)
+    return max(query.shape[3], value.shape[3]) <= most
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _most_channels(device: torch.device, dtype: torch.dtype) -> int:
+    """Of how many channels our kernels take heads there; 0 where they do not run, as without Triton."""
+    if device.type != "cuda" and not _INTERPRETED:
+        return 0
+    try:
+        from tokenprune import kernels
+    except ImportError:
+        return 0
+    return kernels.most_channels(device, dtype)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> None:
@@ -207,7 +254,7 @@ def masked_weights(scores: Tensor, seen: Tensor) -> Tensor:
 
 
 class _MaskedAttention(torch.autograd.Function):
-    """A fused kernel forward; backward five products a block of heads; nothing of size L×K is kept."""
+    """A fused kernel forward; backward our own, or five products a block of heads; nothing of size L×K is kept."""
 
     @staticmethod
     def forward(
@@ -219,23 +266,34 @@ class _MaskedAttention(torch.autograd.Function):
         attn_mask: Tensor | None,
         own_key: bool,
         scale: float,
+        fused: bool,
     ) -> Tensor:
-        output, log_sum_exp = _fused(query, key, value, _bias(keep, attn_mask, query, own_key), scale)
+        output: Tensor
+        if fused:
+            kernel = torch.ops.tokenprune.masked_attention
+            output, log_sum_exp = kernel(query, key, value, keep, attn_mask, own_key, scale)
+        else:
+            output, log_sum_exp = _by_sdpa(query, key, value, _bias(keep, attn_mask, query, own_key), scale)
         ctx.save_for_backward(query, key, value, keep, attn_mask, output, log_sum_exp)
-        ctx.own_key, ctx.scale = own_key, scale
+        ctx.own_key, ctx.scale, ctx.fused = own_key, scale, fused
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, keep, attn_mask, output, log_sum_exp = ctx.saved_tensors
+        if ctx.fused and not ctx.needs_input_grad[4]:  # a mask that learns needs the slopes of all scores
+            grads = torch.ops.tokenprune.masked_attention_backward(
+                grad, query, key, value, keep, attn_mask, output, log_sum_exp, ctx.own_key, ctx.scale
+            )
+            return *grads, None, None, None, None
         operands = (grad, query, key, value, output, log_sum_exp)
         with torch.autocast(query.device.type, enabled=False):
             blocks = tuple(score_blocks(query, key))
             if len(blocks) == 1:  # without the cost of cutting and copying, which counts where all is small
                 *grads, grad_keep, slopes = _backward_block(operands, keep, attn_mask, ctx.own_key, ctx.scale)
                 grad_mask = slopes.sum_to_size(attn_mask.shape).to(attn_mask.dtype) if ctx.needs_input_grad[4] else None
-                return *grads, grad_keep, grad_mask, None, None
+                return *grads, grad_keep, grad_mask, None, None, None
 
             grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
             grad_keep = torch.zeros_like(keep)
@@ -251,11 +309,11 @@ class _MaskedAttention(torch.autograd.Function):
                 if grad_mask is not None:
                     target = mask_block(grad_mask, images, heads)
                     target += slopes.sum_to_size(target.shape).to(target.dtype)
-        return *grads, grad_keep, grad_mask, None, None
+        return *grads, grad_keep, grad_mask, None, None, None
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention and the log-sum-exp (B, H, L) of its scores, in one kernel where that returns both."""
+def _by_sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention and the log-sum-exp (B, H, L) of its scores, in one kernel where PyTorch's returns both."""
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         return cast(
             tuple[Tensor, Tensor],
@@ -270,6 +328,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
         for images, heads in score_blocks(query, key):
             scores = query[images, heads].to(dtype) @ key[images, heads].to(dtype).transpose(-1, -2) * scale
             log_sum_exp[images, heads] = (scores + mask_block(bias, images, heads)).logsumexp(dim=-1)
+    log_sum_exp.masked_fill_(log_sum_exp == -math.inf, 0)  # of a row that sees nothing, as the kernels have it
     return output, log_sum_exp
 
 

@@ -1,11 +1,42 @@
-"""Masked attention as the paper writes it, and tensors to try it on."""
+"""Masked attention as the paper writes it, tensors to try it on, and the places where it is tried."""
 
 from __future__ import annotations
 
 import math
+import os
+from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
+
+from tests.helpers.tolerances import FORMULA, KERNELS
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the function runs, beside the formula in double precision on the CPU."""
+
+    device: str
+    dtype: torch.dtype
+    tolerance: float
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """A leaf there, with the strides of the tensor, in the place's dtype if it is one of numbers."""
+        dtype = self.dtype if tensor.is_floating_point() else None
+        return tensor.detach().to(self.device, dtype).requires_grad_(tensor.requires_grad)
+
+
+# Triton interprets only what is imported under TRITON_INTERPRET=1: `test_kernels.py` starts such a process.
+KERNELS_ON_GPU = pytest.param(
+    Place("cuda", torch.float32, KERNELS),
+    id="cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
+)
+KERNEL_PLACES = [pytest.param(Place("cpu", torch.float32, KERNELS), id="interpreter")] * INTERPRETED + [KERNELS_ON_GPU]
+PLACES = [pytest.param(Place("cpu", torch.float64, FORMULA), id="cpu"), *KERNEL_PLACES]
 
 
 def formula(
@@ -20,9 +51,11 @@ def formula(
         eye = torch.eye(scores.shape[-1], dtype=scores.dtype)
         visible = eye + (1 - eye) * visible
     top = scores.detach().masked_fill(visible == 0, -math.inf).amax(dim=-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0)
     # Kept keys have no positive exponent; this bounds dropped ones, whose factor is 0 where inf would be NaN.
     weights = torch.exp((scores - top).clamp(max=60)) * visible
-    return weights / weights.sum(dim=-1, keepdim=True) @ value
+    total = weights.sum(dim=-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1) @ value
 
 
 def tensors(queries: int = 7, keys: int = 7, dim: int = 8, value_dim: int = 8, dtype: torch.dtype = torch.float64):

@@ -18,6 +18,16 @@ MASK_EQUALS_GATHER = {
 FORMULA = 1e-9
 """Double precision against the written-out formula; sums in another order."""
 
+KERNELS = 1e-5
+"""The same by our own kernels in single precision, where eps is 6e-8, relative to the largest; sums of some hundred."""
+
+KERNELS_HALF = {
+    # As above, where kernels multiply what has 11 bits of mantissa, weights and slopes included.
+    torch.float16: 4e-3,
+    # And what has 8 of them.
+    torch.bfloat16: 3e-2,
+}
+
 CENSUS_IDENTITY = 1e-5
 """Over hundreds of models, some of which build tables anew in another order, relative to the largest output."""
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.analysis.kept_tokens import KeptTokens, kept_tokens
 from tokenprune.backbones.preprocessing import Picture, Preprocessing
-from tokenprune.errors import PictureError
-from tokenprune.extras import extra
+from tokenprune.errors import PictureError, extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 import torch
 from torch import Tensor
 
-from tokenprune.errors import PictureError
-from tokenprune.extras import extra
+from tokenprune.errors import PictureError, extra
 
 if TYPE_CHECKING:
     import numpy as np

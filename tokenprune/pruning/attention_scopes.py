@@ -15,6 +15,7 @@ from tokenprune.pruning.key_recorder import KeyRecorder
 from tokenprune.pruning.proportional_attention import ProportionalAttention
 from tokenprune.pruning.recording import Recorded
 from tokenprune.pruning.selection import Selection
+from tokenprune.pruning.size_channels import SizeChannels, on_gpu
 from tokenprune.scorers import Scorer
 from tokenprune.tokens import Layout
 
@@ -38,15 +39,19 @@ class AttentionScopes:
         self._recorder = AttentionRecorder(class_token=backbone.class_token, segments=backbone.packed is not None)
         self._key_recorder = KeyRecorder()
         self._proportional = ProportionalAttention(segments=backbone.packed is not None)
+        self._channels = SizeChannels(self._proportional)
         self._attention: list[Tensor] = []
         self._keys: list[Tensor] = []
 
     def of_selection(self, selection: Selection, layouts: Sequence[Layout], asker: Scorer | None) -> list[Scope]:
         """What records what a scorer asks for, and lets tokens count by their sizes.
 
-        Recording is to be entered inside masking, sizes inside recording, outside of what adaptations need.
+        Recording is to be entered inside masking, sizes inside recording, outside of what adaptations need. Masked
+        attention has kernels of its own, which take sizes as a bias.
         """
         scopes: list[Scope] = []
+        if selection.sizes is not None and selection.keep is None and on_gpu(selection.sizes):
+            scopes.append(self._channels)
         if asker is not None and asker.needs_attention:
             scopes.append(self._recorder.prepare(selection, layouts))
         if asker is not None and asker.needs_keys:

@@ -25,11 +25,15 @@ class ProportionalAttention(Interception):
 
     Args:
         segments: Whether the model attends segment by segment of one sequence for all images, one call after the other.
+
+    Attributes:
+        alone: While a call runs whose bias is log s and nothing else: log s in the precision of sizes, (B or 1, K).
     """
 
     def __init__(self, *, segments: bool = False) -> None:
         super().__init__()
         self._segments, self._done = segments, 0
+        self.alone: Tensor | None = None
         self._selection: Selection | None = None
         self._layouts: tuple[Layout, ...] = ()
         self._hits = 0
@@ -41,7 +45,7 @@ class ProportionalAttention(Interception):
 
     def leave(self) -> None:
         super().leave()
-        self._selection = None
+        self._selection = self.alone = None
 
     def check(self, module: nn.Module) -> None:
         if self._hits == 0:
@@ -52,9 +56,10 @@ class ProportionalAttention(Interception):
             )
 
     def attention(self, call: AttentionCall) -> Tensor:
-        log_sizes = self._log_sizes(sizes(call.key)[-2], call.query)
-        if log_sizes is None:
+        exact = self._log_sizes(sizes(call.key)[-2])
+        if exact is None:
             return call.run()
+        log_sizes = _bias(exact, call.query)
         if call.attn_mask is not None:
             mask = additive(call.attn_mask, call.query)
             if sizes(mask)[-1] != sizes(log_sizes)[-1]:  # one for each image, of images that stand in one sequence
@@ -62,21 +67,24 @@ class ProportionalAttention(Interception):
                     "tokens cannot count by their sizes beside an attention mask or bias where all images stand in one "
                     "sequence; run this model in another execution."
                 )
-            log_sizes = log_sizes + mask
-        return replaced(call, {"attn_mask": log_sizes}).run()
+            return replaced(call, {"attn_mask": log_sizes + mask}).run()
+        self.alone = exact
+        output = replaced(call, {"attn_mask": log_sizes}).run()
+        self.alone = None
+        return output
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in SOFTMAXES and args and isinstance(args[0], Tensor) and args[0].dim() == 4:
             _, _, num_queries, num_keys = sizes(args[0])
-            log_sizes = self._log_sizes(num_keys, args[0]) if num_queries == num_keys else None
+            log_sizes = self._log_sizes(num_keys) if num_queries == num_keys else None
             if log_sizes is not None:
-                args = (args[0] + log_sizes, *args[1:])
+                args = (args[0] + _bias(log_sizes, args[0]), *args[1:])
         return func(*args, **kwargs)
 
-    def _log_sizes(self, num_keys: int, like: Tensor) -> Tensor | None:
-        """Log s of so many keys, (B, 1, 1, K) in the dtype of ``like``; ``None`` where there are not so many tokens.
+    def _log_sizes(self, num_keys: int) -> Tensor | None:
+        """Log s of so many keys, (B, K); ``None`` where there are not so many tokens.
 
-        Of images that stand in one sequence (1, 1, 1, T), or of the next segment of it.
+        Of images that stand in one sequence (1, T), or of the next segment of it.
         """
         selection = self._selection
         if selection is None or selection.sizes is None:
@@ -91,4 +99,9 @@ class ProportionalAttention(Interception):
         if packing is not None and packed:
             everything = packing.pack(everything)[:, start : start + num_keys]  # (1, T), or (1, t) of a segment
             self._done += num_keys
-        return everything.log().to(like.dtype)[:, None, None, :]
+        return everything.log()
+
+
+def _bias(log_sizes: Tensor, like: Tensor) -> Tensor:
+    """Log s (B, K) as a bias (B, 1, 1, K) in the dtype of what it is added to."""
+    return log_sizes.to(like.dtype)[:, None, None, :]

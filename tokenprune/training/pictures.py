@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tokenprune.backbones.preprocessing import Preprocessing
-from tokenprune.errors import PictureError
-from tokenprune.extras import extra
+from tokenprune.errors import PictureError, extra
 
 logger = logging.getLogger(__name__)
 

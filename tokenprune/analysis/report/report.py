@@ -20,8 +20,7 @@ from tokenprune.analysis.report import sections
 from tokenprune.analysis.report.runs import Run, read_run
 from tokenprune.api import sparsifier_of, unwrap
 from tokenprune.backbones.preprocessing import Picture, Preprocessing
-from tokenprune.errors import PictureError
-from tokenprune.extras import extra
+from tokenprune.errors import PictureError, extra
 
 KEEP_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 

@@ -17,7 +17,7 @@ from tokenprune.analysis.overlays import coloured, heat_maps, pictures_of
 from tokenprune.analysis.report.charts import bar_chart, line_chart
 from tokenprune.analysis.report.runs import Run
 from tokenprune.api import sparsifier_of, unwrap
-from tokenprune.extras import extra
+from tokenprune.errors import extra
 from tokenprune.pruning.stage import Stage
 
 SMALL = 128  # pixels; pictures below are enlarged with sharp edges, and stored without loss
