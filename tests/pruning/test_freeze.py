@@ -176,6 +176,21 @@ def test_gradients_pass(case: Case) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=float(FROZEN * found[0].abs().max()))
 
 
+@pytest.mark.parametrize("scorer", ["predictor", "predictor_slim"])
+@one_model
+def test_inference_mode_and_passes_behind_it(case: Case, scorer: str) -> None:
+    model = case.sparsified(scorer=scorer)
+    frozen = tokenprune.freeze(copy.deepcopy(model))
+    with torch.inference_mode():
+        frozen(case.images())
+    assert_same(case, frozen, model)
+    images = case.images().requires_grad_()
+    frozen(images).square().sum().backward()
+    assert images.grad is not None and images.grad.abs().max() > 0
+    with torch.inference_mode():
+        frozen(case.images())
+
+
 @one_model
 def test_what_a_frozen_model_does_not_do(case: Case) -> None:
     model = tokenprune.freeze(case.sparsified())

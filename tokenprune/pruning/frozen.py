@@ -149,7 +149,7 @@ class FrozenStage:
         ranked_with = scorer, tokens.device, tokens.dtype, version
         if ranked_with != self._ranked_with:
             self._weights = tuple(scorer.parameters())
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # a later pass may ask for gradients
                 self._ranking = scorer.ranking()
             self._ranked_with = (*ranked_with[:3], sum(weight._version for weight in self._weights))
         return self._ranking
@@ -227,8 +227,10 @@ class _Rows:
         """
         if fresh:
             return torch.cat([self._prefix, chosen + self._first, self._suffix], dim=1).flatten()
-        if self._filled is None:
+        filled = self._filled
+        if filled is None or (filled.is_inference() and not torch.is_inference_mode_enabled()):  # not to be written to
             rows = torch.cat([self._prefix, chosen, self._suffix], dim=1)
-            self._middle, self._filled = rows.narrow(1, self._prefix.shape[1], chosen.shape[1]), rows.view(-1)
+            filled = rows.view(-1)
+            self._middle, self._filled = rows.narrow(1, self._prefix.shape[1], chosen.shape[1]), filled
         torch.add(chosen, self._first, out=self._middle)
-        return self._filled
+        return filled
