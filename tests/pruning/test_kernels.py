@@ -311,6 +311,23 @@ def test_interpreted() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", ["sys.modules['triton'] = None", "os.environ['TOKENPRUNE_KERNELS'] = '0'"])
+def test_without_triton_and_switched_off_there_are_no_kernels(what: str) -> None:
+    script = f"""
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"  # so that they would run here
+{what}
+import torch
+from tokenprune.functional import masked_attention
+inputs = [torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3)]
+masked_attention(*inputs, torch.ones(1, 5)).sum().backward()
+assert all(tensor.grad.isfinite().all() for tensor in inputs) and "tokenprune.kernels" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="starts what this is")
 def test_all_tests_of_the_function_interpreted() -> None:
     interpret("-m", "not gpu", "tests/pruning/test_kernels.py", "tests/pruning/test_functional.py")
