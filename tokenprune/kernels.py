@@ -51,8 +51,8 @@ class Config(NamedTuple):
 
 # By bytes of a number and padded channels. Fixed, not tuned at the first call: sequences of a ViT have 50 to 1500
 # tokens, of any number, and every new length would tune again. They are the largest of those tried that, compiled for
-# compute capability 8.0 and 9.0, spill next to no registers and need at most the 99 KB of shared memory that 8.6, 8.9
-# and 12.0 have.
+# compute capability 8.0 and 9.0, spill next to no registers. On each they fit into its shared memory: on 8.6,
+# 8.9 and 12.0 that is 99 KB.
 CONFIGS = {
     (2, 64): Config(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(32, 64, 4, 3)),
     (2, 128): Config(Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2)),
