@@ -45,7 +45,7 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.training --schedule gathered --batch-size 16 --pairs 11 --name training-gathered-cpu
 	$(BIN)/python -m benchmarks.training --checkpointing --batch-size 16 --pairs 7 --name training-checkpointing-cpu
-	$(BIN)/python -m benchmarks.training --compile --batch-size 16 --pairs 7 --name training-compile-cpu
+	$(BIN)/python -m benchmarks.training --compile --batch-size 16 --pairs 5 --name training-compile-cpu
 	$(BIN)/python -m benchmarks.training --schedule masked --schedule gathered --model digits_vit --batch-size 128 \
 		--keep-ratio 0.5 --pairs 11 --name training-digits-cpu
 	$(BIN)/python -m benchmarks.engine

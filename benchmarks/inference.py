@@ -156,14 +156,29 @@ class First(tokenprune.Scorer):
 
 
 def shortened(model: nn.Module, plan: tokenprune.Plan, num_patches: int) -> nn.Module:
-    """The model with its sequence cut off at the plan's stages, and nothing else: the speed-up there is to have."""
+    """The model with its sequence cut off at the plan's stages, and nothing else: the speed-up there is to have.
+
+    Rotary tables, which timm gives to every block as ``rope=`` (…, N, D), are cut off with it.
+    """
     made: Any = copy.deepcopy(model)
-    for index, kept in zip(plan.stages, plan.num_keep(num_patches), strict=True):
-        length = made.num_prefix_tokens + kept
-        made.blocks[index].register_forward_pre_hook(
-            lambda block, args, length=length: (args[0][:, :length].contiguous(), *args[1:])
-        )
+    counts, kept = dict(zip(plan.stages, plan.num_keep(num_patches), strict=True)), num_patches
+    for index, block in enumerate(made.blocks):
+        kept = counts.get(index, kept)
+        if index in counts:
+            block.register_forward_pre_hook(partial(_cut_tokens, made.num_prefix_tokens + kept))
+        if kept < num_patches and getattr(made, "rope", None) is not None:
+            block.register_forward_pre_hook(partial(_cut_table, kept), with_kwargs=True)
     return cast(nn.Module, made)
+
+
+def _cut_tokens(length: int, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0][:, :length].contiguous(), *args[1:])
+
+
+def _cut_table(
+    kept: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "rope": kwargs["rope"][..., :kept, :]}
 
 
 def main(

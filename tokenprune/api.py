@@ -182,14 +182,17 @@ def freeze(model: Model, inputs: Any = None) -> Model:
     All hooks but one at each stage are taken out, and a stage ranks tokens, picks the best and gathers them, with the
     weights of a learned scorer folded into one another. It keeps no record: ``model.tokenprune.trace`` is ``None``.
     Where blocks are given something with an entry for each token, such as rotary tables, or attention keeps a bias for
-    each pair of them, hooks behind the stages gather that, for the tokens that are left.
+    each pair of them, hooks behind the stages gather that, for the tokens that are left; where scorers look at
+    attention, that of the block before their stage is recorded.
+
     Outputs differ by rounding alone. A frozen model runs in eval mode, at these keep ratios, and on images of any
-    size; weights may still be loaded, and it is saved, exported and compiled like any other. A block that is called
-    by itself prunes as it does in the model. `unfreeze` undoes it exactly, and so does `unsparsify`.
+    size; weights may still be loaded, and it is saved, exported and compiled like any other. A block with a stage in
+    front of it that is called by itself prunes as it does in the model. `unfreeze` undoes it exactly, and so does
+    `unsparsify`.
 
     Args:
-        model: A sparsified model, possibly wrapped, whose reduction is ``"drop"`` and whose scorers look at tokens
-            alone.
+        model: A sparsified model, possibly wrapped, in which nothing asks for pruned tokens behind their stage: whose
+            reduction is ``"drop"``, ``"fuse"`` or ``"merge"``.
         inputs: What the model is called with once, to see what its blocks are given: a tensor, a tuple of positional
             arguments or a mapping of keyword arguments. ``None`` takes random images.
 

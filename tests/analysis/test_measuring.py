@@ -57,7 +57,7 @@ def test_the_limit_is_that_of_a_shorter_sequence(frozen: bool) -> None:
     assert json.loads(report.to_json())["limit"] == report.limit
     assert sorted(lengths[-6:]) == [15, 15, 15, 15, 39, 39]  # 3 prefix tokens, and 36 or 12 patch tokens
     assert state(model) == before and model.tokenprune.frozen is frozen
-    refused = case.sparsified(pruned="fuse")
+    refused = case.sparsified(pruned="preserve")
     assert tokenprune.throughput(refused, (3, 48, 48), batch_size=1, pairs=2, limit=True).limit is None
 
 

@@ -80,7 +80,7 @@ def test_dense_sparse_and_cut_models_are_what_runs(frozen: bool, monkeypatch: py
         assert torch.equal(sparse(images), model(images)) and not torch.equal(cut(images), model(images))
         with tokenprune.dense(model):
             assert torch.equal(dense(images), model(images))
-    without = benchmark.throughputs(case.sparsified(pruned="fuse"), SIZE, batch_sizes=[1], pairs=2, limit=True,
+    without = benchmark.throughputs(case.sparsified(pruned="preserve"), SIZE, batch_sizes=[1], pairs=2, limit=True,
                                     runtime="seen")  # fmt: skip
     assert without[0].limit is None and len(given[1]) == 2
 

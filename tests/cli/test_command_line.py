@@ -85,7 +85,7 @@ def test_bench_freezes_and_tells_the_limit() -> None:
     assert [report["gmac_ratio"] for report in told["reports"]] == pytest.approx(
         [report["ratio"] for report in fields("flops", *SMALL, "-k", "0.7", "-k", "0.5")["reports"]]
     )
-    refused = run("bench", *SMALL, "--freeze", "--pruned", "fuse", "-b", "1", "--pairs", "2", "--device", "cpu")
+    refused = run("bench", *SMALL, "--freeze", "--pruned", "preserve", "-b", "1", "--pairs", "2", "--device", "cpu")
     assert refused.exit_code == 1 and "cannot be frozen" in refused.stderr
 
 

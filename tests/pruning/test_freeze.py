@@ -71,6 +71,50 @@ def test_outputs_are_the_same(case: Case, scorer: str) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"scorer": "cls_attention"}, {"scorer": "informative"}, {"scorer": "redundancy"},
+     {"scorer": "cls_attention", "pruned": "fuse"}, {"pruned": "fuse"}, {"pruned": "merge"}],
+    ids=str,
+)  # fmt: skip
+@models("timm class token", "timm no class token, average", "timm LV-ViT", "transformers ViT classifier", "torchvision")
+def test_attention_and_what_becomes_of_pruned_tokens(case: Case, options: dict[str, str]) -> None:
+    model = case.sparsified(**options)
+    hooks, before = hook_counts(model), copy.deepcopy(model)
+    tokenprune.freeze(model)
+    for batch in (3, 1):
+        assert_same(case, model, before, batch)
+    again = pickle.loads(pickle.dumps(model))  # type: ignore[no-untyped-call]
+    assert_same(case, again, before)
+    assert hook_counts(tokenprune.unfreeze(model)) == hooks
+    with torch.no_grad():
+        for name, tensor in case.run(before, case.images()).items():
+            assert torch.equal(case.run(model, case.images())[name], tensor)
+
+
+@one_model
+def test_a_block_called_by_itself_leaves_no_attention_behind(case: Case) -> None:
+    model = case.sparsified(scorer="cls_attention")
+    frozen = tokenprune.freeze(copy.deepcopy(model))
+    dense, tokens = case.model(), torch.randn(2, 50, 32)
+    with torch.no_grad():  # those whose attention is recorded
+        assert all(torch.equal(frozen.blocks[index](tokens), dense.blocks[index](tokens)) for index in (1, 3))
+    assert_same(case, frozen, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"scorer": "cls_attention", "pruned": "fuse"}, {"pruned": "merge"}], ids=str)
+@one_model
+def test_attention_and_reductions_compiled_and_exported(case: Case, options: dict[str, str], tmp_path: Path) -> None:
+    model = case.sparsified(**options)
+    frozen = tokenprune.freeze(copy.deepcopy(model))
+    torch.compiler.reset()
+    assert_same(case, torch.compile(frozen, fullgraph=True, backend="eager"), model)
+    for suffix in (".pt2", ".onnx"):
+        report = tokenprune.export(frozen, tmp_path / f"model{suffix}", input_size=(3, *case.image_size))
+        assert max(report.differences) < 1e-4
+
+
 @some_models
 def test_the_dense_model_comes_back(case: Case) -> None:
     dense = case.model()
@@ -132,6 +176,21 @@ def test_gradients_pass(case: Case) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=float(FROZEN * found[0].abs().max()))
 
 
+@pytest.mark.parametrize("scorer", ["predictor", "predictor_slim"])
+@one_model
+def test_inference_mode_and_passes_behind_it(case: Case, scorer: str) -> None:
+    model = case.sparsified(scorer=scorer)
+    frozen = tokenprune.freeze(copy.deepcopy(model))
+    with torch.inference_mode():
+        frozen(case.images())
+    assert_same(case, frozen, model)
+    images = case.images().requires_grad_()
+    frozen(images).square().sum().backward()
+    assert images.grad is not None and images.grad.abs().max() > 0
+    with torch.inference_mode():
+        frozen(case.images())
+
+
 @one_model
 def test_what_a_frozen_model_does_not_do(case: Case) -> None:
     model = tokenprune.freeze(case.sparsified())
@@ -167,8 +226,9 @@ def test_what_counts_and_times_takes_frozen_models(case: Case) -> None:
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [({"pruned": "fuse"}, "not simply dropped"), ({"pruned": "preserve"}, "not simply dropped"),
-     ({"scorer": "cls_attention"}, "something of attention")],
+    [({"pruned": "preserve"}, r"still needed behind their stage \(Preserve\)"),
+     ({"pruned": "merge_sizes"}, "by how many they stand for"),
+     ({"scorer": "tome", "pruned": "merge_sizes"}, r"inside of blocks \(ToMe\)")],
 )  # fmt: skip
 @one_model
 def test_models_that_are_refused(case: Case, options: dict[str, Any], why: str) -> None:

@@ -15,7 +15,7 @@ from recipes.digits.data import DigitsConfig, make_digits
 from recipes.digits.flat import run_flat
 from recipes.digits.presets import DIGITS_DENSE, DIGITS_SPARSE
 from recipes.small import hierarchy_study
-from recipes.small.hierarchy_study import MODELS, PLANS, Study
+from recipes.small.hierarchy_study import CALIBRATED, MODELS, PLANS, Study
 
 QUICK: dict[str, Any] = {"num_workers": 0, "tracker": "none", "validation_batches": 1}
 
@@ -46,10 +46,11 @@ def test_every_row_is_made_once(folder: Path, tmp_path: Path, monkeypatch: pytes
         data=folder, output=tmp_path, epochs=1, steps=1, seed=0,
     )  # fmt: skip
     rows = study.run(["small_convnext"], console=Console(quiet=True))
-    assert len(rows) == 1 + 2 * sum(map(len, PLANS.values())) and {row.model for row in rows} <= {*MODELS}
-    assert len({(row.keep_ratios, row.scorer, row.fast_paths, row.steps) for row in rows}) == len(rows)
+    runs = sum(map(len, PLANS.values()))
+    assert len(rows) == 1 + 2 * runs + len(CALIBRATED) * 2 * len(PLANS) and {row.model for row in rows} <= {*MODELS}
+    assert len({(row.keep_ratios, row.scorer, row.fast_paths, row.trained) for row in rows}) == len(rows)
     assert rows[0].keep_ratios == () and all(row.gmacs != rows[0].gmacs for row in rows[1:])
-    assert all((row.unpruned is None) == (row.steps == 0) for row in rows)
+    assert all((row.unpruned is None) == (row.trained != "all") for row in rows)
     assert len(json.loads((tmp_path / "hierarchies.json").read_text())) == len(rows)
     for train in ("train_dense", "train_hierarchy"):
         monkeypatch.setattr(hierarchy_study, train, lambda *args, **options: pytest.fail("trained again"))

@@ -64,3 +64,16 @@ def test_what_cannot_be_fitted() -> None:
         tokenprune.fit_fast_paths(model, [])
     with pytest.raises(ValueError, match="ridge=-1 is negative"):
         tokenprune.fit_fast_paths(model, SWIN.images(), ridge=-1)
+
+
+def test_predictors_are_calibrated_alone_where_paths_require_no_gradient() -> None:
+    model = fresh(SWIN)
+    paths = [parameter for stage in model.tokenprune.stages for parameter in stage.reduction.parameters()]
+    for parameter in paths:
+        parameter.requires_grad_(False)
+    before = [parameter.clone() for parameter in model.tokenprune.parameters()]
+    images = [SWIN.images(8) for _ in range(4)]
+    report = tokenprune.calibrate(model, images, steps=3, validation_batches=1, progress=False)
+    changed = {id(one) for one, old in zip(model.tokenprune.parameters(), before, strict=True) if not one.equal(old)}
+    assert report.steps == 3 and len(paths) > 3
+    assert not changed & set(map(id, paths)) and bool(changed) == bool(report.step_left)

@@ -127,7 +127,7 @@ def share_weights(modules: Iterable[nn.Module], device: torch.device) -> None:
     """
     for module in modules:
         for tensor in chain(module.parameters(), module.buffers()):
-            there = tensor.detach().to(device)
+            there = tensor.detach().to(device).contiguous()
             torch.distributed.broadcast(there, src=0)
             if there.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(there)

@@ -139,6 +139,7 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         self._training_averages, self._evaluation_averages = Averages(), Averages()
         self._backbone_frozen = False
         self._groups_are_ours, self._trained = False, False
+        self._while_training = ExitStack()
         if model is not None:
             self.dynamicvit_loss = self._make_loss(model, args)
         use_non_reentrant_checkpointing(args)
@@ -191,6 +192,7 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         split_groups(optimizer, backbone, self.backbone_learning_rate_scale)
         if self.is_deepspeed_enabled:
             leave_out_backbone(optimizer, self._in_frozen_epochs)
+            self._while_training.enter_context(zero_gradients(self._backbone_parameters(), self._in_frozen_epochs))
         if self.is_fsdp_enabled:  # it is about to be sharded
             share_weights([self.model, self.dynamicvit_loss], self.args.device)
         self._groups_are_ours = True
@@ -209,17 +211,17 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             raise StateError(
                 "the model is sharded by an earlier training, and cannot be calibrated again; make a new trainer."
             )
-        with ExitStack() as stack:
-            if self.is_deepspeed_enabled:
-                stack.enter_context(zero_gradients(self._backbone_parameters(), self._in_frozen_epochs))
+        with self._while_training:
             if self.schedule == "gathered":
                 self._calibrate(resume_from_checkpoint)
-                stack.enter_context(gathered(self.model))
+                self._while_training.enter_context(gathered(self.model))
             self._trained = True
             return super().train(resume_from_checkpoint, *args, **options)
 
     def _calibrate(self, resume_from_checkpoint: str | bool | None) -> None:
         if not resume_from_checkpoint and any(True for _ in self.model.tokenprune.parameters()):
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # where the Trainer leaves it on the CPU until then
+                self.model.to(self.args.device)
             report = calibrate(
                 self.model,
                 self.get_train_dataloader(),

@@ -19,7 +19,7 @@ from tokenprune.backbones.padded import Images
 from tokenprune.pruning.attention_scopes import AttentionScopes
 from tokenprune.pruning.budget import Thresholds
 from tokenprune.pruning.executions import AUTO, Execution, Paths
-from tokenprune.pruning.frozen import FrozenStage
+from tokenprune.pruning.frozen import FrozenImage, FrozenStage
 from tokenprune.pruning.places import stage_before, stage_into, stands_inside
 from tokenprune.pruning.plan import Plan
 from tokenprune.pruning.recomputation import State, recomputing
@@ -86,7 +86,7 @@ class CurrentPass(nn.Module):
         self._entry = State()
         self._state = State()
         self.recomputed = State()
-        self._frozen_image: tuple[int, Tensor | None] = 0, None
+        self._frozen_image = FrozenImage()
         self._frozen_inputs = SideInputs(self.backbone.token_inputs, self.backbone.neutral_inputs)
 
     _LIVE: ClassVar[list[str]] = [

@@ -12,12 +12,13 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenprune.backbones.adaptations import Removed
+from tokenprune.backbones.adaptations import Removed, Scope
 from tokenprune.errors import StateError
-from tokenprune.pruning.frozen import FrozenStage
+from tokenprune.pruning.frozen import FrozenImage, FrozenStage
 from tokenprune.pruning.hooks import PruningHooks
 from tokenprune.pruning.places import Place, places, stage_before
 from tokenprune.pruning.plan import num_kept
+from tokenprune.pruning.recording import Recorded
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.stage import Stage
 from tokenprune.pruning.trace import Trace
@@ -28,7 +29,7 @@ class FreezingHooks(PruningHooks):
     """Hooks that can be exchanged for those of a frozen model, which prune in front of stages.
 
     Where something asks afterwards which tokens are left, they also gather what blocks are given besides tokens, and
-    answer the backbone's adaptations.
+    answer the backbone's adaptations. They record attention where scorers ask for it.
     """
 
     @property
@@ -44,20 +45,24 @@ class FreezingHooks(PruningHooks):
         """
         stages = [cast(Stage, stage) for stage in self.stages]
         found = []
-        reductions = {type(one.reduction).__name__ for one in stages if _does_more_than_drop(one)}
-        scorers = {type(one.scorer).__name__ for one in stages if one.scorer.needs_recording}
+        reductions = {type(one.reduction).__name__ for one in stages if one.reduction.restores or one.reduction.whole}
+        scorers = {type(one.scorer).__name__ for one in stages if one.scorer.inside_block}
         if reductions:
-            found.append(f"pruned tokens are not simply dropped ({', '.join(sorted(reductions))})")
+            found.append(f"pruned tokens are still needed behind their stage ({', '.join(sorted(reductions))})")
         elif self._restores:
             found.append("what stands between or behind its blocks needs every token, so that pruned ones are restored")
         if scorers:
-            found.append(f"its scorers need something of attention ({', '.join(sorted(scorers))})")
+            found.append(f"its stages stand inside of blocks ({', '.join(sorted(scorers))})")
         if self.backbone.packed is not None:
             found.append("all images of a batch are packed into one sequence")
         if trial is None:
             found.append("the model runs dense")
         elif trial.images is not None and self.backbone.packed is None:
             found.append(_PADDED)
+        elif not scorers and any(one.sizes is not None for one in trial.selections):
+            found.append("tokens count in attention by how many they stand for")
+        elif not scorers and any(one.notes is not None for one in trial.selections):
+            found.append("its scorers hand notes on to those of later stages")
         return found
 
     def frozen_stages(self, trial: Trace, kind: type[FrozenStage] = FrozenStage) -> tuple[FrozenStage, ...]:
@@ -66,7 +71,11 @@ class FreezingHooks(PruningHooks):
         layouts = [
             self.backbone.layout_at(one.layout, block) for one, block in zip(before, self._plan.stages, strict=True)
         ]
-        tracked = (self._running is not None and bool(self._running.gathered())) or self._adapts()
+        tracked = (
+            (self._running is not None and bool(self._running.gathered()))
+            or self._adapts()
+            or any(cast(Stage, stage).scorer.needs_recording for stage in self.stages)
+        )
         return tuple(
             kind(cast(Stage, stage), layout, tracked=tracked, ordered=self._hands_on_kept())
             for stage, layout in zip(self.stages, layouts, strict=True)
@@ -99,7 +108,10 @@ class FreezingHooks(PruningHooks):
                 yield block.register_forward_pre_hook(partial(self._before_frozen, place), with_kwargs=True)
             elif tracked and prunes:
                 yield block.register_forward_pre_hook(partial(self._for_those_left, place), with_kwargs=True)
-            if prunes and self._scopes.adapting:
+            asked = place.awaited_by is not None and self._frozen[place.awaited_by].needs_recording
+            if asked:
+                yield block.register_forward_pre_hook(partial(self._before_asked, place), with_kwargs=True)
+            if asked or (prunes and self._scopes.adapting):
                 for attention in self.backbone.attention_modules(place.block):
                     yield attention.register_forward_pre_hook(partial(self._before_frozen_attention, place))
                     yield attention.register_forward_hook(partial(self._after_attention, place), always_call=True)
@@ -118,20 +130,26 @@ class FreezingHooks(PruningHooks):
         if self.training:
             raise StateError("a frozen model runs in eval mode alone; call tokenprune.unfreeze(model) to train it.")
         tokens, stage = find_tokens(block, args, kwargs), frozen[place.stage]
-        number = stage.num_patches(tokens)
         # What an earlier pass has left is not even looked at: compiled code would have a guard for it.
-        num_patches, indices = (0, None) if place.stage == 0 else self._frozen_image
+        num_patches, indices, num_summary = FrozenImage() if place.stage == 0 else self._frozen_image
+        number = stage.num_patches(tokens, num_summary)
         if num_patches == 0 or (indices is not None and indices.shape[1] != number):
-            num_patches, indices = number, None  # nothing has been pruned of them
+            num_summary, indices = 0, None  # nothing has been pruned of them
+            num_patches = number = stage.num_patches(tokens, 0)
         num_keep = num_kept(num_patches, self._plan.keep_ratios[place.stage])
         if num_keep < number:
             if not stage.tracked and len(args) + len(kwargs) > 1:
                 _check_alone(block, (*args[1:], *kwargs.values()) if args else [*kwargs.values()][1:])
-            grid = self.backbone.grid_of(num_patches, None)
-            tokens, indices = stage.prune(tokens, num_keep, indices=indices, num_patches=num_patches, grid=grid)
+            tokens, indices = stage.prune(
+                tokens, number, num_keep, indices=indices, num_patches=num_patches,
+                grid=self.backbone.grid_of(num_patches, None),
+                recorded=self._scopes.take_recorded() if stage.needs_recording else Recorded(),
+            )  # fmt: skip
+            num_summary += stage.num_summary
             args, kwargs = replace_tokens(args, kwargs, tokens)
             self._frozen_inputs.forget()
-        self._frozen_image = num_patches, indices if stage.tracked or place.stage + 1 < len(frozen) else None
+        asked = stage.tracked or place.stage + 1 < len(frozen)
+        self._frozen_image = FrozenImage(num_patches, indices if asked else None, num_summary)
         return self._for_those_left(place, block, args, kwargs) or (args, kwargs)
 
     def _for_those_left(
@@ -150,24 +168,43 @@ class FreezingHooks(PruningHooks):
 
     def _left(self, place: Place) -> tuple[Selection, Layout] | None:
         """What is left in front of a block, and the whole sequence; ``None`` if nothing has been pruned of it."""
-        indices = self._frozen_image[1]
+        _, indices, num_summary = self._frozen_image
         if not self.enabled or indices is None:
             return None
         full = self._full_layout(place.block)
-        return Selection(full.replace(num_patches=indices.shape[1]), indices=indices), full
+        layout = full.replace(num_patches=indices.shape[1], num_summary=num_summary)
+        return Selection(layout, indices=indices), full
+
+    def _before_asked(self, place: Place, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In front of a block whose attention the scorer behind it asks for."""
+        if not self.enabled or self._frozen is None:
+            return
+        self._scopes.take_recorded()  # of a block that somebody has called by itself
+        if place.stage < 0:
+            others = self.backbone.num_prefix_at(place.block) + self.backbone.num_suffix_tokens
+            self._frozen_image = FrozenImage(find_tokens(block, args, kwargs).shape[1] - others)
 
     def _before_frozen_attention(self, place: Place, attention: nn.Module, args: tuple[Any, ...]) -> None:
-        found = None if self._frozen is None else self._left(place)
-        if found is not None:
-            left, full = found
-            assert left.indices is not None
-            removed = Removed(full.positions(left.indices), full.length, self._frozen_inputs.tables())
-            self._scopes.enter(self._scopes.of_adaptations(attention, removed))
+        if not self.enabled or self._frozen is None:
+            return
+        asked = place.awaited_by is not None and self._frozen[place.awaited_by].needs_recording
+        found, asker = self._left(place), self._asker(place) if asked else None
+        full = self._full_layout(place.block)
+        scopes: list[Scope] = []
+        if asker is not None:
+            seen = Selection(full, all_kept=True) if found is None else found[0]
+            scopes += self._scopes.of_selection(seen, self.backbone.attention_layouts(seen.layout, place.block), asker)
+        if found is not None and self._scopes.adapting:
+            assert found[0].indices is not None
+            removed = Removed(full.positions(found[0].indices), full.length, self._frozen_inputs.tables())
+            scopes += self._scopes.of_adaptations(attention, removed)
+        if scopes:
+            self._scopes.enter(scopes)
 
     def _after_frozen(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Behind the last block: one that somebody calls by itself afterwards runs as it is."""
         if self._frozen is not None:
-            self._frozen_image = 0, None
+            self._frozen_image = FrozenImage()
             self._frozen_inputs.forget()
 
     def _refuse_padded(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -180,27 +217,22 @@ class FreezingHooks(PruningHooks):
     def kept_indices(self, block: int) -> Tensor | None:
         if self._frozen is None:
             return super().kept_indices(block)
-        return self._frozen_image[1] if self.enabled and stage_before(self._plan, block) >= 0 else None
+        return self._frozen_image.indices if self.enabled and stage_before(self._plan, block) >= 0 else None
 
     def full_length(self) -> int | None:
         if self._frozen is None:
             return super().full_length()
-        return self._full_layout(0).length if self.enabled and self._frozen_image[0] else None
+        return self._full_layout(0).length if self.enabled and self._frozen_image.num_patches else None
 
     def _full_layout(self, block: int) -> Layout:
         if self._frozen is None:
             return super()._full_layout(block)
-        backbone, num_patches = self.backbone, self._frozen_image[0]
+        backbone, num_patches = self.backbone, self._frozen_image.num_patches
         layout = Layout(backbone.num_prefix_tokens, num_patches, num_suffix=backbone.num_suffix_tokens)
         return backbone.layout_at(layout, block)
 
 
 _PADDED = "images of different sizes are rows of patches, padded to the longest"
-
-
-def _does_more_than_drop(stage: Stage) -> bool:
-    reduction = stage.reduction
-    return reduction.looks_at_pruned or reduction.whole or reduction.restores
 
 
 def _check_alone(block: nn.Module, others: Sequence[Any]) -> None:

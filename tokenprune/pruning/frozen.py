@@ -1,19 +1,35 @@
 """A stage as serving needs it: rank, choose, gather, and nothing else.
 
-Shapes: B images, P prefix tokens, n patch tokens that reach a stage, k of them kept, N of the whole image, Q suffix
-tokens, K = P + n + Q, C channels.
+Shapes: B images, P prefix tokens, n patch tokens that reach a stage, k of them kept, N of the whole image, Q summary
+and suffix tokens, K = P + n + Q, C channels.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tokenprune.pruning.recording import Recorded
+from tokenprune.pruning.reductions import Reduced, Split, check_reduced
 from tokenprune.pruning.stage import Stage
-from tokenprune.scorers import Candidates, Ranking
+from tokenprune.scorers import Candidates, Ranking, Scored
 from tokenprune.tokens import Layout
+
+
+class FrozenImage(NamedTuple):
+    """What stages of a frozen model have left of the images of a pass.
+
+    Attributes:
+        num_patches: N; 0 where no stage has been reached.
+        indices: (B, n), where the patch tokens that are left stand in the grid; ``None`` = all in order, or unasked.
+        num_summary: How many tokens stages have added.
+    """
+
+    num_patches: int = 0
+    indices: Tensor | None = None
+    num_summary: int = 0
 
 
 class FrozenStage:
@@ -22,7 +38,7 @@ class FrozenStage:
     The kept tokens go on in no particular order, unless they are asked for in that of the grid.
 
     Args:
-        stage: The stage, whose reduction drops tokens.
+        stage: The stage, whose reduction drops tokens, or makes something of them once and for all.
         layout: Of a sequence that reaches it, for the numbers of prefix and suffix tokens.
         tracked: Whether blocks behind it, or adaptations, ask which tokens are left.
         ordered: Whether the kept tokens go on in the order of the grid.
@@ -49,47 +65,81 @@ class FrozenStage:
         self.__dict__.update(state)
         self.forget()
 
-    def num_patches(self, tokens: Tensor) -> int:
-        """n, of a sequence (B, K, C)."""
-        return int(tokens.shape[1]) - self.num_prefix - self.num_suffix
+    @property
+    def needs_recording(self) -> bool:
+        """Whether it needs something of the attention of the block before it."""
+        return self.stage.scorer.needs_recording
+
+    @property
+    def num_summary(self) -> int:
+        """How many tokens it adds."""
+        return self.stage.reduction.num_summary
+
+    def num_patches(self, tokens: Tensor, num_summary: int) -> int:
+        """n, of a sequence (B, K, C) with so many summary tokens."""
+        return int(tokens.shape[1]) - self.num_prefix - self.num_suffix - num_summary
 
     def prune(
-        self, tokens: Tensor, num_keep: int, *, indices: Tensor | None, num_patches: int, grid: tuple[int, int] | None
+        self,
+        tokens: Tensor,
+        number: int,
+        num_keep: int,
+        *,
+        indices: Tensor | None,
+        num_patches: int,
+        grid: tuple[int, int] | None,
+        recorded: Recorded,
     ) -> tuple[Tensor, Tensor | None]:
         """What goes on of a sequence.
 
         Args:
             tokens: (B, K, C).
+            number: n.
             num_keep: k.
             indices: (B, n), where the patch tokens that reach the stage stand in the grid; ``None`` = all in order.
             num_patches: N.
             grid: Rows and columns of the image, if known.
+            recorded: What was recorded of attention for the scorer.
 
         Returns:
-            (B, P + k + Q, C), and where its patch tokens stand in the grid, if anybody may ask.
+            (B, P + k + Q, C), with the summary tokens that the reduction adds, and where its patch tokens stand in the
+            grid, if anybody may ask.
         """
-        ranking, number = self._current(tokens), self.num_patches(tokens)
+        ranking, scored = self._current(tokens), None
         patches = tokens.narrow(1, self.num_prefix, number)
         if ranking is None:
             prefix = tokens[:, : self.num_prefix]
             candidates = Candidates(
                 patches=patches, prefix=prefix, keep=None, indices=indices, num_patches=num_patches, grid=grid,
-                num_left=number, num_keep=num_keep,
+                num_left=number, num_keep=num_keep, **recorded._asdict(),
             )  # fmt: skip
-            scores = self.stage.score(candidates).scores
+            scored = self.stage.score(candidates)
+            scores = scored.scores
         else:
             scores = ranking(patches)
         chosen = scores.topk(num_keep, dim=1, sorted=False).indices  # (B, k)
         if self.ordered:
             chosen = chosen.sort(dim=1).values
-        kept = self._gather(tokens, chosen)
+        summary = None
+        if scored is not None and self.stage.reduction.looks_at_pruned:
+            reduced = self._reduced(patches, scored, chosen)
+            summary = reduced.summary
+            if reduced.patches is not patches:
+                end = self.num_prefix + number
+                tokens = torch.cat([tokens[:, : self.num_prefix], reduced.patches, tokens[:, end:]], dim=1)
+        kept = self._gather(tokens, number, chosen)
+        if summary is not None:
+            end = kept.shape[1] - self.num_suffix
+            kept = torch.cat([kept[:, :end], summary, kept[:, end:]], dim=1)
         if ranking is not None and not self.tracked:
             return kept, None
         return kept, chosen if indices is None else indices.gather(1, chosen)
 
     def _current(self, tokens: Tensor) -> Ranking | None:
-        """The scorer's ranking with its weights as they are now."""
+        """The scorer's ranking with its weights as they are now; ``None`` where scores themselves are asked for."""
         scorer = self.stage.scorer
+        if self.stage.reduction.looks_at_pruned:
+            return None
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 return scorer.ranking()  # a part of what is compiled, and of weights as they are in each pass
@@ -99,27 +149,31 @@ class FrozenStage:
         ranked_with = scorer, tokens.device, tokens.dtype, version
         if ranked_with != self._ranked_with:
             self._weights = tuple(scorer.parameters())
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # a later pass may ask for gradients
                 self._ranking = scorer.ranking()
             self._ranked_with = (*ranked_with[:3], sum(weight._version for weight in self._weights))
         return self._ranking
 
-    def _gather(self, tokens: Tensor, chosen: Tensor) -> Tensor:
-        """The sequence (B, P + k + Q, C) of the chosen patch tokens (B, k), and all others."""
+    def _reduced(self, patches: Tensor, scored: Scored, chosen: Tensor) -> Reduced:
+        """What the reduction makes of the patch tokens (B, n, C), of which (B, k) were chosen."""
+        scores = scored.scores
+        keep = torch.zeros_like(scores).scatter(1, chosen, 1.0)
+        split = Split(patches, keep, 1 - keep, self.stage.scorer.importance(scores), None, scored.hosts)
+        reduced: Reduced = self.stage.reduction(split)
+        return check_reduced(reduced, split, self.stage.reduction)
+
+    def _gather(self, tokens: Tensor, number: int, chosen: Tensor) -> Tensor:
+        """The sequence (B, P + k + Q, C) of the chosen ones (B, k) of so many patch tokens, and all others."""
         (batch, length, width), num_keep = tokens.shape, chosen.shape[1]
         if torch.compiler.is_compiling() or torch.is_grad_enabled():  # which remember rows, or take them for constants
-            rows = _Rows(self, tokens, num_keep).filled(chosen, fresh=True)
+            rows = _Rows(self, tokens, number, num_keep).filled(chosen, fresh=True)
         else:
-            if self._rows is None or not self._rows.fits(tokens, num_keep):
-                self._rows = _Rows(self, tokens, num_keep)
+            if self._rows is None or not self._rows.fits(tokens, number, num_keep):
+                self._rows = _Rows(self, tokens, number, num_keep)
             rows = self._rows.filled(chosen, fresh=False)
             if batch == 1:
                 return tokens.index_select(1, rows)
-        return (
-            tokens.reshape(-1, width)
-            .index_select(0, rows)
-            .view(batch, length - self.num_patches(tokens) + num_keep, width)
-        )
+        return tokens.reshape(-1, width).index_select(0, rows).view(batch, length - number + num_keep, width)
 
 
 class CutStage(FrozenStage):
@@ -128,7 +182,9 @@ class CutStage(FrozenStage):
     That is the speed there is to have: what choosing and gathering tokens cost comes on top.
     """
 
-    def prune(self, tokens: Tensor, num_keep: int, **others: Any) -> tuple[Tensor, Tensor | None]:
+    needs_recording, num_summary = False, 0
+
+    def prune(self, tokens: Tensor, number: int, num_keep: int, **others: Any) -> tuple[Tensor, Tensor | None]:
         end, indices = self.num_prefix + num_keep, None
         if self.tracked:
             indices = torch.arange(num_keep, device=tokens.device).expand(tokens.shape[0], -1)
@@ -145,21 +201,22 @@ class _Rows:
     Args:
         stage: The stage.
         tokens: (B, K, C).
+        number: n.
         num_keep: k.
     """
 
-    def __init__(self, stage: FrozenStage, tokens: Tensor, num_keep: int) -> None:
+    def __init__(self, stage: FrozenStage, tokens: Tensor, number: int, num_keep: int) -> None:
         batch, length, _ = tokens.shape
-        self._for = tokens.shape, num_keep, tokens.device
-        start, end = stage.num_prefix, stage.num_prefix + stage.num_patches(tokens)
+        self._for = tokens.shape, number, num_keep, tokens.device
+        start, end = stage.num_prefix, stage.num_prefix + number
         everything = torch.arange(batch * length, device=tokens.device).view(batch, length)
         self._prefix, self._suffix = everything[:, :start], everything[:, end:]
         self._first = everything[:, start : start + 1]
         self._filled: Tensor | None = None
 
-    def fits(self, tokens: Tensor, num_keep: int) -> bool:
+    def fits(self, tokens: Tensor, number: int, num_keep: int) -> bool:
         """Whether they are for such a sequence."""
-        return self._for == (tokens.shape, num_keep, tokens.device)
+        return self._for == (tokens.shape, number, num_keep, tokens.device)
 
     def filled(self, chosen: Tensor, *, fresh: bool) -> Tensor:
         """Rows (B·(P + k + Q),), with those of the chosen patch tokens (B, k).
@@ -170,8 +227,10 @@ class _Rows:
         """
         if fresh:
             return torch.cat([self._prefix, chosen + self._first, self._suffix], dim=1).flatten()
-        if self._filled is None:
+        filled = self._filled
+        if filled is None or (filled.is_inference() and not torch.is_inference_mode_enabled()):  # not to be written to
             rows = torch.cat([self._prefix, chosen, self._suffix], dim=1)
-            self._middle, self._filled = rows.narrow(1, self._prefix.shape[1], chosen.shape[1]), rows.view(-1)
+            filled = rows.view(-1)
+            self._middle, self._filled = rows.narrow(1, self._prefix.shape[1], chosen.shape[1]), filled
         torch.add(chosen, self._first, out=self._middle)
-        return self._filled
+        return filled

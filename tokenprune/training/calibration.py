@@ -61,6 +61,9 @@ def calibrate(
     batches, which are held back. The last scorers are left in the model, unless the first were better; where Ctrl-C
     ends the calibration, or the images do, the best so far.
 
+    Of what `sparsify` added, what does not require a gradient stays as it is, unless nothing of it does: so the
+    predictors of a model with fast paths are trained alone.
+
     Afterwards every weight and buffer that `sparsify` did not add, gradients, ``requires_grad``, the mode of every
     module, keep ratio, execution and the state of torch's random number generators are, bit by bit, what they were.
 

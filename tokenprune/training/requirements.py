@@ -50,12 +50,12 @@ def check_model(model: nn.Module) -> None:
 
 
 def trained_parameters(model: nn.Module, train: str, steps: int) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """What is trained first, whatever its ``requires_grad``, and what is trained then.
+    """What is trained first, and what is trained then.
 
     Args:
         model: A sparsified model.
-        train: ``"scorers"``: what `sparsify` added, and then nothing. ``"all"``: the same, and then everything that
-            requires a gradient, but for the scorers.
+        train: ``"scorers"``: what `sparsify` added, or of it what requires a gradient, if anything does; then nothing.
+            ``"all"``: the same, and then everything that requires a gradient, but for the scorers.
         steps: How many are meant for what comes first; if 0, nothing does.
 
     Raises:
@@ -66,6 +66,7 @@ def trained_parameters(model: nn.Module, train: str, steps: int) -> tuple[list[n
         raise ValueError(f"train={train!r}: choose 'scorers' or 'all'.")
     sparsifier = sparsifier_of(model)
     added = [parameter for parameter in sparsifier.parameters() if parameter.is_floating_point()]
+    added = [parameter for parameter in added if parameter.requires_grad] or added
     if train == "scorers":
         if not added:
             names = sorted({type(cast(Stage, stage).scorer).__name__ for stage in sparsifier.stages})
