@@ -1,5 +1,7 @@
 """DynamicViT's masked attention, with its exact gradient for every keep decision.
 
+By PyTorch's operators, or on NVIDIA's GPUs by kernels of our own, `tokenprune.kernels`.
+
 Shapes: B images, H heads, L queries, K keys, D channels of a query or key, E of a value.
 """
 

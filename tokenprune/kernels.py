@@ -51,14 +51,14 @@ class Config(NamedTuple):
 
 # By bytes of a number and padded channels. Fixed, not tuned at the first call: sequences of a ViT have 50 to 1500
 # tokens, of any number, and every new length would tune again. They are the largest of those tried that, compiled for
-# compute capability 8.0 and 9.0, spill next to no registers and need at most the 99 KB of shared memory that 8.6, 8.9
-# and 12.0 have.
+# compute capability 8.0 and 9.0, spill next to no registers. On each they fit into its shared memory: on 8.6,
+# 8.9 and 12.0 that is 99 KB.
 CONFIGS = {
     (2, 64): Config(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(32, 64, 4, 3)),
     (2, 128): Config(Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2)),
     (2, 256): Config(Blocks(64, 32, 8, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 8, 2)),
-    (4, 64): Config(Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
-    (4, 128): Config(Blocks(64, 32, 8, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 8, 1)),
+    (4, 64): Config(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
+    (4, 128): Config(Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1)),
 }
 
 
@@ -147,14 +147,13 @@ def _forward_kernel(
         key_tile = _load(key, columns, key_row, K, D, WIDTH_D)
         value_tile = _load(value, columns, value_row, K, E, WIDTH_E)
         kept = tl.load(keep + columns * keep_column, mask=columns < K, other=0.0).to(tl.float32)
-        scores = _scores(
+        log_seen = tl.where(kept > 0, tl.log2(tl.where(kept > 0, kept, 1.0)), -float("inf"))[None, :]
+        if OWN_KEY:
+            log_seen = tl.where(rows[:, None] == columns[None, :], 0.0, log_seen)
+        # With log G the maximum is one over the keys that count, so that nothing underflows beside a dropped key.
+        scores = log_seen + _scores(
             query_tile, key_tile, scale * LOG2_E, bias, rows, columns, bias_row, bias_column, L, K, BIAS, PRECISION
         )
-        seen = kept[None, :]
-        if OWN_KEY:
-            seen = tl.where(rows[:, None] == columns[None, :], 1.0, seen)
-        # The maximum is one over keys that count, so that nothing underflows beside a dropped key.
-        scores = tl.where(seen > 0, scores + tl.log2(tl.where(seen > 0, seen, 1.0)), -float("inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(higher == -float("inf"), 0.0, higher)  # of rows that have not seen a key yet
         weights = tl.exp2(scores - shift[:, None])

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers.compiled_kernels import SHARED_MEMORY, compiling_for, launch
 from tests.helpers.masked_attention import INTERPRETED, KERNEL_PLACES, Place, formula, tensors
 from tests.helpers.tolerances import KERNELS, KERNELS_HALF
 from tests.helpers.zoo import BY_NAME
 from tokenprune.functional import attend, masked_attention, without_kernels
 
 pytest.importorskip("triton")
+from tests.helpers.compiled_kernels import SHARED_MEMORY, compiling_for, launch
 from tokenprune import kernels
 
 ROOT = Path(__file__).parents[2]
@@ -260,39 +260,43 @@ def test_products_are_as_exact_as_pytorchs_own() -> None:
 # Compiled for GPUs that are not there
 
 
-@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
-@pytest.mark.parametrize(
-    "capability", [80, *(pytest.param(one, marks=pytest.mark.slow) for one in (86, 89, 90, 100, 120))]
-)
-def test_kernels_compile(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_all(capability, torch.float16, 64, monkeypatch, [(True, False)])
+needs_the_compiler = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
+
+
+@needs_the_compiler
+def test_kernels_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_all(80, torch.float16, 64, monkeypatch, [(True, False)])
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("size", "channels"), kernels.CONFIGS, ids=str)
+@needs_the_compiler
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize(
+    ("size", "channels", "precision"),
+    [(*shape, "ieee") for shape in kernels.CONFIGS] + [(*shape, "tf32") for shape in kernels.CONFIGS if shape[0] == 4],
+)
 def test_every_configuration_compiles(
-    size: int, channels: int, capability: int, precision: str, monkeypatch: pytest.MonkeyPatch
+    size: int, channels: int, precision: str, capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "_precision", lambda: precision)
+    kinds = [(True, True)]  # which takes most of everything
+    if capability in (80, 90):
+        kinds += [(True, False), (False, False)]
     for dtype in (torch.float16, torch.bfloat16) if size == 2 else (torch.float32,):
-        if size == 4 or precision == "ieee":
-            compile_all(capability, dtype, channels, monkeypatch, [(True, False), (True, True), (False, False)])
+        compile_all(capability, dtype, channels, monkeypatch, kinds)
 
 
 def compile_all(
     capability: int, dtype: torch.dtype, channels: int, monkeypatch: pytest.MonkeyPatch, kinds: list[tuple[bool, bool]]
 ) -> None:
-    """Launch forward and backward as if there were such a GPU; what they need fits into the smallest one's memory."""
+    """Launch forward and backward as if there were such a GPU; what they need fits into its shared memory."""
     with compiling_for(capability, monkeypatch) as compiled:
         for own_key, masked in kinds:
             launch(dtype, channels, own_key=own_key, masked=masked)
     assert len(compiled) == 3 * len(kinds)
     for kernel in compiled:
         assert kernel.asm["cubin"] and f".target sm_{capability}" in kernel.asm["ptx"]
-        assert kernel.metadata.shared <= min(SHARED_MEMORY.values())
+        assert kernel.metadata.shared <= SHARED_MEMORY[capability]
 
 
 # In Triton's interpreter, which has to be chosen before Triton is imported
@@ -308,6 +312,23 @@ def interpret(*arguments: str) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="starts what this is")
 def test_interpreted() -> None:
     interpret("-m", "not gpu and not slow", "tests/pruning/test_kernels.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["sys.modules['triton'] = None", "os.environ['TOKENPRUNE_KERNELS'] = '0'"])
+def test_without_triton_and_switched_off_there_are_no_kernels(what: str) -> None:
+    script = f"""
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"  # so that they would run here
+{what}
+import torch
+from tokenprune.functional import masked_attention
+inputs = [torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3)]
+masked_attention(*inputs, torch.ones(1, 5)).sum().backward()
+assert all(tensor.grad.isfinite().all() for tensor in inputs) and "tokenprune.kernels" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
