@@ -53,7 +53,7 @@ def closed_form(
     ("name", "width", "figures"),
     [
         ("deit_small_patch16_224", 384, {1.0: 4.61, 0.9: 4.04, 0.8: 3.46, 0.7: 2.98}),
-        ("deit_base_patch16_224", 768, {1.0: 17.56, 0.7: 11.48}),
+        pytest.param("deit_base_patch16_224", 768, {1.0: 17.56, 0.7: 11.48}, marks=pytest.mark.slow),
         ("deit_tiny_patch16_224", 192, {1.0: 1.25, 0.7: 0.80, 0.5: 0.60}),
     ],
 )

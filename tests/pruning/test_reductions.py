@@ -149,7 +149,7 @@ def test_saved_and_loaded(name: str, pruned: str, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize(
     "pruned",
-    ["fuse", "merge", *(pytest.param(f"{name}_preserve", marks=pytest.mark.slow) for name in ("fuse", "merge"))],
+    ["fuse", *(pytest.param(name, marks=pytest.mark.slow) for name in ("merge", "fuse_preserve", "merge_preserve"))],
 )
 @torch.no_grad()
 def test_compiled_and_exported(name: str, pruned: str) -> None:

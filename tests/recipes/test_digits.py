@@ -113,6 +113,7 @@ def test_the_demo_end_to_end(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     assert len(stamps) == 2 and [file.stat().st_mtime_ns for file in trained] == stamps
 
 
+@pytest.mark.slow
 def test_a_run_made_from_another_dense_model_is_made_anew(folder: Path, tmp_path: Path) -> None:
     config = SparseConfig(scorer="random", keep_ratio=0.7, steps=1)
     shipped = fine_tune(config, folder, tmp_path)
@@ -122,6 +123,7 @@ def test_a_run_made_from_another_dense_model_is_made_anew(folder: Path, tmp_path
     assert fine_tune(config, folder, tmp_path, other).folder != shipped.folder
 
 
+@pytest.mark.slow
 def test_the_dense_model_is_trained_and_written(folder: Path, tmp_path: Path) -> None:
     weights = tmp_path / "dense.safetensors"
     assert 0 <= train_digits(folder, tmp_path, weights=weights, epochs=2, digits=SMALL) <= 1

@@ -45,6 +45,7 @@ def test_points_are_made_once_at_their_cost(task: Task, tmp_path: Path, monkeypa
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_calibration_serves_every_cost_and_reduction(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

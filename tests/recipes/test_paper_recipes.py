@@ -153,6 +153,7 @@ def test_what_the_rows_differ_in_is_not_to_be_set(folder: Path, tmp_path: Path, 
         ablation_settings(folder, tmp_path, **changes)
 
 
+@pytest.mark.slow
 def test_the_ablation_ends_in_tables_and_goes_on_where_it_stopped(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

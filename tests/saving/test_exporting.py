@@ -67,7 +67,7 @@ def check(model: nn.Module, path: Path, images: Callable[[int], Tensor]) -> None
 @pytest.mark.parametrize(
     ("name", "suffix"),
     [
-        ("timm registers alone, average", "onnx"),
+        pytest.param("timm registers alone, average", "onnx", marks=pytest.mark.slow),
         ("timm registers, layer scale, q/k norm, no class position", "pt2"),
         ("transformers ViT classifier", "onnx"),
         pytest.param("torchvision", "pt2", marks=pytest.mark.slow),

@@ -85,9 +85,8 @@ def test_two_processes_train_one_model(name: str, scorer: str, tmp_path: Path) -
         torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["timm class token", pytest.param("timm no class token, average", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm class token", "timm no class token, average"])
 def test_three_hundred_steps_at_a_tenth_of_the_tokens_in_bfloat16(name: str) -> None:
     case = BY_NAME[name]
     torch.manual_seed(0)
