@@ -151,6 +151,7 @@ def test_a_speedup_is_met(monkeypatch: pytest.MonkeyPatch, noise: float) -> None
         assert exact(model, input_size=SIZE, batch_size=4, pairs=3).speedup == pytest.approx(1.4, rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_speedup_that_is_not_reached_or_not_measurable(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()
     before = fingerprint(model), model.tokenprune.keep_ratio
@@ -217,6 +218,7 @@ def test_states_in_which_no_plan_can_be_tried() -> None:
         tokenprune.plan_for(model, torch.zeros(2, *SIZE), gmacs=0.0016)
 
 
+@pytest.mark.slow
 def test_one_stage_and_no_logits() -> None:
     model = small(stages=[3])
     assert len(tokenprune.plan_for(model, batches(), gmacs=0.0022).keep_ratios) == 1

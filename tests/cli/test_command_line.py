@@ -124,7 +124,7 @@ def test_bench_runs_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ("kind", "suffix"),
     [
         ("a timm name", "pt2"),
-        ("a transformers folder", "onnx"),
+        pytest.param("a transformers folder", "onnx", marks=pytest.mark.slow),
         ("a saved folder", "pt2"),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
+from tests.census.hosts import skip_host_fault
 from tests.census.lookup import entry_of
 from tests.census.timm import naflex_dict
 from tests.helpers.tolerances import FROZEN, MASK_EQUALS_GATHER
@@ -105,7 +106,10 @@ def test_attention_that_is_recorded_and_merged_tokens(name: str) -> None:
 
 @each_kind
 def test_double_precision(name: str) -> None:
-    entry, model = entry_of(name), sparsified(name).double()
+    entry = entry_of(name)
+    skip_host_fault(entry, double=True)
+    dense = entry.model().double()  # first: timm 1.0.26 keeps tables of ConViT in the dtype of their first use
+    model = wide_scorers(tokenprune.sparsify(dense, entry.stages, entry.keep_ratio)).double()
     frozen, inputs = tokenprune.freeze(copy.deepcopy(model), entry.example(double=True)), entry.example(double=True)
     assert_same(run(frozen, inputs), run(model, inputs), MASK_EQUALS_GATHER[torch.float64])
 
@@ -219,6 +223,7 @@ def test_what_is_refused() -> None:
 
 def test_images_of_different_sizes_are_refused() -> None:
     entry = next(one for one in naflex_dict() if "rope_mixed" in one.name)
+    skip_host_fault(entry)
     model, inputs = tokenprune.sparsify(entry.model(), entry.stages, entry.keep_ratio), entry.example()
     hooks = hook_counts(model)
     with pytest.raises(tokenprune.UnsupportedModelError, match="images of different sizes"):

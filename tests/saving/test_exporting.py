@@ -136,6 +136,7 @@ def test_inside_dense_the_file_does_not_prune(tmp_path: Path) -> None:
     check(case.model(), path, case.images)
 
 
+@pytest.mark.slow
 def test_through_torch_compile_and_in_a_model_of_ones_own(tmp_path: Path) -> None:
     class Own(nn.Module):
         def __init__(self, model: nn.Module) -> None:
@@ -196,6 +197,7 @@ def test_what_outputs_are_called() -> None:
     assert list(dict(exporting._tensors(one, ""))) == ["output"]
 
 
+@pytest.mark.slow
 def test_the_model_does_not_notice(tmp_path: Path) -> None:
     case = BY_NAME["timm class token"]
     model = case.sparsified().train()
