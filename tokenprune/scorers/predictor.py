@@ -87,7 +87,7 @@ class _Folded:
     def __call__(self, rows: Rows) -> Tensor:
         hidden = self._first(rows.tokens)  # (R, C)
         local = hidden.narrow(1, 0, hidden.shape[1] // 2)
-        return torch.addmv(rows.others, self._third(self._second(local, rows, hidden)), self._last)
+        return rows.rank(self._third(self._second(local, rows, hidden)), self._last)
 
 
 @register_scorer("predictor")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,7 +45,7 @@ class _Folded:
         self._weight = predictor.linear.weight[0].clone()
 
     def __call__(self, rows: Rows) -> Tensor:
-        return torch.addmv(rows.others, F.layer_norm(rows.tokens, self._shape, eps=self._eps), self._weight)
+        return rows.rank(F.layer_norm(rows.tokens, self._shape, eps=self._eps), self._weight)
 
 
 @register_scorer("predictor_linear")

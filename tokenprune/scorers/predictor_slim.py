@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,7 +61,7 @@ class _Folded:
 
     def __call__(self, rows: Rows) -> Tensor:
         hidden = self._inner(rows.tokens)  # (R, W)
-        return torch.addmv(rows.others, self._middle(hidden, rows, hidden), self._last)
+        return rows.rank(self._middle(hidden, rows, hidden), self._last)
 
 
 @register_scorer("predictor_slim")

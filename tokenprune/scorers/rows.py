@@ -20,7 +20,7 @@ class Rows(NamedTuple):
     Attributes:
         tokens: (B·K, C), image below image.
         num_images: B.
-        others: (B·K,), −inf for a token that is no patch token, 0 for one that is.
+        others: (B·K,), −inf for a token that is no patch token, 0 for one that is; `rank` adds it.
         shares: (1, K), 1/n for a patch token, 0 for any other.
     """
 
@@ -44,7 +44,13 @@ class Rows(NamedTuple):
             return torch.mm(self.shares, values)
         return torch.matmul(self.shares, self.by_image(values)).squeeze(1)
 
+    def rank(self, values: Tensor, weight: Tensor) -> Tensor:
+        """(B·K,), the products of values (B·K, W) and a weight (W,); −inf for what is no patch token."""
+        others = self.others
+        if values.dtype != weight.dtype:  # under autocast
+            others, weight = others.to(values.dtype), weight.to(values.dtype)
+        return torch.addmv(others, values, weight)
+
 
 Ranking = Callable[[Rows], Tensor]
-"""Of tokens (B·K, C), numbers (B·K,) that rank an image's patch tokens as their scores do, and −inf for all others:
-``rows.others`` added to what is computed of every row."""
+"""Of tokens (B·K, C), numbers (B·K,) that rank an image's patch tokens as their scores do, and −inf for all others."""
