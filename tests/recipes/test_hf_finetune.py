@@ -148,9 +148,7 @@ def test_a_run_goes_on_where_it_was(kind: str, tmp_path: Path, request: pytest.F
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_a_run_killed_in_its_first_save_starts_anew(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_run_killed_in_its_first_save_starts_anew(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     whole: Path = request.getfixturevalue(kind)
     first = min(whole.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])).name
     output = tmp_path / "run"
