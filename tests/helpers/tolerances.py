@@ -63,5 +63,5 @@ SHARDED = 1e-4
 in another order, and AdamW divides by their size."""
 
 CLIPPED = 5e-7
-"""Norms, relative, and weights of about 1, after one step of the same gradients, clipped by two sides that add up squares
-in another order: two to four units in the last place of single precision."""
+"""Norms, relative, and weights of about 1, after one step of the same gradients, clipped by two sides that add up
+squares in another order: two to four units in the last place of single precision."""

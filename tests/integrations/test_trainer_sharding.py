@@ -249,7 +249,7 @@ def test_the_gathered_schedule_is_the_same_sharded_and_killed(how: str, tmp_path
 @pytest.mark.parametrize("how", ["fsdp2, one file", "zero2"])
 def test_two_processes_clip_bfloat16_by_the_factor_of_one_process(how: str, tmp_path: Path) -> None:
     # One step that clips: the next would see weights whose last digits differ, and round some of them to other ones.
-    # Plain SGD, since AdamW's first step is the same whatever the gradient is multiplied by, and at a rate that shows it.
+    # Plain SGD, at a rate that shows it: AdamW's first step is the same whatever the gradient is multiplied by.
     settings = {"bf16": True, "optim": "sgd", "max_steps": 2, "learning_rate": 8.0, "max_grad_norm": 0.5}
     run_two(how, tmp_path / "two", **settings)
     run_one(tmp_path / "one", **settings)
