@@ -32,6 +32,7 @@ from recipes.huggingface.models import (
     trained_classifier,
 )
 from recipes.huggingface.settings import HfSettings
+from tokenprune.integrations.checkpoints import find_complete
 from tokenprune.integrations.transformers import SparseTrainer
 
 PRESETS = {
@@ -54,11 +55,13 @@ PRESETS = {
 def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
     """Train, evaluate, and write model, ``settings.yaml`` and ``results.json`` to ``settings.output``.
 
+    With ``resume`` it goes on with the newest checkpoint there that was written to its end; without one it starts.
+
     Raises:
         SettingsError: The settings do not fit the model, the data, the machine or the run in ``output``.
         DataError: The data cannot be read.
     """
-    resumes = _resumes(settings)
+    _check_output(settings)
     images = open_images(settings)
     set_seed(settings.seed)
     model = _model(settings, images)
@@ -82,7 +85,7 @@ def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
         raise SettingsError(str(error)) from error
     if trainer.is_world_process_zero() and not continues(settings):
         write_settings(settings)
-    trainer.train(resume_from_checkpoint=resumes)
+    trainer.train(resume_from_checkpoint=find_complete(trainer.args) if settings.resume else None)
     metrics = trainer.evaluate()
     trainer.save_model()
     outcome = Outcome(model=model, scores=scores(metrics), gmacs=counts)
@@ -94,10 +97,9 @@ def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
     return outcome
 
 
-def _resumes(settings: HfSettings) -> bool:
+def _check_output(settings: HfSettings) -> None:
     there = settings.output.is_dir() and get_last_checkpoint(str(settings.output)) is not None
     check_folder(settings, holds_checkpoint=there)
-    return there
 
 
 def _model(settings: HfSettings, images: Images) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import torch
 import typer
 import yaml
 from rich.console import Console
@@ -61,6 +62,9 @@ def command(
                 if options[_flag(name)]:
                     preset.prepare(settings)
             run(settings)
+            # Threads of one that is left may end a run that is over with an error.
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
         except (SettingsError, DataError, FileExistsError) as error:
             raise typer.BadParameter(str(error)) from None
         except Interrupted as interrupted:

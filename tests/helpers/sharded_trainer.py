@@ -1,6 +1,6 @@
 """A training by `SparseTrainer` that does not depend on how many processes share it.
 
-``python -m tests.helpers.sharded_trainer FOLDER '{"arguments": …, "options": …}'``, alone or under
+``python -m tests.helpers.sharded_trainer FOLDER '{"arguments": …, "options": …, "seed": 0}'``, alone or under
 ``tests.helpers.sharded_on_cpu``. Goes on with the newest complete checkpoint in the folder if there is one. Leaves
 ``log.jsonl``, ``trained/`` and, after all of it, ``after.json`` there.
 """
@@ -76,12 +76,13 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     options |= settings.get("arguments", {})
     if sharded:  # a GPU machine for Accelerate, whose GPUs would have to know bfloat16
         transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-    model = sparse_model(settings.get("model", "ViT"))
+    seed = settings.get("seed", 0)
+    model = sparse_model(settings.get("model", "ViT"), seed)
     trainer = Trainer(
         model,
         arguments(folder, **options),
-        train_dataset=images(NUM_IMAGES, 0),
-        eval_dataset=images(NUM_VALIDATION_IMAGES, 1),
+        train_dataset=images(NUM_IMAGES, 2 * seed),
+        eval_dataset=images(NUM_VALIDATION_IMAGES, 2 * seed + 1),
         data_collator=collate,
         compute_metrics=accuracy,
         callbacks=[Log(folder / "log.jsonl")],
@@ -94,6 +95,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     trainer.save_model(str(folder / "trained"))
     if trainer.is_world_process_zero():
         (folder / "after.json").write_text(json.dumps({"before": before, "after": after}))
+    trainer.accelerator.end_training()  # or threads of gloo that still run may end the process with an error
 
 
 if __name__ == "__main__":

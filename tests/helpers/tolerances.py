@@ -61,3 +61,7 @@ SHORTENED_PROMPT = 1e-5
 SHARDED = 1e-4
 """Losses of about 2.5 and weights of about 1, of two sharded processes and of one, after 16 steps: gradients are summed
 in another order, and AdamW divides by their size."""
+
+CLIPPED = 5e-7
+"""Norms, relative, and weights of about 1, after one step of the same gradients, clipped by two sides that add up
+squares in another order: two to four units in the last place of single precision."""

@@ -18,7 +18,7 @@ from torch import nn
 
 import tokenprune
 from tests.helpers.killed import kill_workers
-from tests.helpers.tolerances import SHARDED
+from tests.helpers.tolerances import CLIPPED, SHARDED
 from tests.helpers.trainer import arguments, sparse_model
 from tokenprune.integrations.checkpoints import newest_complete
 from tokenprune.integrations.learning_rates import complete_states, leave_out_backbone, zero_gradients
@@ -26,6 +26,7 @@ from tokenprune.integrations.sharding import prepare_sharding
 from tokenprune.integrations.transformers import SparseTrainer
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
+MODULE = "tests.helpers.sharded_trainer"
 
 
 class Kind:
@@ -173,36 +174,44 @@ def by_step(folder: Path) -> dict[int, list[dict[str, float]]]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["ddp", "fsdp2, one file", "fsdp2, killed", "zero2, killed"])
-def test_two_processes_are_one_killed_or_not(how: str, tmp_path: Path) -> None:
+def run_one(folder: Path, **arguments: Any) -> None:
+    """Train as two processes would, in one that accumulates twice as much."""
+    settings = {"arguments": {"gradient_accumulation_steps": 2, **arguments}}
+    subprocess.run([sys.executable, "-m", MODULE, str(folder), json.dumps(settings)], check=True)
+
+
+def run_two(how: str, folder: Path, schedule: str = "masked", **arguments: Any) -> None:
+    """Train in two processes, sharded as ``how`` begins, and killed on the way if it ends so."""
     if how.startswith("zero2") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    one, two = tmp_path / "one", tmp_path / "two"
-    alone = {"arguments": {"gradient_accumulation_steps": 2}}
-    module = "tests.helpers.sharded_trainer"
-    subprocess.run([sys.executable, "-m", module, str(one), json.dumps(alone)], check=True)
-
-    settings: dict[str, Any] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     launch = ["torch.distributed.run", "--nproc_per_node", "2", "-m"]
     if how == "ddp":
         environment["ACCELERATE_USE_CPU"] = "true"
     elif how == "fsdp2, one file":
-        settings = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
+        arguments |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
         launch += ["tests.helpers.sharded_on_cpu"]
     else:
-        settings = {"save_strategy": "steps", "save_steps": 1}
         config = str(CONFIGS / f"{how.split(',')[0]}.yaml")
         launch = ["accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
         launch += ["--fsdp_transformer_layer_cls_to_wrap", "ViTLayer"] if how.startswith("fsdp2") else []
         launch += ["--main_process_port", "0", "-m", "tests.helpers.sharded_on_cpu"]
-    command = [sys.executable, "-m", *launch, module, str(two), json.dumps({"arguments": settings})]
-    if how.endswith("killed"):
-        for steps, victims in ((3, slice(None)), (8, slice(1))):
-            kill_workers(subprocess.Popen(command, env=environment), two / "log.jsonl", steps, victims)
+    killed = how.endswith("killed")
+    arguments |= {"save_strategy": "steps", "save_steps": 1} if killed else {}
+    settings = {"arguments": arguments, "options": {"schedule": schedule}}
+    command = [sys.executable, "-m", *launch, MODULE, str(folder), json.dumps(settings)]
+    for steps, victims in ((3, slice(None)), (8, slice(1))) if killed else ():
+        kill_workers(subprocess.Popen(command, env=environment), folder / "log.jsonl", steps, victims)
     subprocess.run(command, check=True, env=environment)
 
+
+def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(folder / "trained" / "model.safetensors")
+    return found
+
+
+def check_same(one: Path, two: Path) -> None:
+    """That two runs have logged, found and learned the same."""
     first, second = by_step(one), by_step(two)
     assert list(first) == sorted(second) == list(range(1, 17))
     for step, (line,) in first.items():
@@ -213,8 +222,39 @@ def test_two_processes_are_one_killed_or_not(how: str, tmp_path: Path) -> None:
     for name, value in evaluations[0]["after"].items():
         if "loss" in name or "accuracy" in name or "kept" in name:
             assert value == pytest.approx(evaluations[1]["after"][name], abs=SHARDED), name
-    whole, sharded = (load_file(folder / "trained" / "model.safetensors") for folder in (one, two))
+    whole, sharded = trained_weights(one), trained_weights(two)
     assert whole.keys() == sharded.keys()
     assert all(torch.allclose(whole[name], sharded[name], atol=SHARDED) for name in whole)
-    reloaded = tokenprune.from_pretrained(two / "trained").state_dict()
-    assert all(torch.equal(value, reloaded[name]) for name, value in sharded.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2, one file", "fsdp2, killed", "zero2, killed"])
+def test_two_processes_are_one_killed_or_not(how: str, tmp_path: Path) -> None:
+    run_two(how, tmp_path / "two")
+    run_one(tmp_path / "one")
+    check_same(tmp_path / "one", tmp_path / "two")
+    reloaded = tokenprune.from_pretrained(tmp_path / "two" / "trained").state_dict()
+    assert all(torch.equal(value, reloaded[name]) for name, value in trained_weights(tmp_path / "two").items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp2, killed", "zero2, killed"])
+def test_the_gathered_schedule_is_the_same_sharded_and_killed(how: str, tmp_path: Path) -> None:
+    run_two(how, tmp_path / "sharded", schedule="gathered")
+    run_two("ddp", tmp_path / "whole", schedule="gathered")  # since each process calibrates on images of its own
+    check_same(tmp_path / "whole", tmp_path / "sharded")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp2, one file", "zero2"])
+def test_two_processes_clip_bfloat16_by_the_factor_of_one_process(how: str, tmp_path: Path) -> None:
+    # One step that clips: the next would see weights whose last digits differ, and round some of them to other ones.
+    # Plain SGD, at a rate that shows it: AdamW's first step is the same whatever the gradient is multiplied by.
+    settings = {"bf16": True, "optim": "sgd", "max_steps": 2, "learning_rate": 8.0, "max_grad_norm": 0.5}
+    run_two(how, tmp_path / "two", **settings)
+    run_one(tmp_path / "one", **settings)
+    (_, line), (_, other) = ([lines[0] for lines in by_step(tmp_path / name).values()] for name in ("one", "two"))
+    assert line["grad_norm"] > 1.0 and line["loss"] == other["loss"]
+    assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=CLIPPED)
+    whole, sharded = trained_weights(tmp_path / "one"), trained_weights(tmp_path / "two")
+    assert all(torch.allclose(whole[name], sharded[name], rtol=0, atol=CLIPPED) for name in whole)

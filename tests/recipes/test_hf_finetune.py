@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,13 +136,33 @@ def test_a_run_goes_on_where_it_was(kind: str, tmp_path: Path, request: pytest.F
     output: Path = request.getfixturevalue(kind)
     first, last = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     before = load_file(weights(last))
-    last.rename(tmp_path / "last")  # as if it had been stopped in the second epoch
+    last.rename(tmp_path / "last")  # as if it had been killed while it saved the second epoch
+    last.mkdir()
+    (last / "model.safetensors").write_bytes(b"begun")
     result = invoke("--config", output / "settings.yaml", "--resume")
     assert result.exit_code == 0, result.output
     after = load_file(weights(last))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     halfway = load_file(weights(first))
     assert not all(torch.equal(halfway[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_run_killed_in_its_first_save_starts_anew(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    whole: Path = request.getfixturevalue(kind)
+    first = min(whole.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])).name
+    output = tmp_path / "run"
+    shutil.copytree(whole / first, output / first)
+    shutil.copy(whole / "settings.yaml", output)
+    (output / first / "trainer_state.json").unlink()
+    (output / first / "model.safetensors").write_bytes(b"begun")
+    options = ("--config", whole / "settings.yaml", "--output", output)
+    refused = invoke(*options)
+    assert refused.exit_code == 2 and "holds a run already" in words(refused)
+    result = invoke(*options, "--resume")
+    assert result.exit_code == 0, result.output
+    before, after = load_file(weights(whole)), load_file(weights(output))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.slow

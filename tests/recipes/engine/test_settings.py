@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from recipes import deit, dense
@@ -86,6 +87,15 @@ def test_bad_yaml_ends_with_code_2(text: str, said: str, tmp_path: Path) -> None
     config.write_text(text)
     result = invoke(deit, "--data-dir", tmp_path, "--config", config)
     assert result.exit_code == 2 and said in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_run_leaves_no_process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def among_processes(settings: DeitSettings, **options: Any) -> None:
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+
+    monkeypatch.setattr(deit, "fine_tune", among_processes)
+    result = invoke(deit, "--data-dir", tmp_path, "--output", tmp_path / "run")
+    assert result.exit_code == 0 and not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("recipe", [deit, dense])
