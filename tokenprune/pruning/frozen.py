@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokenprune.pruning.frozen_sequence import FrozenSequence
 from tokenprune.pruning.recording import Recorded
 from tokenprune.pruning.reductions import Reduced, Split, check_reduced
 from tokenprune.pruning.stage import Stage
-from tokenprune.scorers import Candidates, Ranking, Rows, Scored
+from tokenprune.scorers import Candidates, Ranking, Scored
 from tokenprune.tokens import Layout
 
 
@@ -55,7 +56,7 @@ class FrozenStage:
         self._weights: tuple[nn.Parameter, ...] = ()
         self._ranking: Ranking | None = None
         self._ranked_with: tuple[Any, ...] | None = None
-        self._sequence: _Sequence | None = None
+        self._sequence: FrozenSequence | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("stage", "num_prefix", "num_suffix", "tracked", "ordered")
@@ -185,12 +186,12 @@ class FrozenStage:
         reduced: Reduced = self.stage.reduction(split)
         return check_reduced(reduced, split, self.stage.reduction)
 
-    def _sequence_of(self, tokens: Tensor, number: int, num_keep: int) -> _Sequence:
+    def _sequence_of(self, tokens: Tensor, number: int, num_keep: int) -> FrozenSequence:
         """What is known of sequences such as (B, K, C), of which so many of so many patch tokens go on."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():  # which take what is filled again for a constant,
-            return _Sequence(self, tokens, number, num_keep, lasting=False)  # or remember it
+            return FrozenSequence(self.num_prefix, tokens, number, num_keep, lasting=False)  # or remember it
         if self._sequence is None or not self._sequence.fits(tokens, number, num_keep):
-            self._sequence = _Sequence(self, tokens, number, num_keep, lasting=True)
+            self._sequence = FrozenSequence(self.num_prefix, tokens, number, num_keep, lasting=True)
         return self._sequence
 
 
@@ -209,84 +210,3 @@ class CutStage(FrozenStage):
         if not self.num_suffix:
             return tokens.narrow(1, 0, end).contiguous(), indices
         return torch.cat([tokens[:, :end], tokens[:, -self.num_suffix :]], dim=1), indices
-
-
-class _Sequence:
-    """Sequences of one shape, and which of the tokens of all images go on, where these stand one below the other.
-
-    Args:
-        stage: The stage.
-        tokens: (B, K, C).
-        number: n.
-        num_keep: k.
-        lasting: Whether it is for passes to come, too, so that one tensor is filled again and again with the numbers of
-            the rows that go on. Compiled code would take it for a constant, and autograd would remember it.
-    """
-
-    def __init__(self, stage: FrozenStage, tokens: Tensor, number: int, num_keep: int, *, lasting: bool) -> None:
-        batch, length, _ = tokens.shape
-        self._num_keep, self._num_left, self._checked = num_keep, length - number + num_keep, not lasting
-        num_before, num_behind = stage.num_prefix, length - stage.num_prefix - number
-        others = [tokens.new_full((num_before,), -torch.inf), tokens.new_full((num_behind,), -torch.inf)]
-        self._others = torch.cat([others[0], tokens.new_zeros(number), others[1]]).repeat(batch)
-        nothing = [tokens.new_zeros(1, num_before), tokens.new_zeros(1, num_behind)]
-        self._shares = torch.cat([nothing[0], tokens.new_full((1, number), 1 / number), nothing[1]], dim=1)
-        everything = torch.arange(batch * length, device=tokens.device).view(batch, length)
-        self._first, self._prefix = everything[:, :1], everything[:, :num_before]
-        self._suffix = everything[:, length - num_behind :]
-        self._filled: Tensor | None = None
-        if lasting:
-            self._for = self._fitting(tokens, number, num_keep)
-            filled = torch.cat([self._prefix, everything[:, :num_keep], self._suffix], dim=1)
-            self._filled, self._middle = filled.view(-1), filled.narrow(1, num_before, num_keep)
-            self._of_one = self._middle[0]
-            self._values = tokens.new_empty(num_keep)
-
-    @staticmethod
-    def _fitting(tokens: Tensor, number: int, num_keep: int) -> tuple[Any, ...]:
-        return tokens.shape, number, num_keep, tokens.device, tokens.dtype, torch.is_inference_mode_enabled()
-
-    def fits(self, tokens: Tensor, number: int, num_keep: int) -> bool:
-        """Whether it is for such a sequence."""
-        return self._for == self._fitting(tokens, number, num_keep)
-
-    def ranks(self, ranking: Ranking, tokens: Tensor) -> Tensor:
-        """(B·K,), how the tokens (B, K, C) rank: −inf for those that are no patch tokens.
-
-        Raises:
-            ValueError: The ranking gives something else.
-        """
-        batch, _, width = tokens.shape
-        ranks = ranking(Rows(tokens.reshape(-1, width), batch, self._others, self._shares))
-        if not self._checked:
-            if ranks.shape != self._others.shape or not ranks[self._others < 0].isneginf().all():
-                raise ValueError(
-                    f"a ranking returned numbers of shape {tuple(ranks.shape)}; expected {tuple(self._others.shape)}, "
-                    "with −inf for tokens that are no patch tokens: add rows.others to them."
-                )
-            self._checked = True
-        return ranks
-
-    def positions(self, ranks: Tensor) -> Tensor:
-        """(B, k), where in the sequence the tokens are that rank (B·K,) highest."""
-        return ranks.view(self._first.shape[0], -1).topk(self._num_keep, dim=1, sorted=False).indices
-
-    def best(self, tokens: Tensor, ranks: Tensor) -> Tensor:
-        """(B, P + k + Q, C), of the sequence (B, K, C) the patch tokens that rank (B·K,) highest, and all others."""
-        if self._filled is None or tokens.shape[0] > 1:
-            return self.gather(tokens, self.positions(ranks))
-        if self._values.dtype != ranks.dtype:
-            self._values = ranks.new_empty(self._num_keep)
-        torch.topk(ranks, self._num_keep, sorted=False, out=(self._values, self._of_one))
-        return tokens.index_select(1, self._filled)
-
-    def gather(self, tokens: Tensor, chosen: Tensor) -> Tensor:
-        """The same of chosen ones (B, k), positions in the sequence."""
-        if self._filled is None:
-            filled = torch.cat([self._prefix, chosen + self._first, self._suffix], dim=1).flatten()
-        else:
-            torch.add(chosen, self._first, out=self._middle)
-            filled = self._filled
-            if tokens.shape[0] == 1:
-                return tokens.index_select(1, filled)
-        return tokens.reshape(-1, tokens.shape[2]).index_select(0, filled).view(-1, self._num_left, tokens.shape[2])
