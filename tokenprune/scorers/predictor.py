@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenprune.scorers.base import Candidates, Scorer, ScorerContext, log_odds, register_scorer
@@ -79,15 +78,13 @@ class _Folded:
         second, third, last = (cast(nn.Linear, predictor.out_conv[index]) for index in (0, 2, 4))
         self._first = NormedLayer(norm, first, "gelu")
         local, mean = second.weight.chunk(2, dim=1)
-        # The mean is taken of all channels, so that its weight is 0 for those that are local.
-        self._second = LocalAndShared(local, F.pad(mean, (mean.shape[1], 0)), second.bias, "gelu")
+        self._second = LocalAndShared(local, mean, second.bias, "gelu")
         self._third = Layer.of(third, "gelu")
         self._last = last.weight[0] - last.weight[1]
 
     def __call__(self, rows: Rows) -> Tensor:
-        hidden = self._first(rows.tokens)  # (R, C)
-        local = hidden.narrow(1, 0, hidden.shape[1] // 2)
-        return rows.rank(self._third(self._second(local, rows, hidden)), self._last)
+        local, other = self._first(rows.tokens).chunk(2, dim=1)  # (R, C/2) each
+        return rows.rank(self._third(self._second(local, rows, other)), self._last)
 
 
 @register_scorer("predictor")
