@@ -17,6 +17,7 @@ from torch import nn
 
 import tokenprune
 from benchmarks import measuring
+from benchmarks.frozen import SCORERS
 from benchmarks.inference import shortened
 from benchmarks.measuring import Device, DType, Name, Ratio, environment, input_size, report
 from benchmarks.written_out import DynamicViT, ToMe
@@ -64,7 +65,7 @@ def main(
     take: Annotated[int, typer.Option(min=1, help="A number for this time; figures of other times stay.")] = 1,
     name: Name = "peers-cpu",
 ) -> None:
-    """Time in turn: dense, cut off, the peers, and ours with both predictors, frozen and not.
+    """Time in turn: dense, cut off, the peers, and ours with the three predictors, frozen and not.
 
     Each runtime in a process of its own. The results file keeps what other runs have measured.
     """
@@ -105,15 +106,14 @@ def models(dense: Any, keep_ratio: float) -> dict[str, nn.Module]:
     scorers = [stage.scorer.state_dict() for stage in official.tokenprune.stages]
     r = merged_by_block(dense, counted.sparse / counted.dense)
     num_keep = dict(zip(plan.stages, plan.num_keep(num_patches), strict=True))
-    made = {
+    made: dict[str, nn.Module] = {
         CUT: shortened(dense, plan, num_patches),
         "DynamicViT, written out": DynamicViT(twin(dense), num_keep, dict(zip(plan.stages, scorers, strict=True))),
         f"ToMe, r = {r}, written out": ToMe(twin(dense), r),
-        "ours, official predictor": official,
-        "ours, official predictor, frozen": tokenprune.freeze(ours("predictor")),
-        "ours, slim predictor": ours("predictor_slim"),
-        "ours, slim predictor, frozen": tokenprune.freeze(ours("predictor_slim")),
     }
+    for scorer, label in SCORERS.items():
+        made[f"ours, {label} predictor"] = official if scorer == "predictor" else ours(scorer)
+        made[f"ours, {label} predictor, frozen"] = tokenprune.freeze(ours(scorer))
     return {what: model.eval() for what, model in made.items()}
 
 
@@ -159,7 +159,8 @@ def measure(
     with torch.no_grad(), runtime_named(runtime)(every, input_size(dense)) as timers:
         for batch in batch_sizes:
             images = torch.rand(batch, *input_size(dense), device=device, dtype=getattr(torch, dtype))
-            first, *others = in_turn(timers(images), rounds=pairs if batch > 4 else 4 * pairs, warmup=3)
+            rounds, warmup = pairs if batch > 4 else 4 * pairs, 3 if batch < 64 else 1
+            first, *others = in_turn(timers(images), rounds=rounds, warmup=warmup)
             for what, seconds in zip(beside, others, strict=True):
                 of_limit = Ratio(first_seconds=others[0], second_seconds=seconds).median
                 found.append(

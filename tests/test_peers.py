@@ -80,14 +80,14 @@ def test_figures_of_several_runs_come_together(tmp_path: Path, monkeypatch: pyte
     options: dict[str, Any] = {"runtime": ["eager"], "pairs": 4, "name": "tried"}
     peers.main(**options, batch_size=[1, 2])
     first = json.loads((tmp_path / "tried.json").read_text())["data"]
-    assert len(first) == 14 and {entry["what"][:4] for entry in first} == {"sequ", "Dyna", "ToMe", "ours"}
+    assert len(first) == 18 and {entry["what"][:4] for entry in first} == {"sequ", "Dyna", "ToMe", "ours"}
     assert all(entry["of_limit"] == 1 for entry in first if entry["what"] == peers.CUT)
     peers.main(**options, batch_size=[2], take=2)
     peers.main(**options, batch_size=[2], take=2)  # replaces
     every = json.loads((tmp_path / "tried.json").read_text())["data"]
-    assert len(every) == 21 and [entry for entry in every if entry["take"] == 1] == first
+    assert len(every) == 27 and [entry for entry in every if entry["take"] == 1] == first
     lines = (tmp_path / "tried.md").read_text().splitlines()
-    assert "taken twice" in lines[0] and sum(line.startswith("| eager") for line in lines) == 14
+    assert "taken twice" in lines[0] and sum(line.startswith("| eager") for line in lines) == 18
     assert all(line.count(" / ") == (3 if line.startswith("| eager | 2 |") else 0) for line in lines[4:])
     assert (tmp_path / "tried.png").read_bytes().startswith(b"\x89PNG")
 

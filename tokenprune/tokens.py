@@ -25,10 +25,9 @@ _Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])
 
 
 def replaced(values: _Tuple, changes: Mapping[str, Any]) -> _Tuple:
-    """A named tuple with other entries.
-
-    As its ``_replace``, the result of which `torch.compile` of torch 2.11 cannot put into an attribute.
-    """
+    """A named tuple with other entries."""
+    if not torch.compiler.is_compiling():  # torch.compile of torch 2.11 cannot put what this gives into an attribute
+        return values._replace(**changes)  # type: ignore[attr-defined, no-any-return]
     fields: tuple[str, ...] = values._fields  # type: ignore[attr-defined]
     return type(values)(*[changes.get(name, value) for name, value in zip(fields, values, strict=True)])
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import tokenprune
+from tests.helpers.profiling import operators
 from tests.helpers.tolerances import FROZEN
 from tests.helpers.zoo import (
     BY_NAME,
@@ -25,6 +25,7 @@ from tests.helpers.zoo import (
     some_models,
     wide_scorers,
 )
+from tokenprune.scorers import PredictorSlim
 
 one_model = models("timm class token")
 
@@ -54,6 +55,9 @@ def test_outputs_are_the_same(case: Case, scorer: str) -> None:
     if scorer == "static" and case.image_size[0] != case.image_size[1]:
         pytest.skip("a frozen model does not see the size of images, and static scores need it for another grid")
     model = case.sparsified(scorer=scorer)
+    for stage in model.tokenprune.stages:
+        if isinstance(stage.scorer, PredictorSlim):  # a fresh one scores many tokens alike, and either may be kept
+            torch.nn.init.ones_(stage.scorer.mean.bias)
     hooks, before = hook_counts(model), copy.deepcopy(model)
     assert tokenprune.freeze(model) is model and model.tokenprune.frozen
     assert sum(len(module._forward_pre_hooks) for module in model.modules()) == len(STAGES)
@@ -242,21 +246,13 @@ def test_models_that_are_refused(case: Case, options: dict[str, Any], why: str) 
         tokenprune.freeze(model)
 
 
-@pytest.mark.parametrize(("scorer", "most"), [("predictor", 15), ("predictor_slim", 12), ("predictor_linear", 6)])
+@pytest.mark.parametrize(("scorer", "most"), [("predictor", 11), ("predictor_slim", 9), ("predictor_linear", 5)])
 @one_model
 @torch.no_grad()
 def test_a_stage_takes_few_operators(case: Case, scorer: str, most: int) -> None:
     dense, model = operators(case, case.model()), case.sparsified(scorer=scorer)
     hooked = operators(case, model) - dense
-    assert operators(case, tokenprune.freeze(model)) - dense <= most * len(STAGES) < hooked / 2
-
-
-def operators(case: Case, model: nn.Module) -> int:
-    """Of PyTorch that a pass of one image calls."""
-    model(case.images(1))  # what is folded is made once
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        model(case.images(1))
-    return sum(event.cpu_parent is None for event in found.events())
+    assert 3 * (operators(case, tokenprune.freeze(model)) - dense) <= 3 * most * len(STAGES) < hooked
 
 
 def test_nothing_pruned_leaves_one_hook() -> None:
@@ -295,3 +291,24 @@ def test_a_frozen_model_is_a_program(case: Case, tmp_path: Path) -> None:
         for batch in (3, 5):
             images = case.images(batch)
             torch.testing.assert_close(program.module()(images), model(images), rtol=0, atol=1e-4)
+
+
+@one_model
+@torch.no_grad()
+def test_a_ranking_that_ranks_class_tokens_is_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = case.sparsified()
+    monkeypatch.setattr(model.tokenprune.stages[0].scorer, "ranking", lambda: lambda rows: rows.tokens[:, 0])
+    with pytest.raises(ValueError, match=r"with −inf for tokens that are no patch tokens: add rows\.others"):
+        tokenprune.freeze(model)(case.images(1))
+
+
+@one_model
+@torch.no_grad()
+def test_with_autocast_and_without_in_turn(case: Case) -> None:
+    model, images = tokenprune.freeze(case.sparsified()), case.images(1)
+    before = case.run(model, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = case.run(model, images)
+    after = case.run(model, images)
+    for name, tensor in before.items():
+        assert lower[name].dtype == torch.bfloat16 and torch.equal(after[name], tensor)

@@ -16,6 +16,7 @@ from tokenprune.scorers import (
     PredictorLinear,
     PredictorSlim,
     Random,
+    Rows,
     Scorer,
     ScorerContext,
     Static,
@@ -92,8 +93,17 @@ def test_a_short_ranking_ranks_as_scores_do(build: type[Scorer]) -> None:
         torch.nn.init.normal_(parameter, std=0.3)
     given, ranking = candidates(), scorer.ranking()
     assert ranking is not None and Static((6, 6)).ranking() is None
+    batch, number, _ = given.patches.shape
+    others, shares = torch.zeros(number + 2), torch.full((1, number + 2), 1 / number)
+    others[[0, -1]], shares[:, [0, -1]] = -torch.inf, 0
+    sequences = F.pad(given.patches, (0, 0, 1, 1), value=9)  # a prefix and a suffix token
     with torch.no_grad():
-        scores, short = scorer(given), ranking(given.patches)
+        scores = scorer(given)
+        ranks = ranking(Rows(sequences.flatten(0, 1), batch, others.repeat(batch), shares)).view(batch, -1)
+        alone = [ranking(Rows(one, 1, others, shares)) for one in sequences]
+    torch.testing.assert_close(ranks, torch.stack(alone), rtol=0, atol=1e-4)
+    assert ranks[:, [0, -1]].isneginf().all()
+    short = ranks[:, 1:-1]
     assert isinstance(scores, torch.Tensor)
     difference = scores - short  # the same number for all tokens: the last bias, which is left out
     torch.testing.assert_close(difference, difference[:1, :1].expand_as(difference), rtol=0, atol=1e-4)

@@ -128,7 +128,8 @@ class Backbone:
 
     def layout_at(self, layout: Layout, block: int) -> Layout:
         """A layout as block ``block`` gets it: with the prefix tokens that have joined by then."""
-        return layout.replace(num_prefix=self.num_prefix_at(block))
+        num_prefix = self.num_prefix_at(block)
+        return layout if layout.num_prefix == num_prefix else layout.replace(num_prefix=num_prefix)
 
     def attention_layouts(self, layout: Layout, block: int) -> list[Layout]:
         """The sequence that a block gets, and those that it attends over instead."""

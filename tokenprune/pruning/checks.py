@@ -26,7 +26,7 @@ def check_no_replica(model: nn.Module) -> None:
     Raises:
         StateError: `nn.DataParallel` has made it.
     """
-    if getattr(model, "_is_replica", False):
+    if model.__dict__.get("_is_replica"):
         raise StateError(
             "nn.DataParallel makes copies whose hooks belong to the original model; use DistributedDataParallel."
         )

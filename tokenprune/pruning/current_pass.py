@@ -78,6 +78,7 @@ class CurrentPass(nn.Module):
         self._tail: Interception | None = None
         self._in_tower = False
         self._open = False
+        self._idle = False
         self._attended = False
         self._image_size: tuple[int, int] | None = None
         self._images: Images | None = None

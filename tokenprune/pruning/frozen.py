@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenprune.pruning.recording import Recorded
 from tokenprune.pruning.reductions import Reduced, Split, check_reduced
 from tokenprune.pruning.stage import Stage
-from tokenprune.scorers import Candidates, Ranking, Scored
+from tokenprune.scorers import Candidates, Ranking, Rows, Scored
 from tokenprune.tokens import Layout
 
 
@@ -55,7 +55,7 @@ class FrozenStage:
         self._weights: tuple[nn.Parameter, ...] = ()
         self._ranking: Ranking | None = None
         self._ranked_with: tuple[Any, ...] | None = None
-        self._rows: _Rows | None = None
+        self._sequence: _Sequence | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("stage", "num_prefix", "num_suffix", "tracked", "ordered")
@@ -105,35 +105,58 @@ class FrozenStage:
             (B, P + k + Q, C), with the summary tokens that the reduction adds, and where its patch tokens stand in the
             grid, if anybody may ask.
         """
-        ranking, scored = self._current(tokens), None
-        patches = tokens.narrow(1, self.num_prefix, number)
-        if ranking is None:
-            prefix = tokens[:, : self.num_prefix]
-            candidates = Candidates(
-                patches=patches, prefix=prefix, keep=None, indices=indices, num_patches=num_patches, grid=grid,
-                num_left=number, num_keep=num_keep, **recorded._asdict(),
-            )  # fmt: skip
-            scored = self.stage.score(candidates)
-            scores = scored.scores
+        ranking = self._current(tokens)
+        if ranking is not None:
+            kept, chosen = self._ranked(ranking, tokens, number, num_keep)
         else:
-            scores = ranking(patches)
-        chosen = scores.topk(num_keep, dim=1, sorted=False).indices  # (B, k)
+            kept, chosen = self._scored(tokens, number, num_keep, indices, num_patches, grid, recorded)
+        if chosen is None:
+            return kept, None
+        return kept, chosen if indices is None else indices.gather(1, chosen)
+
+    def _ranked(self, ranking: Ranking, tokens: Tensor, number: int, num_keep: int) -> tuple[Tensor, Tensor | None]:
+        """What goes on where a ranking chooses, and the chosen ones (B, k) of so many patch tokens, if asked for."""
+        sequence = self._sequence_of(tokens, number, num_keep)
+        ranks = sequence.ranks(ranking, tokens)  # (B·K,)
+        if not (self.tracked or self.ordered):
+            return sequence.best(tokens, ranks), None
+        chosen = sequence.positions(ranks)  # (B, k)
+        if self.ordered:
+            chosen = chosen.sort(dim=1).values
+        return sequence.gather(tokens, chosen), chosen - self.num_prefix
+
+    def _scored(
+        self,
+        tokens: Tensor,
+        number: int,
+        num_keep: int,
+        indices: Tensor | None,
+        num_patches: int,
+        grid: tuple[int, int] | None,
+        recorded: Recorded,
+    ) -> tuple[Tensor, Tensor]:
+        """The same where scores themselves are asked for."""
+        end = self.num_prefix + number
+        prefix, patches = tokens[:, : self.num_prefix], tokens.narrow(1, self.num_prefix, number)
+        candidates = Candidates(
+            patches=patches, prefix=prefix, keep=None, indices=indices, num_patches=num_patches, grid=grid,
+            num_left=number, num_keep=num_keep, **recorded._asdict(),
+        )  # fmt: skip
+        scored = self.stage.score(candidates)
+        chosen = scored.scores.topk(num_keep, dim=1, sorted=False).indices  # (B, k)
         if self.ordered:
             chosen = chosen.sort(dim=1).values
         summary = None
-        if scored is not None and self.stage.reduction.looks_at_pruned:
+        if self.stage.reduction.looks_at_pruned:
             reduced = self._reduced(patches, scored, chosen)
             summary = reduced.summary
             if reduced.patches is not patches:
-                end = self.num_prefix + number
-                tokens = torch.cat([tokens[:, : self.num_prefix], reduced.patches, tokens[:, end:]], dim=1)
-        kept = self._gather(tokens, number, chosen)
+                tokens = torch.cat([prefix, reduced.patches, tokens[:, end:]], dim=1)
+        kept = self._sequence_of(tokens, number, num_keep).gather(tokens, chosen + self.num_prefix)
         if summary is not None:
             end = kept.shape[1] - self.num_suffix
             kept = torch.cat([kept[:, :end], summary, kept[:, end:]], dim=1)
-        if ranking is not None and not self.tracked:
-            return kept, None
-        return kept, chosen if indices is None else indices.gather(1, chosen)
+        return kept, chosen
 
     def _current(self, tokens: Tensor) -> Ranking | None:
         """The scorer's ranking with its weights as they are now; ``None`` where scores themselves are asked for."""
@@ -162,18 +185,13 @@ class FrozenStage:
         reduced: Reduced = self.stage.reduction(split)
         return check_reduced(reduced, split, self.stage.reduction)
 
-    def _gather(self, tokens: Tensor, number: int, chosen: Tensor) -> Tensor:
-        """The sequence (B, P + k + Q, C) of the chosen ones (B, k) of so many patch tokens, and all others."""
-        (batch, length, width), num_keep = tokens.shape, chosen.shape[1]
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():  # which remember rows, or take them for constants
-            rows = _Rows(self, tokens, number, num_keep).filled(chosen, fresh=True)
-        else:
-            if self._rows is None or not self._rows.fits(tokens, number, num_keep):
-                self._rows = _Rows(self, tokens, number, num_keep)
-            rows = self._rows.filled(chosen, fresh=False)
-            if batch == 1:
-                return tokens.index_select(1, rows)
-        return tokens.reshape(-1, width).index_select(0, rows).view(batch, length - number + num_keep, width)
+    def _sequence_of(self, tokens: Tensor, number: int, num_keep: int) -> _Sequence:
+        """What is known of sequences such as (B, K, C), of which so many of so many patch tokens go on."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():  # which take what is filled again for a constant,
+            return _Sequence(self, tokens, number, num_keep, lasting=False)  # or remember it
+        if self._sequence is None or not self._sequence.fits(tokens, number, num_keep):
+            self._sequence = _Sequence(self, tokens, number, num_keep, lasting=True)
+        return self._sequence
 
 
 class CutStage(FrozenStage):
@@ -193,44 +211,82 @@ class CutStage(FrozenStage):
         return torch.cat([tokens[:, :end], tokens[:, -self.num_suffix :]], dim=1), indices
 
 
-class _Rows:
-    """Which rows go on where the sequences of all images stand one behind the other.
-
-    Those of prefix and suffix tokens are the same in every pass, so that one tensor is filled again and again.
+class _Sequence:
+    """Sequences of one shape, and which of the tokens of all images go on, where these stand one below the other.
 
     Args:
         stage: The stage.
         tokens: (B, K, C).
         number: n.
         num_keep: k.
+        lasting: Whether it is for passes to come, too, so that one tensor is filled again and again with the numbers of
+            the rows that go on. Compiled code would take it for a constant, and autograd would remember it.
     """
 
-    def __init__(self, stage: FrozenStage, tokens: Tensor, number: int, num_keep: int) -> None:
+    def __init__(self, stage: FrozenStage, tokens: Tensor, number: int, num_keep: int, *, lasting: bool) -> None:
         batch, length, _ = tokens.shape
-        self._for = tokens.shape, number, num_keep, tokens.device
-        start, end = stage.num_prefix, stage.num_prefix + number
+        self._num_keep, self._num_left, self._checked = num_keep, length - number + num_keep, not lasting
+        num_before, num_behind = stage.num_prefix, length - stage.num_prefix - number
+        others = [tokens.new_full((num_before,), -torch.inf), tokens.new_full((num_behind,), -torch.inf)]
+        self._others = torch.cat([others[0], tokens.new_zeros(number), others[1]]).repeat(batch)
+        nothing = [tokens.new_zeros(1, num_before), tokens.new_zeros(1, num_behind)]
+        self._shares = torch.cat([nothing[0], tokens.new_full((1, number), 1 / number), nothing[1]], dim=1)
         everything = torch.arange(batch * length, device=tokens.device).view(batch, length)
-        self._prefix, self._suffix = everything[:, :start], everything[:, end:]
-        self._first = everything[:, start : start + 1]
+        self._first, self._prefix = everything[:, :1], everything[:, :num_before]
+        self._suffix = everything[:, length - num_behind :]
         self._filled: Tensor | None = None
+        if lasting:
+            self._for = self._fitting(tokens, number, num_keep)
+            filled = torch.cat([self._prefix, everything[:, :num_keep], self._suffix], dim=1)
+            self._filled, self._middle = filled.view(-1), filled.narrow(1, num_before, num_keep)
+            self._of_one = self._middle[0]
+            self._values = tokens.new_empty(num_keep)
+
+    @staticmethod
+    def _fitting(tokens: Tensor, number: int, num_keep: int) -> tuple[Any, ...]:
+        return tokens.shape, number, num_keep, tokens.device, tokens.dtype, torch.is_inference_mode_enabled()
 
     def fits(self, tokens: Tensor, number: int, num_keep: int) -> bool:
-        """Whether they are for such a sequence."""
-        return self._for == (tokens.shape, number, num_keep, tokens.device)
+        """Whether it is for such a sequence."""
+        return self._for == self._fitting(tokens, number, num_keep)
 
-    def filled(self, chosen: Tensor, *, fresh: bool) -> Tensor:
-        """Rows (B·(P + k + Q),), with those of the chosen patch tokens (B, k).
+    def ranks(self, ranking: Ranking, tokens: Tensor) -> Tensor:
+        """(B·K,), how the tokens (B, K, C) rank: −inf for those that are no patch tokens.
 
-        Args:
-            chosen: Positions among the patch tokens.
-            fresh: Whether nobody else may write to the tensor that is returned.
+        Raises:
+            ValueError: The ranking gives something else.
         """
-        if fresh:
-            return torch.cat([self._prefix, chosen + self._first, self._suffix], dim=1).flatten()
-        filled = self._filled
-        if filled is None or (filled.is_inference() and not torch.is_inference_mode_enabled()):  # not to be written to
-            rows = torch.cat([self._prefix, chosen, self._suffix], dim=1)
-            filled = rows.view(-1)
-            self._middle, self._filled = rows.narrow(1, self._prefix.shape[1], chosen.shape[1]), filled
-        torch.add(chosen, self._first, out=self._middle)
-        return filled
+        batch, _, width = tokens.shape
+        ranks = ranking(Rows(tokens.reshape(-1, width), batch, self._others, self._shares))
+        if not self._checked:
+            if ranks.shape != self._others.shape or not ranks[self._others < 0].isneginf().all():
+                raise ValueError(
+                    f"a ranking returned numbers of shape {tuple(ranks.shape)}; expected {tuple(self._others.shape)}, "
+                    "with −inf for tokens that are no patch tokens: add rows.others to them."
+                )
+            self._checked = True
+        return ranks
+
+    def positions(self, ranks: Tensor) -> Tensor:
+        """(B, k), where in the sequence the tokens are that rank (B·K,) highest."""
+        return ranks.view(self._first.shape[0], -1).topk(self._num_keep, dim=1, sorted=False).indices
+
+    def best(self, tokens: Tensor, ranks: Tensor) -> Tensor:
+        """(B, P + k + Q, C), of the sequence (B, K, C) the patch tokens that rank (B·K,) highest, and all others."""
+        if self._filled is None or tokens.shape[0] > 1:
+            return self.gather(tokens, self.positions(ranks))
+        if self._values.dtype != ranks.dtype:
+            self._values = ranks.new_empty(self._num_keep)
+        torch.topk(ranks, self._num_keep, sorted=False, out=(self._values, self._of_one))
+        return tokens.index_select(1, self._filled)
+
+    def gather(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+        """The same of chosen ones (B, k), positions in the sequence."""
+        if self._filled is None:
+            filled = torch.cat([self._prefix, chosen + self._first, self._suffix], dim=1).flatten()
+        else:
+            torch.add(chosen, self._first, out=self._middle)
+            filled = self._filled
+            if tokens.shape[0] == 1:
+                return tokens.index_select(1, filled)
+        return tokens.reshape(-1, tokens.shape[2]).index_select(0, filled).view(-1, self._num_left, tokens.shape[2])

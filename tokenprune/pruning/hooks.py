@@ -70,7 +70,8 @@ class PruningHooks(CurrentPass):
 
     def _before_tower(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         checks.check_no_replica(model)
-        self._close()
+        if self._open:
+            self._close()
         self._in_tower = True
         self._grad_enabled = torch.is_grad_enabled()
         self._image_size = image_size_of(args, kwargs)
@@ -81,6 +82,9 @@ class PruningHooks(CurrentPass):
 
     def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._in_tower, self._image_size, self._images = False, None, None
+        if self._idle:
+            self._idle = self._open = False
+            return None
         running, trace = self._running, self.trace
         self._close()
         if output is None or running is None or trace is None or self._restores or not trace.selections:
@@ -98,7 +102,8 @@ class PruningHooks(CurrentPass):
     def _before_first_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if recomputing():
             return
-        self.trace, self._running, self._state, self._open = None, None, State(), False
+        self.trace, self._running, self._state = None, None, State()
+        self._open = self._idle = False
         backbone, images = self.backbone, self._images
         frozen = self._frozen is not None  # never, but code that was compiled of this hook then has a guard for it
         if not self.enabled or frozen or (backbone.packed is not None and images is None):
@@ -127,11 +132,28 @@ class PruningHooks(CurrentPass):
             images=images,
         )
         self._running, self._open = running, True
+        if self._in_tower and self._plan.keeps_all and images is None and not self._inside:
+            self._idle = self._all_kept(running, self.trace, tokens)
+
+    def _all_kept(self, running: Execution, trace: Trace, tokens: Tensor) -> bool:
+        """Record at once that no stage prunes anything of the sequence (B, L, C), unless more is to be recorded."""
+        if torch.is_grad_enabled() and (running.trains or self.training):
+            return False
+        number, sampled = trace.num_patches, running.trains and self.training
+        if not running.keeps_all(number, number, probability=1.0, sampled=sampled):
+            return False
+        selection = running.pass_all(trace.start, tokens)
+        for block in self._plan.stages:
+            layout = self.backbone.layout_at(selection.layout, block)
+            trace.selections.append(selection if layout is selection.layout else selection.replace(layout=layout))
+        return True
 
     def _before_block(
         self, place: Place, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """In front of a block behind a stage, which may stand right in front of it."""
+        if self._idle:
+            return None
         again, running, trace = recomputing(), self._running, self.trace
         if not (again or self._is_next(place, block)) or running is None or trace is None:
             return None
@@ -212,6 +234,8 @@ class PruningHooks(CurrentPass):
         return running.side_inputs(args, kwargs, place.names, selection, full)
 
     def _before_attention(self, place: Place, attention: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._idle:
+            return
         running, trace = self._running, self.trace
         if running is None or trace is None:
             return
@@ -238,6 +262,8 @@ class PruningHooks(CurrentPass):
             self._scopes.enter(scopes)
 
     def _after_attention(self, place: Place, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._idle:
+            return
         if self._scopes.entered:
             self._scopes.leave(attention, failed=output is None)  # None: an exception is passing through
         if output is not None and self._open and place.inside == len(self._state.selections):
@@ -254,6 +280,8 @@ class PruningHooks(CurrentPass):
         checks.check_grad(module, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
 
     def _after_block(self, place: Place, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._idle:
+            return None
         self._sum.end(block)
         running = self._running
         if running is None or not (self._restoring or running.trains or running.intercepts):
@@ -293,7 +321,7 @@ class PruningHooks(CurrentPass):
         return running.restore(tokens, selection, everything, self._full_layout(place.block))
 
     def _after_last_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if recomputing():
+        if self._idle or recomputing():
             return
         if self.backbone.final_norm is None:
             self._record_tokens(output_tokens(output))
@@ -328,4 +356,5 @@ class PruningHooks(CurrentPass):
         tail, self._tail = self._tail, None
         if tail is not None:
             tail.leave()
-        self._everything, self._entry, self._state, self._open = None, State(), State(), False
+        self._everything, self._entry, self._state = None, State(), State()
+        self._open = self._idle = False

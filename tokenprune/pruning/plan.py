@@ -87,6 +87,11 @@ class Plan:
         return tuple(num_kept(num_patches, ratio) for ratio in self.keep_ratios)
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether no stage prunes anything."""
+        return self.keep_ratios[-1] == 1
+
+    @property
     def keep_probabilities(self) -> tuple[float, ...]:
         """For each stage the fraction it keeps of the tokens that reach it, in (0, 1]."""
         before = (1.0, *self.keep_ratios)

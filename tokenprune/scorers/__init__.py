@@ -2,7 +2,6 @@
 
 from tokenprune.scorers.base import (
     Candidates,
-    Ranking,
     Scored,
     Scorer,
     ScorerBuilder,
@@ -18,6 +17,7 @@ from tokenprune.scorers.predictor_linear import PredictorLinear
 from tokenprune.scorers.predictor_slim import PredictorSlim
 from tokenprune.scorers.random import Random
 from tokenprune.scorers.redundancy import Redundancy
+from tokenprune.scorers.rows import Ranking, Rows
 from tokenprune.scorers.static import Static
 from tokenprune.scorers.tome import ToMe, tome_keep_ratios
 
@@ -31,6 +31,7 @@ __all__ = [
     "Random",
     "Ranking",
     "Redundancy",
+    "Rows",
     "Scored",
     "Scorer",
     "ScorerBuilder",

@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from tokenprune.scorers.rows import Ranking
+
 
 class Candidates(NamedTuple):
     """The patch tokens that a scorer is to score.
@@ -90,10 +92,6 @@ class ScorerContext(NamedTuple):
     embed_dim: int
     keep_probability: float
     grid_size: tuple[int, int] | None
-
-
-Ranking = Callable[[Tensor], Tensor]
-"""Of the patch tokens (B, n, C) that are left, numbers (B, n) that rank them as their scores do."""
 
 
 class Scorer(nn.Module):

@@ -1,49 +1,102 @@
-"""Folding the scale and shift of a layer norm into the linear layer behind it, which is exact but for rounding."""
+"""What rankings are made of: layers with weights folded into one another, exact but for rounding.
+
+Shapes: B images, K tokens of each, R = B·K rows, C, C' and D channels.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenprune.scorers.rows import Rows
 
-class NormedLinear:
-    """What a layer norm and the linear layer behind it compute, with their weights as they are now.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+
+
+class Layer(NamedTuple):
+    """A linear layer, and the activation behind it.
+
+    Attributes:
+        weight: (C, C'), transposed.
+        bias: (1, C').
+        activation: ``"gelu"`` or ``"relu"``.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    activation: str
+
+    @classmethod
+    def of(cls, linear: nn.Linear, activation: str) -> Layer:
+        """That of a module, with its weights as they are now."""
+        return cls(_transposed(linear.weight), linear.bias.clone().unsqueeze(0), activation)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """(R, C') of (R, C)."""
+        return _activated(self.bias, rows, self.weight, self.activation)
+
+
+class NormedLayer:
+    """A layer norm, the linear layer behind it, and the activation behind that, with their weights as they are now.
 
     The scale and shift of the norm are folded into the linear layer. In what a compiler makes of a model they are not:
     that would fold them in every pass, and compiled norms scale and shift at no cost.
     """
 
-    def __init__(self, norm: nn.LayerNorm, linear: nn.Linear) -> None:
+    def __init__(self, norm: nn.LayerNorm, linear: nn.Linear, activation: str) -> None:
         self._shape, self._eps = norm.normalized_shape, norm.eps
         self._norm: tuple[Tensor | None, Tensor | None] = None, None
-        self._linear: tuple[Tensor, Tensor]
         if torch.compiler.is_compiling():
-            self._norm, self._linear = (norm.weight, norm.bias), (linear.weight, linear.bias)
+            self._norm, self._layer = (norm.weight, norm.bias), Layer.of(linear, activation)
         else:
-            self._linear = linear.weight * norm.weight, linear.bias + linear.weight @ norm.bias
+            bias = linear.bias + linear.weight @ norm.bias
+            self._layer = Layer(_transposed(linear.weight * norm.weight), bias.unsqueeze(0), activation)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(F.layer_norm(x, self._shape, *self._norm, eps=self._eps), *self._linear)
+    def __call__(self, rows: Tensor) -> Tensor:
+        """(R, C') of (R, C)."""
+        return self._layer(F.layer_norm(rows, self._shape, *self._norm, eps=self._eps))
 
 
 class LocalAndShared:
-    """A linear layer of which a part sees what all tokens of an image share, and is computed once an image.
+    """A layer of which a part sees the mean over an image's patch tokens, and is computed once an image.
 
     Args:
         local: (C', C), the weight of what each token has of its own.
-        shared: (C', D) and (C',), weight and bias of what is the same for all.
+        shared: (C', D), the weight of the mean.
+        bias: (C',).
+        activation: ``"gelu"`` or ``"relu"``.
     """
 
-    def __init__(self, local: Tensor, shared: tuple[Tensor, Tensor]) -> None:
-        self._compiled = torch.compiler.is_compiling()
-        self._local = local if self._compiled else local.t().contiguous().unsqueeze(0)
-        self._shared = shared if self._compiled else (shared[0].contiguous(), shared[1].clone())
+    def __init__(self, local: Tensor, shared: Tensor, bias: Tensor, activation: str) -> None:
+        self._local, self._shared = _transposed(local), _transposed(shared)
+        self._bias, self._activation = bias.clone().unsqueeze(0), activation
 
-    def __call__(self, own: Tensor, mean: Tensor) -> Tensor:
-        """(B, n, C') of (B, n, C) and (B, 1, D)."""
-        shared = F.linear(mean, *self._shared)  # (B, 1, C')
-        if self._compiled:
-            return F.linear(own, self._local) + shared
-        batch = own.shape[0]
-        return torch.baddbmm(shared, own, self._local if batch == 1 else self._local.expand(batch, -1, -1))
+    def __call__(self, own: Tensor, rows: Rows, averaged: Tensor) -> Tensor:
+        """(R, C') of what tokens have of their own (R, C), and of what is averaged over an image's (R, D)."""
+        shared = torch.addmm(self._bias, rows.mean(averaged), self._shared)  # (B, C')
+        if rows.of_one:
+            return _activated(shared, own, self._local, self._activation)
+        own, shared = rows.by_image(own), shared.unsqueeze(1)
+        if torch.compiler.is_compiling():  # ONNX would copy an expanded weight
+            hidden = own @ self._local + shared  # (B, K, C')
+        else:
+            hidden = torch.baddbmm(shared, own, self._local.expand(rows.num_images, -1, -1))
+        return _ACTIVATIONS[self._activation](hidden).flatten(0, 1)
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    """A weight (C', C) as (C, C')."""
+    return weight.t() if torch.compiler.is_compiling() else weight.t().contiguous()
+
+
+def _activated(bias: Tensor, rows: Tensor, weight: Tensor, activation: str) -> Tensor:
+    """The activation of bias + rows · weight, (R, C'): one operator where PyTorch has an exact one."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    # It has no gradient, autocast does not know it, and on a GPU its GELU is an approximation.
+    if traced or rows.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return _ACTIVATIONS[activation](torch.addmm(bias, rows, weight))
+    return torch._addmm_activation(bias, rows, weight, use_gelu=activation == "gelu")

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenprune.scorers.base import Candidates, Ranking, Scorer, ScorerContext, log_odds, register_scorer
-from tokenprune.scorers.folding import LocalAndShared, NormedLinear
+from tokenprune.scorers.base import Candidates, Scorer, ScorerContext, log_odds, register_scorer
+from tokenprune.scorers.folding import Layer, LocalAndShared, NormedLayer
+from tokenprune.scorers.rows import Ranking, Rows
 
 
 class Predictor(Scorer):
@@ -76,16 +77,17 @@ class _Folded:
     def __init__(self, predictor: Predictor) -> None:
         norm, first = cast(nn.LayerNorm, predictor.in_conv[0]), cast(nn.Linear, predictor.in_conv[1])
         second, third, last = (cast(nn.Linear, predictor.out_conv[index]) for index in (0, 2, 4))
-        of_local, of_mean = second.weight.chunk(2, dim=1)
-        self.first = NormedLinear(norm, first)
-        self.second = LocalAndShared(of_local, (of_mean, second.bias))
-        self.third = third.weight.clone(), third.bias.clone()
-        self.last = last.weight[0] - last.weight[1]
+        self._first = NormedLayer(norm, first, "gelu")
+        local, mean = second.weight.chunk(2, dim=1)
+        # The mean is taken of all channels, so that its weight is 0 for those that are local.
+        self._second = LocalAndShared(local, F.pad(mean, (mean.shape[1], 0)), second.bias, "gelu")
+        self._third = Layer.of(third, "gelu")
+        self._last = last.weight[0] - last.weight[1]
 
-    def __call__(self, patches: Tensor) -> Tensor:
-        local, other = F.gelu(self.first(patches)).chunk(2, dim=2)  # (B, n, C/2) each
-        hidden = F.gelu(self.second(local, other.mean(dim=1, keepdim=True)))  # (B, n, C/2)
-        return F.gelu(F.linear(hidden, *self.third)) @ self.last
+    def __call__(self, rows: Rows) -> Tensor:
+        hidden = self._first(rows.tokens)  # (R, C)
+        local = hidden.narrow(1, 0, hidden.shape[1] // 2)
+        return rows.rank(self._third(self._second(local, rows, hidden)), self._last)
 
 
 @register_scorer("predictor")

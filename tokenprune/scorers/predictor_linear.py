@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenprune.scorers.base import Candidates, Ranking, Scorer, ScorerContext, log_odds, register_scorer
+from tokenprune.scorers.base import Candidates, Scorer, ScorerContext, log_odds, register_scorer
+from tokenprune.scorers.rows import Ranking, Rows
 
 
 class PredictorLinear(Scorer):
@@ -43,8 +44,8 @@ class _Folded:
         self._shape, self._eps = predictor.norm.normalized_shape, predictor.norm.eps
         self._weight = predictor.linear.weight[0].clone()
 
-    def __call__(self, patches: Tensor) -> Tensor:
-        return F.layer_norm(patches, self._shape, eps=self._eps) @ self._weight
+    def __call__(self, rows: Rows) -> Tensor:
+        return rows.rank(F.layer_norm(rows.tokens, self._shape, eps=self._eps), self._weight)
 
 
 @register_scorer("predictor_linear")

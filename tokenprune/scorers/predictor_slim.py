@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenprune.scorers.base import Candidates, Ranking, Scorer, ScorerContext, log_odds, register_scorer
-from tokenprune.scorers.folding import LocalAndShared, NormedLinear
+from tokenprune.scorers.base import Candidates, Scorer, ScorerContext, log_odds, register_scorer
+from tokenprune.scorers.folding import LocalAndShared, NormedLayer
+from tokenprune.scorers.rows import Ranking, Rows
 
 NARROWING = 8
 """How many times narrower the inside is than the tokens."""
@@ -53,13 +54,14 @@ class _Folded:
     """What a `PredictorSlim` computes, with constants folded, and its last bias left out, which is the same for all."""
 
     def __init__(self, predictor: PredictorSlim) -> None:
-        self.inner = NormedLinear(predictor.norm, predictor.inner)
-        self.middle = LocalAndShared(predictor.local.weight, (predictor.mean.weight, predictor.mean.bias))
-        self.last = predictor.last.weight[0].clone()
+        mean = predictor.mean
+        self._inner = NormedLayer(predictor.norm, predictor.inner, "relu")
+        self._middle = LocalAndShared(predictor.local.weight, mean.weight, mean.bias, "relu")
+        self._last = predictor.last.weight[0].clone()
 
-    def __call__(self, patches: Tensor) -> Tensor:
-        hidden = F.relu(self.inner(patches))  # (B, n, W)
-        return F.relu(self.middle(hidden, hidden.mean(dim=1, keepdim=True))) @ self.last
+    def __call__(self, rows: Rows) -> Tensor:
+        hidden = self._inner(rows.tokens)  # (R, W)
+        return rows.rank(self._middle(hidden, rows, hidden), self._last)
 
 
 @register_scorer("predictor_slim")

@@ -29,6 +29,7 @@ class Gather(Execution):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         self._inputs = SideInputs(backbone.token_inputs, backbone.neutral_inputs)
+        self._positions: Tensor | None = None
 
     def begin(self) -> None:
         self._inputs.forget()
@@ -39,8 +40,17 @@ class Gather(Execution):
     def pass_all(self, before: Selection, tokens: Tensor) -> Selection:
         if before.indices is not None:
             return before.replace(chosen=None, scores=None, attention=None)
-        everything = torch.arange(before.layout.num_patches, device=tokens.device).expand(tokens.shape[0], -1)
-        return before.replace(indices=everything)
+        return before.replace(indices=self._all_positions(tokens, before.layout.num_patches))
+
+    def _all_positions(self, tokens: Tensor, number: int) -> Tensor:
+        """(B, N), the positions of all patch tokens; the same tensor in every pass, as long as it fits."""
+        (batch, *_), found = sizes(tokens), self._positions
+        if torch.compiler.is_compiling():
+            return torch.arange(number, device=tokens.device).expand(batch, -1)
+        if found is None or (*found.shape, found.device) != (batch, number, tokens.device):
+            with torch.inference_mode(False):  # a later pass may ask for gradients
+                found = self._positions = torch.arange(number, device=tokens.device).expand(batch, -1)
+        return found
 
     def decide(self, scores: Tensor, before: Selection, num_keep: int | Tensor, *, sampled: bool) -> Selection:
         assert isinstance(num_keep, int)
