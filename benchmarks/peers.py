@@ -88,10 +88,17 @@ def main(
     new = {(one.take, one.runtime, one.batch_size) for one in found}
     kept = [one for one in before if (one.take, one.runtime, one.batch_size) not in new]
     every = sorted([*kept, *found], key=lambda one: ((*RUNTIMES, "pt2").index(one.runtime), one.batch_size))
-    title = f"{model}, ρ = {keep_ratio:g}, medians of {pairs} rounds ({4 * pairs} at batches up to 4), taken"
-    title += {1: " once", 2: " twice"}.get(max(one.take for one in every), f" {max(one.take for one in every)} times")
-    report(name, title, environment(device, dtype), COLUMNS, table(every), every)
-    draw(every, f"{model}, ρ = {keep_ratio:g}").savefig(PICTURES / f"{name}.png", dpi=110)
+    write(name, every, f"{model}, ρ = {keep_ratio:g}", environment(device, dtype))
+
+
+def write(name: str, every: Sequence[Measured], what: str, where: dict[str, Any]) -> None:
+    """Write results files, table and picture of all that was measured."""
+    counts = {one.batch_size: len(one.dense_over_it.first_seconds) for one in every}
+    rounds = ", ".join(f"{count} at batch {batch}" for batch, count in sorted(counts.items()))
+    times = {1: "once", 2: "twice"}.get(most := max(one.take for one in every), f"{most} times")
+    title = f"{what}, medians of so many rounds: {rounds}; taken {times}"
+    report(name, title, where, COLUMNS, table(every), every)
+    draw(every, what).savefig(PICTURES / f"{name}.png", dpi=110)
 
 
 def models(dense: Any, keep_ratio: float) -> dict[str, nn.Module]:
@@ -211,6 +218,9 @@ def draw(measured: Sequence[Measured], title: str) -> Any:
     panels = figure.subplots(len(batches), len(runtimes), sharex=True, sharey=True, squeeze=False)
     for line, batch in zip(panels, batches, strict=True):
         for axes, runtime in zip(line, runtimes, strict=True):
+            if not any(key[:2] == (runtime, batch) for key in rows):
+                axes.set_visible(False)
+                continue
             axes.set_title(f"{runtime}, batch {batch}", fontsize=10)
             axes.axvline(1, color="gray", linewidth=0.8)
             for place, what in enumerate(names):
