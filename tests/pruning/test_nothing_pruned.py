@@ -33,8 +33,6 @@ def refuse(*_: Any, **__: Any) -> None:
 @torch.no_grad()
 def test_blocks_run_as_they_are(case: Case, execution: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, model = case.model(), unpruned(case)
-    if execution_class(execution).obstacles(model.tokenprune.backbone):
-        pytest.skip(f"the model does not run in {execution}")
     model.tokenprune.execution = execution
     for owner, name in ((PruningHooks, "_prune"), (PruningHooks, "_side_inputs"), (AttentionScopes, "enter")):
         monkeypatch.setattr(owner, name, refuse)

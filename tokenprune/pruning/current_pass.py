@@ -167,4 +167,4 @@ class CurrentPass(nn.Module):
 
     def drops(self) -> bool:
         """Whether tokens are missing behind a block, for good."""
-        return self.enabled and not self._restores and any(ratio < 1 for ratio in self._plan.keep_ratios)
+        return self.enabled and not self._restores and not self._plan.keeps_all

@@ -110,7 +110,12 @@ class FrozenStage:
         if ranking is not None:
             kept, chosen = self._ranked(ranking, tokens, number, num_keep)
         else:
-            kept, chosen = self._scored(tokens, number, num_keep, indices, num_patches, grid, recorded)
+            prefix, patches = tokens[:, : self.num_prefix], tokens.narrow(1, self.num_prefix, number)
+            candidates = Candidates(
+                patches=patches, prefix=prefix, keep=None, indices=indices, num_patches=num_patches, grid=grid,
+                num_left=number, num_keep=num_keep, **recorded._asdict(),
+            )  # fmt: skip
+            kept, chosen = self._scored(candidates, tokens, number, num_keep)
         if chosen is None:
             return kept, None
         return kept, chosen if indices is None else indices.gather(1, chosen)
@@ -126,23 +131,9 @@ class FrozenStage:
             chosen = chosen.sort(dim=1).values
         return sequence.gather(tokens, chosen), chosen - self.num_prefix
 
-    def _scored(
-        self,
-        tokens: Tensor,
-        number: int,
-        num_keep: int,
-        indices: Tensor | None,
-        num_patches: int,
-        grid: tuple[int, int] | None,
-        recorded: Recorded,
-    ) -> tuple[Tensor, Tensor]:
+    def _scored(self, candidates: Candidates, tokens: Tensor, number: int, num_keep: int) -> tuple[Tensor, Tensor]:
         """The same where scores themselves are asked for."""
-        end = self.num_prefix + number
-        prefix, patches = tokens[:, : self.num_prefix], tokens.narrow(1, self.num_prefix, number)
-        candidates = Candidates(
-            patches=patches, prefix=prefix, keep=None, indices=indices, num_patches=num_patches, grid=grid,
-            num_left=number, num_keep=num_keep, **recorded._asdict(),
-        )  # fmt: skip
+        patches, end = candidates.patches, self.num_prefix + number
         scored = self.stage.score(candidates)
         chosen = scored.scores.topk(num_keep, dim=1, sorted=False).indices  # (B, k)
         if self.ordered:
@@ -152,7 +143,7 @@ class FrozenStage:
             reduced = self._reduced(patches, scored, chosen)
             summary = reduced.summary
             if reduced.patches is not patches:
-                tokens = torch.cat([prefix, reduced.patches, tokens[:, end:]], dim=1)
+                tokens = torch.cat([candidates.prefix, reduced.patches, tokens[:, end:]], dim=1)
         kept = self._sequence_of(tokens, number, num_keep).gather(tokens, chosen + self.num_prefix)
         if summary is not None:
             end = kept.shape[1] - self.num_suffix
@@ -188,8 +179,8 @@ class FrozenStage:
 
     def _sequence_of(self, tokens: Tensor, number: int, num_keep: int) -> FrozenSequence:
         """What is known of sequences such as (B, K, C), of which so many of so many patch tokens go on."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():  # which take what is filled again for a constant,
-            return FrozenSequence(self.num_prefix, tokens, number, num_keep, lasting=False)  # or remember it
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return FrozenSequence(self.num_prefix, tokens, number, num_keep, lasting=False)
         if self._sequence is None or not self._sequence.fits(tokens, number, num_keep):
             self._sequence = FrozenSequence(self.num_prefix, tokens, number, num_keep, lasting=True)
         return self._sequence

@@ -70,8 +70,7 @@ class PruningHooks(CurrentPass):
 
     def _before_tower(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         checks.check_no_replica(model)
-        if self._open:
-            self._close()
+        self._close()
         self._in_tower = True
         self._grad_enabled = torch.is_grad_enabled()
         self._image_size = image_size_of(args, kwargs)

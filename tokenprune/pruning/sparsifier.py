@@ -173,7 +173,7 @@ class Sparsifier(FreezingHooks):
         """By which stages keep different numbers of tokens of images; ``None`` where they keep as many of all."""
         if self._tried is not None:
             return self._tried
-        if self._budget == FIXED or all(ratio == 1 for ratio in self._plan.keep_ratios):
+        if self._budget == FIXED or self._plan.keeps_all:
             return None
         check_calibrated(self._plan.keep_ratios, self._thresholds)  # weights may have been loaded that have none
         return self._thresholds[self._plan.keep_ratios]

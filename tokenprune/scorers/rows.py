@@ -15,7 +15,7 @@ from torch import Tensor
 class Rows(NamedTuple):
     """The tokens that reach a stage of a frozen model.
 
-    Prefix, suffix and summary tokens are among them: leaving them out takes longer than computing with them.
+    Prefix, suffix and summary tokens are among them, so that nothing is cut out of the sequence before it is ranked.
 
     Attributes:
         tokens: (B·K, C), image below image.
