@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.helpers.zoo import STAGES, Case, models
 from tokenprune.pruning.attention_scopes import AttentionScopes
 from tokenprune.pruning.executions import Execution, execution_class, executions
 from tokenprune.pruning.hooks import PruningHooks
+from tokenprune.pruning.trace import Trace
 
 some = models("timm class token", "timm LV-ViT", "transformers SigLIP", "torchvision")
 one_model = models("timm class token")
@@ -61,6 +63,57 @@ def test_the_record_of_one_pass_serves_another_with_gradients(case: Case) -> Non
     weights = torch.ones(3, case.num_patches, requires_grad=True)
     weights.gather(1, model.tokenprune.trace.indices[0]).sum().backward()
     assert weights.grad is not None and weights.grad.eq(1).all()
+
+
+@one_model
+@torch.no_grad()
+def test_the_record_is_made_once_for_passes_that_are_made_alike(case: Case) -> None:
+    model = unpruned(case)
+    first = record(case, model)
+    assert record(case, model) is first
+    with model.tokenprune.disabled():
+        case.run(model, case.images())
+        assert model.tokenprune.trace is None
+    assert record(case, model) is first and model.tokenprune.trace.keep[0].all()
+
+
+@one_model
+@torch.no_grad()
+def test_no_other_pass_takes_its_record(case: Case) -> None:
+    model = unpruned(case)
+    first = record(case, model)
+    assert record(case, model, batch_size=3).keep[0].shape[0] == 3
+    assert record(case, model, batch_size=2).keep[0].shape == first.keep[0].shape
+    model.tokenprune.execution = "mask"
+    assert record(case, model).execution == "mask"
+    model.tokenprune.execution = "auto"
+    model.train()
+    assert record(case, model).execution == "mask"
+    model.eval()
+    assert record(case, model).execution == "gather"
+    model.tokenprune.keep_ratio = 0.5
+    assert not record(case, model).keep[0].all()
+    model.tokenprune.keep_ratio = 1.0
+    assert record(case, model).keep[0].all()
+
+
+@some
+def test_a_pass_that_is_traced_leaves_no_record_to_others(case: Case) -> None:
+    model = unpruned(case)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # TorchScript is deprecated, and warns of every size that it takes for a constant
+        torch.jit.trace(model, case.images(), strict=False, check_trace=False)
+        traced = model.tokenprune.trace
+        assert record(case, model, batch_size=3) is not traced
+
+
+def record(case: Case, model: nn.Module, batch_size: int = 2) -> Trace:
+    case.run(model, case.images(batch_size))
+    trace = model.tokenprune.trace
+    assert isinstance(trace, Trace)
+    return trace
 
 
 @one_model

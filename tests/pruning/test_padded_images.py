@@ -67,6 +67,16 @@ def test_each_image_keeps_its_own_share_as_if_it_were_alone(entry: Entry) -> Non
 
 
 @torch.no_grad()
+def test_without_pruning_a_mask_is_seen_behind_a_pass_without_one() -> None:
+    (entry,) = (entry for entry in PADDED if entry.name == "Siglip2VisionModel")
+    model, arguments = tokenprune.sparsify(entry.model(), (1, 2), 1.0), entry.example()
+    model(**{**arguments, "pixel_attention_mask": None})
+    assert model.tokenprune.trace.images is None and model.tokenprune.trace.keep[0].all()
+    model(**arguments)
+    assert torch.equal(model.tokenprune.trace.images.present, mask_of(arguments))
+
+
+@torch.no_grad()
 def test_scorers_do_not_see_padding() -> None:
     (entry,) = (entry for entry in PADDED if entry.name == "Siglip2VisionModel")
     model, arguments = tokenprune.sparsify(entry.model(), (1, 2), KEEP_RATIO), entry.example()

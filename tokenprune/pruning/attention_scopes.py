@@ -95,8 +95,10 @@ class AttentionScopes:
 
     def close(self) -> None:
         """Leave what is still entered, and forget what was recorded, as after an interrupted pass."""
-        self._leave()
-        self.take_recorded()
+        if self.entered:
+            self._leave()
+        if self._attention or self._keys:
+            self._attention, self._keys = [], []
 
     def take_recorded(self) -> Recorded:
         """What was recorded where attention ran last, for the next stage."""

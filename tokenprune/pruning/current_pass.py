@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.backbones.backbone import Backbone
-from tokenprune.backbones.interception import Interception
 from tokenprune.backbones.packed import PackedImages
-from tokenprune.backbones.padded import Images
 from tokenprune.pruning.attention_scopes import AttentionScopes
 from tokenprune.pruning.budget import Thresholds
 from tokenprune.pruning.executions import AUTO, Execution, Paths
 from tokenprune.pruning.frozen import FrozenImage, FrozenStage
+from tokenprune.pruning.pass_state import PassState
 from tokenprune.pruning.places import stage_before, stage_into, stands_inside
 from tokenprune.pruning.plan import Plan
-from tokenprune.pruning.recomputation import State, recomputing
+from tokenprune.pruning.recomputation import NOTHING, recomputing
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.side_inputs import SideInputs
 from tokenprune.pruning.stage import Stage
@@ -73,26 +72,14 @@ class CurrentPass(nn.Module):
         self._anew = self._whole and any(one.anew for one in reductions)
         self._restoring = self._restores and not self._whole
         self._executions: dict[tuple[str, bool], Execution] = {}
-        self._running: Execution | None = None
         self._scopes = AttentionScopes(self.backbone)
-        self._tail: Interception | None = None
-        self._in_tower = False
-        self._open = False
-        self._idle = False
-        self._attended = False
-        self._image_size: tuple[int, int] | None = None
-        self._images: Images | None = None
-        self._grad_enabled = False
-        self._everything: Tensor | None = None
-        self._entry = State()
-        self._state = State()
-        self.recomputed = State()
+        self._pass = PassState()
+        self.recomputed = NOTHING
         self._frozen_image = FrozenImage()
         self._frozen_inputs = SideInputs(self.backbone.token_inputs, self.backbone.neutral_inputs)
 
     _LIVE: ClassVar[list[str]] = [
-        "trace", "_executions", "_running", "_images", "_scopes", "_sum", "_tail", "_everything", "_entry", "_state",
-        "recomputed", "_frozen_image", "_frozen_inputs",
+        "trace", "_executions", "_scopes", "_sum", "_pass", "recomputed", "_frozen_image", "_frozen_inputs",
     ]  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,8 +92,8 @@ class CurrentPass(nn.Module):
 
     def _selection(self, stage: int) -> Selection | None:
         """What is in force behind a stage; ``None`` in front of the first one, and in a pass without pruning."""
-        selections = (self.recomputed if recomputing() else self._state).selections
-        return selections[stage] if self._running is not None and 0 <= stage < len(selections) else None
+        selections = (self.recomputed if recomputing() else self._pass.state).selections
+        return selections[stage] if self._pass.running is not None and 0 <= stage < len(selections) else None
 
     def _full_layout(self, block: int) -> Layout:
         """The sequence that a block would get had nothing been pruned."""
@@ -122,7 +109,7 @@ class CurrentPass(nn.Module):
 
     def paths(self, block: int) -> Paths | None:
         """How a block's tokens are split into two paths; ``None`` where all of them are kept."""
-        selection, running = self._selection(stage_before(self._plan, block)), self._running
+        selection, running = self._selection(stage_before(self._plan, block)), self._pass.running
         if selection is None or running is None or selection.all_kept:
             return None
         return running.paths(selection, self._full_layout(block))
@@ -158,12 +145,14 @@ class CurrentPass(nn.Module):
 
     def full_length(self) -> int | None:
         """L, where tokens are removed in this pass; ``None`` where all stay."""
-        running, trace = self._running, self.trace
+        running, trace = self._pass.running, self.trace
         return None if running is None or trace is None or not running.removes else trace.start.layout.length
 
     def mask_weights(self, weights: Tensor) -> Tensor | None:
         """Finished attention weights (B, K, K, H) with those of pruned tokens at 0; ``None`` where all are seen."""
-        return None if self._running is None or not self._scopes.entered else self._running.mask_weights(weights)
+        return (
+            None if self._pass.running is None or not self._scopes.entered else self._pass.running.mask_weights(weights)
+        )
 
     def drops(self) -> bool:
         """Whether tokens are missing behind a block, for good."""

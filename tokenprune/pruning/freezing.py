@@ -72,7 +72,7 @@ class FreezingHooks(PruningHooks):
             self.backbone.layout_at(one.layout, block) for one, block in zip(before, self._plan.stages, strict=True)
         ]
         tracked = (
-            (self._running is not None and bool(self._running.gathered()))
+            (self._pass.running is not None and bool(self._pass.running.gathered()))
             or self._adapts()
             or any(cast(Stage, stage).scorer.needs_recording for stage in self.stages)
         )

@@ -21,7 +21,7 @@ from tokenprune.pruning import checks
 from tokenprune.pruning.current_pass import CurrentPass
 from tokenprune.pruning.executions import Execution, Whole, chosen_execution, execution_of
 from tokenprune.pruning.places import Place, places, stage_before
-from tokenprune.pruning.recomputation import State, recomputing, remember
+from tokenprune.pruning.recomputation import NOTHING, State, recomputing, remember
 from tokenprune.pruning.selection import Selection
 from tokenprune.pruning.stage import Stage
 from tokenprune.pruning.token_sum import TokenSum
@@ -71,20 +71,20 @@ class PruningHooks(CurrentPass):
     def _before_tower(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         checks.check_no_replica(model)
         self._close()
-        self._in_tower = True
-        self._grad_enabled = torch.is_grad_enabled()
-        self._image_size = image_size_of(args, kwargs)
+        now = self._pass
+        now.in_tower, now.grad_enabled, now.image_size = True, torch.is_grad_enabled(), image_size_of(args, kwargs)
         # With the sequence whole, all images have as many tokens on either path.
-        self._images = self.backbone.images(model, args, kwargs) if self.enabled and not self._whole else None
-        if self._inside and self._images is not None:
+        now.images = self.backbone.images(model, args, kwargs) if self.enabled and not self._whole else None
+        if self._inside and now.images is not None:
             checks.refuse_sizes()
 
     def _after_tower(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        self._in_tower, self._image_size, self._images = False, None, None
-        if self._idle:
-            self._idle = self._open = False
+        now = self._pass
+        now.in_tower, now.image_size, now.images = False, None, None
+        if now.idle:
+            now.idle = now.open = False
             return None
-        running, trace = self._running, self.trace
+        running, trace = now.running, self.trace
         self._close()
         if output is None or running is None or trace is None or self._restores or not trace.selections:
             return None
@@ -99,11 +99,11 @@ class PruningHooks(CurrentPass):
         return self.backbone.downstream == "any number" and not self._restores
 
     def _before_first_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if recomputing():
+        if recomputing() or self._idles_again(args):
             return
-        self.trace, self._running, self._state = None, None, State()
-        self._open = self._idle = False
-        backbone, images = self.backbone, self._images
+        now, backbone = self._pass, self.backbone
+        self.trace, now.running, now.state, now.open, now.idle = None, None, NOTHING, False, False
+        images = now.images
         frozen = self._frozen is not None  # never, but code that was compiled of this hook then has a guard for it
         if not self.enabled or frozen or (backbone.packed is not None and images is None):
             return
@@ -123,16 +123,38 @@ class PruningHooks(CurrentPass):
             execution=name,
             start=running.start(layout, images),
             num_prefix_tokens=backbone.num_prefix_at(len(backbone.blocks)),
-            grid=None if images is not None else backbone.grid_of(layout.num_patches, self._image_size),
+            grid=None if images is not None else backbone.grid_of(layout.num_patches, now.image_size),
             restored=self._restores,
             whole=self._whole,
             anew=self._anew,
             thresholds=thresholds,
             images=images,
         )
-        self._running, self._open = running, True
-        if self._in_tower and self._plan.keeps_all and images is None and not self._inside:
-            self._idle = self._all_kept(running, self.trace, tokens)
+        now.running, now.open = running, True
+        if now.in_tower and self._plan.keeps_all and images is None and not self._inside:
+            now.idle = self._all_kept(running, self.trace, tokens)
+            if now.idle and not _becomes_code():
+                now.idled = self._manner(tokens), running, self.trace
+
+    def _idles_again(self, args: tuple[Any, ...]) -> bool:
+        """Whether nothing is to be done again, as in the last idle pass, whose record then stands."""
+        now, idled = self._pass, self._pass.idled
+        if idled is None or not args or not (self.enabled and now.in_tower) or now.images is not None:
+            return False
+        manner, running, trace = idled
+        if not isinstance(args[0], Tensor) or _becomes_code() or manner != self._manner(args[0]):
+            return False
+        now.open = now.idle = True
+        if self.trace is not trace:
+            self.trace, now.running = trace, running
+        return True
+
+    def _manner(self, tokens: Tensor) -> tuple[Any, ...]:
+        """All by which passes on sequences (B, L, C) are idle or not, and have one record or another."""
+        return (
+            self._plan, self._execution, self.thresholds_in_force, self.training, torch.is_grad_enabled(),
+            self._pass.image_size, tokens.shape, tokens.device, type(tokens),
+        )  # fmt: skip
 
     def _all_kept(self, running: Execution, trace: Trace, tokens: Tensor) -> bool:
         """Record at once that no stage prunes anything of the sequence (B, L, C), unless more is to be recorded."""
@@ -151,16 +173,16 @@ class PruningHooks(CurrentPass):
         self, place: Place, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """In front of a block behind a stage, which may stand right in front of it."""
-        if self._idle:
+        if self._pass.idle:
             return None
-        again, running, trace = recomputing(), self._running, self.trace
+        again, running, trace = recomputing(), self._pass.running, self.trace
         if not (again or self._is_next(place, block)) or running is None or trace is None:
             return None
         checks.check_recomputed(running, trace.execution, block)
         if not place.starts and not self._restoring:
             return self._side_inputs(place, running, args, kwargs)
         given = tokens = find_tokens(block, args, kwargs, packed=self.backbone.packed is not None)  # (B, K, C)
-        state = self.recomputed if again else self._state
+        state = self.recomputed if again else self._pass.state
         passed, alone = place.stage - place.starts, place.starts and self._anew
         before = trace.start if passed < 0 or alone else state.selections[passed]
         if self._restoring:
@@ -179,7 +201,7 @@ class PruningHooks(CurrentPass):
 
     def _prune(self, stage: int, block: int, tokens: Tensor, before: Selection) -> tuple[Tensor, Selection]:
         """Of the sequence (B, K, C) that reaches a stage, in front of a block or inside it, what goes on."""
-        again, running, trace = recomputing(), cast(Execution, self._running), cast(Trace, self.trace)
+        again, running, trace = recomputing(), cast(Execution, self._pass.running), cast(Trace, self.trace)
         counts = self._plan.num_keep(trace.num_patches)
         tokens, selection = cast(Stage, self.stages[stage]).prune(
             tokens,
@@ -194,7 +216,8 @@ class PruningHooks(CurrentPass):
         )
         selection = running.lay_out(selection)
         if not again:
-            self._state = self._state.replace(selections=(*self._state.selections, selection))
+            now = self._pass
+            now.state = now.state.replace(selections=(*now.state.selections, selection))
             trace.selections.append(selection)
         return tokens, selection
 
@@ -208,16 +231,17 @@ class PruningHooks(CurrentPass):
 
     def _is_next(self, place: Place, block: nn.Module) -> bool:
         """Whether the pass has come to a block; one that somebody calls by itself runs as it is."""
-        decided = len(self._state.selections) if self._open else -1
+        now = self._pass
+        decided = len(now.state.selections) if now.open else -1
         if decided == place.stage + (0 if place.starts else 1):
             return True
-        if self._in_tower and self.enabled:
+        if now.in_tower and self.enabled:
             checks.refuse_order(block, place.block)
         return False
 
     def _resume(self, place: Place, running: Execution, tokens: Tensor, before: Selection, state: State) -> Tensor:
         """Of all tokens (B, L, C) those that a block runs on, summary tokens included; all are remembered."""
-        self._everything, self._entry = tokens, state
+        self._pass.everything, self._pass.entry = tokens, state
         layout = self.backbone.layout_at(before.layout, place.block).replace(num_summary=0)
         tokens = running.resume(tokens, before, self._full_layout(place.block))
         return tokens if state.summaries is None else layout.with_summaries(tokens, state.summaries)
@@ -233,9 +257,9 @@ class PruningHooks(CurrentPass):
         return running.side_inputs(args, kwargs, place.names, selection, full)
 
     def _before_attention(self, place: Place, attention: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._idle:
+        if self._pass.idle:
             return
-        running, trace = self._running, self.trace
+        running, trace = self._pass.running, self.trace
         if running is None or trace is None:
             return
         selection, layouts = self._selection(place.stage), self.backbone.attention_layouts
@@ -249,7 +273,7 @@ class PruningHooks(CurrentPass):
             masking = running.attention(selection, layouts(selection.layout, place.block))
             if masking is not None:
                 self._check_grad(attention)
-                self._attended = True
+                self._pass.attended = True
                 scopes.append(masking)
         scopes += self._scopes.of_selection(seen, layouts(seen.layout, place.block), self._asker(place))
         if self._scopes.adapting and selection is not None and selection.indices is not None and running.removes:
@@ -261,11 +285,11 @@ class PruningHooks(CurrentPass):
             self._scopes.enter(scopes)
 
     def _after_attention(self, place: Place, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._idle:
+        if self._pass.idle:
             return
         if self._scopes.entered:
             self._scopes.leave(attention, failed=output is None)  # None: an exception is passing through
-        if output is not None and self._open and place.inside == len(self._state.selections):
+        if output is not None and self._pass.open and place.inside == len(self._pass.state.selections):
             self._sum.begin(place, output_tokens(output))
 
     def _asker(self, place: Place) -> Scorer | None:
@@ -276,13 +300,14 @@ class PruningHooks(CurrentPass):
         return cast(Stage, self.stages[stage]).scorer
 
     def _check_grad(self, module: nn.Module) -> None:
-        checks.check_grad(module, expected=self._in_tower and self._grad_enabled, enabled=torch.is_grad_enabled())
+        expected = self._pass.in_tower and self._pass.grad_enabled
+        checks.check_grad(module, expected=expected, enabled=torch.is_grad_enabled())
 
     def _after_block(self, place: Place, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._idle:
+        if self._pass.idle:
             return None
         self._sum.end(block)
-        running = self._running
+        running = self._pass.running
         if running is None or not (self._restoring or running.trains or running.intercepts):
             return None
         masked, selection = self._selection(place.stage), self._selection(place.behind)
@@ -292,7 +317,7 @@ class PruningHooks(CurrentPass):
         if (self._restoring or place.block == self.backbone.reach[-1]) and not running.runs_packed:
             tokens = selection.unpack(tokens)
         if self._restoring:
-            if self._everything is None:  # a block that somebody called by itself
+            if self._pass.everything is None:  # a block that somebody called by itself
                 return None
             tokens = self._restore(place, running, tokens, selection)
         elif place.block == self.backbone.reach[-1]:
@@ -300,60 +325,65 @@ class PruningHooks(CurrentPass):
             if self.trace is not None and not recomputing():
                 self.trace.selections[-1] = self.trace.selections[-1].completed()
         if running.intercepts and masked is not None and not masked.all_kept and not torch.compiler.is_compiling():
-            checks.check_attended(block, self._attended)
-            self._attended = False
+            checks.check_attended(block, self._pass.attended)
+            self._pass.attended = False
         if running.trains and not torch.compiler.is_compiling():
-            state = self.recomputed if recomputing() else self._state
-            found = State(state.selections[: place.stage + 1], self._entry.summaries if self._restoring else None)
+            state = self.recomputed if recomputing() else self._pass.state
+            found = State(state.selections[: place.stage + 1], self._pass.entry.summaries if self._restoring else None)
             remember(self, tokens, found)
         return None if tokens is given else replace_output_tokens(output, tokens)
 
     def _restore(self, place: Place, running: Execution, tokens: Tensor, selection: Selection) -> Tensor:
         """All tokens (B, L, C) behind a block: those it gave (B, K, C), and the others as they were before it."""
-        everything, self._everything = self._everything, None
+        now = self._pass
+        everything, now.everything = now.everything, None
         assert everything is not None
         layout = self.backbone.layout_at(selection.layout, place.block)
         if layout.num_summary:
             if not recomputing():
-                self._state = self._state.replace(summaries=layout.summaries(tokens))
+                now.state = now.state.replace(summaries=layout.summaries(tokens))
             tokens = layout.without_summaries(tokens)
         return running.restore(tokens, selection, everything, self._full_layout(place.block))
 
     def _after_last_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._idle or recomputing():
+        now = self._pass
+        if now.idle or recomputing():
             return
         if self.backbone.final_norm is None:
             self._record_tokens(output_tokens(output))
-        self._open = self._open and self._in_tower
-        running, trace = self._running, self.trace
-        if not self._in_tower:  # a block that somebody calls by itself afterwards runs as it is
-            self._state = State()
+        now.open = now.open and now.in_tower
+        running, trace = now.running, self.trace
+        if not now.in_tower:  # a block that somebody calls by itself afterwards runs as it is
+            now.state = NOTHING
         if running is None or trace is None or self._restores or not trace.selections:
             return
         tail = running.tail(trace.selections[-1], self.backbone.tail_layouts(trace.layout))
         if tail is None:
             return
-        if self._in_tower:
-            self._tail = tail
+        if now.in_tower:
+            now.tail = tail
             tail.enter()
         else:
             checks.warn_of_pruned()
 
     def _after_final_norm(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._record_tokens(output)
+        if not self._pass.idle:
+            self._record_tokens(output)
 
     def _record_tokens(self, tokens: Tensor) -> None:
-        running, trace = self._running, self.trace
+        running, trace = self._pass.running, self.trace
         if running is not None and trace is not None and torch.is_grad_enabled() and (running.trains or self.training):
             packed = self.backbone.packed is not None and tokens.dim() == 2
             trace.tokens = trace.start.unpack(tokens.unsqueeze(0) if packed else tokens)
 
     def _close(self) -> None:
         """Leave what is still entered: the tail's as a rule, a block's after an interrupted pass."""
-        self._sum.end(None)
+        if self._sum.entered:
+            self._sum.end(None)
         self._scopes.close()
-        tail, self._tail = self._tail, None
-        if tail is not None:
-            tail.leave()
-        self._everything, self._entry, self._state = None, State(), State()
-        self._open = self._idle = False
+        self._pass.end()
+
+
+def _becomes_code() -> bool:
+    """Whether a pass is made for a compiler, or for TorchScript, and nothing is to be taken from it to another."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

@@ -36,6 +36,9 @@ class State(NamedTuple):
         return replaced(self, changes)
 
 
+NOTHING = State()
+
+
 class Recomputing(Protocol):
     """Something that finds here what a block that is run again had found."""
 

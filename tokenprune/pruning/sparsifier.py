@@ -309,7 +309,7 @@ class Sparsifier(FreezingHooks):
         """Exchange the hooks in ``model`` for those of a frozen one."""
         self._close()
         self._take_out_hooks()
-        self._frozen, self.trace, self._running = frozen, None, None
+        self._frozen, self.trace, self._pass.running = frozen, None, None
         self._handles += self._install_frozen(self._tower(model))
 
     def unfreeze(self, model: nn.Module) -> None:

@@ -128,5 +128,7 @@ class Trace:
 
 def image_size_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
     """Height and width of the images (…, H, W) that a model is given; ``None`` where it is given something else."""
-    images = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() == 4)
-    return next(((value.shape[-2], value.shape[-1]) for value in images), None)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() == 4:
+            return value.shape[-2], value.shape[-1]
+    return None
