@@ -101,7 +101,9 @@ def test_a_short_ranking_ranks_as_scores_do(build: type[Scorer]) -> None:
         scores = scorer(given)
         ranks = ranking(Rows(sequences.flatten(0, 1), batch, others.repeat(batch), shares)).view(batch, -1)
         alone = [ranking(Rows(one, 1, others, shares)) for one in sequences]
+        compiled = ranking(Rows(sequences, batch, others, shares))
     torch.testing.assert_close(ranks, torch.stack(alone), rtol=0, atol=1e-4)
+    torch.testing.assert_close(ranks, compiled, rtol=0, atol=1e-4)
     assert ranks[:, [0, -1]].isneginf().all()
     short = ranks[:, 1:-1]
     assert isinstance(scores, torch.Tensor)

@@ -32,7 +32,9 @@ class FrozenSequence:
         self._num_keep, self._num_left, self._checked = num_keep, length - number + num_keep, not lasting
         num_behind = length - num_prefix - number
         around = num_prefix, num_behind
-        self._others = F.pad(tokens.new_zeros(number), around, value=-torch.inf).repeat(batch)
+        self._others = F.pad(tokens.new_zeros(number), around, value=-torch.inf)  # (K,)
+        if not torch.compiler.is_compiling():
+            self._others = self._others.repeat(batch)
         self._shares = F.pad(tokens.new_full((1, number), 1 / number), around)
         everything = torch.arange(batch * length, device=tokens.device).view(batch, length)
         self._first, self._prefix = everything[:, :1], everything[:, :num_prefix]
@@ -54,13 +56,14 @@ class FrozenSequence:
         return self._for == self._fitting(tokens, number, num_keep)
 
     def ranks(self, ranking: Ranking, tokens: Tensor) -> Tensor:
-        """(B·K,), how the tokens (B, K, C) rank: −inf for those that are no patch tokens.
+        """(B·K,), or (B, K) in what a compiler makes: how the tokens (B, K, C) rank, with −inf for those of no patch.
 
         Raises:
             ValueError: The ranking gives something else.
         """
         batch, _, width = tokens.shape
-        ranks = ranking(Rows(tokens.reshape(-1, width), batch, self._others, self._shares))
+        given = tokens if torch.compiler.is_compiling() else tokens.reshape(-1, width)
+        ranks = ranking(Rows(given, batch, self._others, self._shares))
         if not self._checked:
             if ranks.shape != self._others.shape or not ranks[self._others < 0].isneginf().all():
                 raise ValueError(
@@ -71,11 +74,12 @@ class FrozenSequence:
         return ranks
 
     def positions(self, ranks: Tensor) -> Tensor:
-        """(B, k), where in the sequence the tokens are that rank (B·K,) highest."""
-        return ranks.view(self._first.shape[0], -1).topk(self._num_keep, dim=1, sorted=False).indices
+        """(B, k), where in the sequence the tokens are that rank highest."""
+        ranks = ranks if ranks.dim() == 2 else ranks.view(self._first.shape[0], -1)
+        return ranks.topk(self._num_keep, dim=1, sorted=False).indices
 
     def best(self, tokens: Tensor, ranks: Tensor) -> Tensor:
-        """(B, P + k + Q, C), of the sequence (B, K, C) the patch tokens that rank (B·K,) highest, and all others."""
+        """(B, P + k + Q, C), of the sequence (B, K, C) the patch tokens that rank highest, and all others."""
         if self._filled is None or tokens.shape[0] > 1:
             return self.gather(tokens, self.positions(ranks))
         if self._values.dtype != ranks.dtype:

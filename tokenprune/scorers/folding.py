@@ -1,6 +1,6 @@
 """What rankings are made of: layers with weights folded into one another, exact but for rounding.
 
-Shapes: B images, K tokens of each, R = B·K rows, C, C' and D channels.
+Shapes: B images, K tokens of each, R rows = B·K, or B, K in what a compiler makes, C, C' and D channels.
 """
 
 from __future__ import annotations
@@ -77,14 +77,12 @@ class LocalAndShared:
 
     def __call__(self, own: Tensor, rows: Rows, averaged: Tensor) -> Tensor:
         """(R, C') of what tokens have of their own (R, C), and of what is averaged over an image's (R, D)."""
-        shared = torch.addmm(self._bias, rows.mean(averaged), self._shared)  # (B, C')
+        shared = _affine(self._bias, rows.mean(averaged), self._shared)  # (1, C') or (B, 1, C')
         if rows.of_one:
             return _activated(shared, own, self._local, self._activation)
-        own, shared = rows.by_image(own), shared.unsqueeze(1)
-        if torch.compiler.is_compiling():  # ONNX would copy an expanded weight
-            hidden = own @ self._local + shared  # (B, K, C')
-        else:
-            hidden = torch.baddbmm(shared, own, self._local.expand(rows.num_images, -1, -1))
+        if own.dim() == 3:  # ONNX would copy an expanded weight
+            return _ACTIVATIONS[self._activation](own @ self._local + shared)
+        hidden = torch.baddbmm(shared, rows.by_image(own), self._local.expand(rows.num_images, -1, -1))
         return _ACTIVATIONS[self._activation](hidden).flatten(0, 1)
 
 
@@ -96,7 +94,18 @@ def _transposed(weight: Tensor) -> Tensor:
 def _activated(bias: Tensor, rows: Tensor, weight: Tensor, activation: str) -> Tensor:
     """The activation of bias + rows · weight, (R, C'): one operator where PyTorch has an exact one."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    # It has no gradient, autocast does not know it, and on a GPU its GELU is an approximation.
-    if traced or rows.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return _ACTIVATIONS[activation](torch.addmm(bias, rows, weight))
+    # It is for rows, has no gradient, autocast does not know it, and on a GPU its GELU is an approximation.
+    if (
+        traced
+        or rows.dim() == 3
+        or rows.device.type != "cpu"
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return _ACTIVATIONS[activation](_affine(bias, rows, weight))
     return torch._addmm_activation(bias, rows, weight, use_gelu=activation == "gelu")
+
+
+def _affine(bias: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """Rows · weight + bias, (R, C')."""
+    return torch.addmm(bias, rows, weight) if rows.dim() == 2 else F.linear(rows, weight.t(), bias.squeeze(0))

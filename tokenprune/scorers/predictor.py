@@ -83,7 +83,7 @@ class _Folded:
         self._last = last.weight[0] - last.weight[1]
 
     def __call__(self, rows: Rows) -> Tensor:
-        local, other = self._first(rows.tokens).chunk(2, dim=1)  # (R, C/2) each
+        local, other = self._first(rows.tokens).chunk(2, dim=-1)  # (R, C/2) each
         return rows.rank(self._third(self._second(local, rows, other)), self._last)
 
 

@@ -1,4 +1,4 @@
-"""The tokens of all images, one a row, as a ranking is given them.
+"""The tokens of all images, as a ranking is given them.
 
 Shapes: B images, K tokens in the sequence of each, n of them patch tokens that are left, C and W channels.
 """
@@ -16,11 +16,13 @@ class Rows(NamedTuple):
     """The tokens that reach a stage of a frozen model.
 
     Prefix, suffix and summary tokens are among them, so that nothing is cut out of the sequence before it is ranked.
+    Operators of PyTorch are quickest with all tokens one below the other. What is compiled or exported is given the
+    sequences as they are, so that the graph is free of views, and has the products that runtimes know best.
 
     Attributes:
-        tokens: (B·K, C), image below image.
+        tokens: (B·K, C), image below image; or (B, K, C), in what a compiler makes.
         num_images: B.
-        others: (B·K,), −inf for a token that is no patch token, 0 for one that is; `rank` adds it.
+        others: (B·K,) or (K,), −inf for a token that is no patch token, 0 for one that is; `rank` adds it.
         shares: (1, K), 1/n for a patch token, 0 for any other.
     """
 
@@ -31,26 +33,26 @@ class Rows(NamedTuple):
 
     @property
     def of_one(self) -> bool:
-        """Whether they are of a single image. What is compiled is for any number of them."""
-        return not torch.compiler.is_compiling() and self.num_images == 1
+        """Whether they are of a single image, in rows."""
+        return self.num_images == 1 and self.tokens.dim() == 2
 
     def by_image(self, values: Tensor) -> Tensor:
-        """Values (B·K, W) as (B, K, W)."""
-        return values.view(self.num_images, -1, values.shape[1])
+        """Values of tokens as (B, K, W)."""
+        return values if values.dim() == 3 else values.view(self.num_images, -1, values.shape[1])
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean (B, W) of values (B·K, W) over the patch tokens of an image."""
-        if self.of_one:
-            return torch.mm(self.shares, values)
-        return torch.matmul(self.shares, self.by_image(values)).squeeze(1)
+        """The mean of values of tokens over the patch tokens of an image, (B, 1, W); of rows `of_one`, (1, W)."""
+        return torch.mm(self.shares, values) if self.of_one else torch.matmul(self.shares, self.by_image(values))
 
     def rank(self, values: Tensor, weight: Tensor) -> Tensor:
-        """(B·K,), the products of values (B·K, W) and a weight (W,); −inf for what is no patch token."""
+        """The products of values of tokens and a weight (W,), one for each; −inf for what is no patch token."""
         others = self.others
         if values.dtype != weight.dtype:  # under autocast
             others, weight = others.to(values.dtype), weight.to(values.dtype)
+        if values.dim() == 3:
+            return (values @ weight.unsqueeze(1)).squeeze(2) + others
         return torch.addmv(others, values, weight)
 
 
 Ranking = Callable[[Rows], Tensor]
-"""Of tokens (B·K, C), numbers (B·K,) that rank an image's patch tokens as their scores do, and −inf for all others."""
+"""Of tokens, a number for each: those of an image's patch tokens rank these as scores do, all others are −inf."""
