@@ -63,6 +63,9 @@ def main(
     dtype: DType = "float32",
     pairs: Annotated[int, typer.Option(min=4, help="Rounds; four times as many at batches up to 4.")] = 11,
     take: Annotated[int, typer.Option(min=1, help="A number for this time; figures of other times stay.")] = 1,
+    at_once: Annotated[
+        int, typer.Option(min=0, help="Models beside dense and cut at once, to save memory; 0: all.")
+    ] = 0,
     name: Name = "peers-cpu",
 ) -> None:
     """Time in turn: dense, cut off, the peers, and ours with the three predictors, frozen and not.
@@ -73,7 +76,7 @@ def main(
     if len(runtimes) > 1:
         for one in runtimes:
             options = {"model": model, "keep-ratio": keep_ratio, "device": device, "dtype": dtype, "pairs": pairs,
-                       "take": take, "name": name}  # fmt: skip
+                       "take": take, "at-once": at_once, "name": name}  # fmt: skip
             given = [f"--{option}={value}" for option, value in options.items()]
             given += [f"--batch-size={batch}" for batch in batches]
             subprocess.run([sys.executable, "-m", "benchmarks.peers", f"--runtime={one}", *given], check=True)
@@ -81,8 +84,9 @@ def main(
     torch.manual_seed(0)
     dense = timm.create_model(model).eval()
     found = measure(
-        dense, keep_ratio, runtime=runtimes[0], batch_sizes=batches, device=device, dtype=dtype, pairs=pairs, take=take
-    )
+        dense, keep_ratio, runtime=runtimes[0], batch_sizes=batches, device=device, dtype=dtype, pairs=pairs,
+        take=take, at_once=at_once,
+    )  # fmt: skip
     file = measuring.RESULTS / f"{name}.json"
     before = [read(entry) for entry in json.loads(file.read_text())["data"]] if file.exists() else []
     new = {(one.take, one.runtime, one.batch_size) for one in found}
@@ -148,6 +152,7 @@ def measure(
     dtype: str,
     pairs: int,
     take: int = 1,
+    at_once: int = 0,
 ) -> list[Measured]:
     """Time all models in turn in one runtime.
 
@@ -160,26 +165,35 @@ def measure(
         dtype: Of weights and images.
         pairs: Rounds; four times as many at batches up to 4, which scatter more.
         take: A number for this time.
+        at_once: How many models are in memory at a time, besides the dense one and the cut sequence, which are timed
+            again beside each group of them; 0 means all.
     """
-    beside, found = models(dense, keep_ratio), []
-    every = [each.to(device, getattr(torch, dtype)) for each in (dense, *beside.values())]
-    with torch.no_grad(), runtime_named(runtime)(every, input_size(dense)) as timers:
-        for batch in batch_sizes:
-            images = torch.rand(batch, *input_size(dense), device=device, dtype=getattr(torch, dtype))
-            rounds, warmup = pairs if batch > 4 else 4 * pairs, 3 if batch < 64 else 1
-            first, *others = in_turn(timers(images), rounds=rounds, warmup=warmup)
-            for what, seconds in zip(beside, others, strict=True):
-                of_limit = Ratio(first_seconds=others[0], second_seconds=seconds).median
-                found.append(
+    beside = models(dense, keep_ratio)
+    for model in (dense, *beside.values()):
+        model.to(device, getattr(torch, dtype))
+    names, found = [what for what in beside if what != CUT], []
+    for start in range(0, len(names), at_once or len(names)):
+        group = [CUT, *names[start : start + (at_once or len(names))]]
+        with (
+            torch.no_grad(),
+            runtime_named(runtime)([dense, *(beside[what] for what in group)], input_size(dense)) as timers,
+        ):
+            for batch in batch_sizes:
+                images = torch.rand(batch, *input_size(dense), device=device, dtype=getattr(torch, dtype))
+                rounds, warmup = pairs if batch > 4 else 4 * pairs, 3 if batch < 64 else 1
+                first, limit, *others = in_turn(timers(images), rounds=rounds, warmup=warmup)
+                found += [
                     Measured(
                         runtime=runtime,
                         batch_size=batch,
                         what=what,
                         dense_over_it=Ratio(first_seconds=first, second_seconds=seconds),
-                        of_limit=of_limit,
+                        of_limit=Ratio(first_seconds=limit, second_seconds=seconds).median,
                         take=take,
                     )
-                )
+                    for what, seconds in zip(group, (limit, *others), strict=True)
+                    if what != CUT or start == 0
+                ]
     return found
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from torch import nn
 
 import tokenprune
 from benchmarks import measuring, peers
@@ -16,7 +19,7 @@ from benchmarks.written_out import DynamicViT, ToMe
 from tests.helpers.tolerances import FROZEN, TOME
 from tests.helpers.tome import tome_tokens
 from tests.helpers.zoo import BY_NAME
-from tokenprune.analysis.runtimes import twin
+from tokenprune.analysis.runtimes import Runtime, Timers, eager, twin
 
 SIZES = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 8, "num_heads": 2}
 
@@ -92,10 +95,36 @@ def test_figures_of_several_runs_come_together(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "tried.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_models_are_timed_in_groups_where_all_take_too_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers: list[int] = []
+
+    def runtime_named(name: str) -> Runtime:
+        def run(models: Sequence[nn.Module], size: Sequence[int]) -> AbstractContextManager[Timers]:
+            numbers.append(len(models))
+            return eager(models, size)
+
+        return run
+
+    monkeypatch.setattr(peers, "runtime_named", runtime_named)
+    settings: dict[str, Any] = {"runtime": "eager", "device": "cpu", "dtype": "float32", "pairs": 1}
+    alone = peers.measure(small(), 0.7, batch_sizes=[16], at_once=3, **settings)
+    assert numbers == [5, 5, 4]
+    together = peers.measure(small(), 0.7, batch_sizes=[16], **settings)
+    assert numbers[3:] == [10]
+    assert [one.what for one in alone] == [one.what for one in together]
+
+
 def test_every_runtime_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(peers.subprocess, "run", lambda command, check: started.append(command))
-    peers.main(batch_size=[1, 256], device="cuda", name="other")
+    peers.main(batch_size=[1, 256], device="cuda", at_once=2, name="other")
     assert [command[3] for command in started] == ["--runtime=eager", "--runtime=compile", "--runtime=onnx"]
     for command in started:
-        assert {"--batch-size=1", "--batch-size=256", "--device=cuda", "--name=other", "--take=1"} <= set(command)
+        assert {
+            "--batch-size=1",
+            "--batch-size=256",
+            "--device=cuda",
+            "--name=other",
+            "--take=1",
+            "--at-once=2",
+        } <= set(command)

@@ -150,9 +150,8 @@ class CurrentPass(nn.Module):
 
     def mask_weights(self, weights: Tensor) -> Tensor | None:
         """Finished attention weights (B, K, K, H) with those of pruned tokens at 0; ``None`` where all are seen."""
-        return (
-            None if self._pass.running is None or not self._scopes.entered else self._pass.running.mask_weights(weights)
-        )
+        running = self._pass.running
+        return None if running is None or not self._scopes.entered else running.mask_weights(weights)
 
     def drops(self) -> bool:
         """Whether tokens are missing behind a block, for good."""

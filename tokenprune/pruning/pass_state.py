@@ -1,4 +1,4 @@
-"""What is known of the pass that is running, and of nothing else.
+"""The state of the pass that is running, as its hooks leave it to one another.
 
 Shapes: B images, L tokens before any pruning, C channels.
 """
@@ -17,9 +17,9 @@ from tokenprune.pruning.trace import Trace
 
 
 class PassState:
-    """The state of a pass, set by hooks.
+    """What hooks know of a pass.
 
-    It is no module, which would look closely at every attribute that it is given, many times as long as setting takes.
+    It is no module: these check every attribute that they are given, which takes many times as long as setting it.
 
     Attributes:
         in_tower: Whether the module runs that embeds images and runs the blocks.
