@@ -41,6 +41,7 @@ docs: $(READY)
 
 benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.inference
+	$(BIN)/python -m benchmarks.inference --batch-size 1 --keep-ratio 1 --pairs 121 --name hooks-cpu
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.training --schedule gathered --batch-size 16 --pairs 11 --name training-gathered-cpu
@@ -51,10 +52,11 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.varlen
 	$(BIN)/python -m benchmarks.planning
-	$(BIN)/python -m benchmarks.frozen --pairs 17
+	$(BIN)/python -m benchmarks.frozen --pairs 13
 	$(BIN)/python -m benchmarks.frozen --model digits_vit --batch-size 1 --batch-size 64 --pairs 61 \
 		--name frozen-digits-cpu
-	$(BIN)/python -m benchmarks.frozen --runtime onnx --pairs 11 --name frozen-onnx-cpu
+	$(BIN)/python -m benchmarks.frozen --model vit_small_patch16_dinov3 --pairs 21 --name frozen-dinov3-cpu
+	$(BIN)/python -m benchmarks.frozen --runtime onnx --pairs 15 --name frozen-onnx-cpu
 	$(BIN)/python -m benchmarks.frozen --runtime compile --pairs 11 --name frozen-compile-cpu
 	$(BIN)/python -m benchmarks.frozen --runtime onnx --model digits_vit --batch-size 1 --batch-size 64 --pairs 61 \
 		--name frozen-digits-onnx-cpu
@@ -62,8 +64,12 @@ benchmarks: $(READY)
 		--name frozen-digits-compile-cpu
 	$(BIN)/python -m benchmarks.hierarchies
 	$(BIN)/python -m benchmarks.prefill
-	$(BIN)/python -m benchmarks.peers --pairs 7
-	$(BIN)/python -m benchmarks.peers --pairs 7 --take 2
+	for take in 1 2; do \
+		$(BIN)/python -m benchmarks.peers --pairs 7 --take $$take && \
+		$(BIN)/python -m benchmarks.peers --runtime eager --runtime compile --batch-size 256 --pairs 4 --take $$take && \
+		$(BIN)/python -m benchmarks.peers --runtime onnx --batch-size 256 --pairs 4 --at-once 2 --take $$take || \
+		exit 1; \
+	done
 
 benchmarks-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
