@@ -172,12 +172,11 @@ def measure(
     for model in (dense, *beside.values()):
         model.to(device, getattr(torch, dtype))
     names, found = [what for what in beside if what != CUT], []
-    for start in range(0, len(names), at_once or len(names)):
-        group = [CUT, *names[start : start + (at_once or len(names))]]
-        with (
-            torch.no_grad(),
-            runtime_named(runtime)([dense, *(beside[what] for what in group)], input_size(dense)) as timers,
-        ):
+    size = at_once or len(names)
+    for start in range(0, len(names), size):
+        group = [CUT, *names[start : start + size]]
+        every = [dense, *(beside[what] for what in group)]
+        with torch.no_grad(), runtime_named(runtime)(every, input_size(dense)) as timers:
             for batch in batch_sizes:
                 images = torch.rand(batch, *input_size(dense), device=device, dtype=getattr(torch, dtype))
                 rounds, warmup = pairs if batch > 4 else 4 * pairs, 3 if batch < 64 else 1

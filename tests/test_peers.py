@@ -120,11 +120,5 @@ def test_every_runtime_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch)
     peers.main(batch_size=[1, 256], device="cuda", at_once=2, name="other")
     assert [command[3] for command in started] == ["--runtime=eager", "--runtime=compile", "--runtime=onnx"]
     for command in started:
-        assert {
-            "--batch-size=1",
-            "--batch-size=256",
-            "--device=cuda",
-            "--name=other",
-            "--take=1",
-            "--at-once=2",
-        } <= set(command)
+        assert {"--batch-size=1", "--batch-size=256", "--device=cuda", "--name=other"} <= set(command)
+        assert {"--take=1", "--at-once=2"} <= set(command)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import StateError
+from tokenprune.tracing import is_tracing
 
 
 def sizes(tensor: Tensor) -> Sequence[int]:
     """The shape in plain numbers, also while TorchScript traces a model, where sizes are tensors."""
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return [int(size) for size in tensor.shape] if tracing else tensor.shape
+    return [int(size) for size in tensor.shape] if is_tracing() else tensor.shape
 
 
 _Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from tests.helpers.profiling import operators
 from tests.helpers.zoo import STAGES, Case, models
@@ -101,12 +102,24 @@ def test_no_other_pass_takes_its_record(case: Case) -> None:
 def test_a_pass_that_is_traced_leaves_no_record_to_others(case: Case) -> None:
     model = unpruned(case)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # TorchScript is deprecated, and warns of every size that it takes for a constant
+        warnings.simplefilter("ignore")  # of TorchScript, and of every size that it takes for a constant
         torch.jit.trace(model, case.images(), strict=False, check_trace=False)
         traced = model.tokenprune.trace
         assert record(case, model, batch_size=3) is not traced
+
+
+@one_model
+@torch.no_grad()
+def test_compiled_code_does_not_depend_on_what_other_passes_have_left(case: Case) -> None:
+    model, counter = case.sparsified(), CompileCounter()
+    case.run(model, case.images())  # the first pass of all makes an execution, for which compiled code has a guard
+    model.tokenprune.keep_ratio = 1.0
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    expected = compiled(case.images())
+    record(case, model, batch_size=3)
+    assert torch.equal(compiled(case.images()), expected)
+    assert counter.frame_count == 1
 
 
 def record(case: Case, model: nn.Module, batch_size: int = 2) -> Trace:

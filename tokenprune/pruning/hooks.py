@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.backbones.adaptations import Removed, Scope
 from tokenprune.pruning import checks
-from tokenprune.pruning.current_pass import CurrentPass
 from tokenprune.pruning.executions import Execution, Whole, chosen_execution, execution_of
+from tokenprune.pruning.idle_passes import IdlePasses
 from tokenprune.pruning.places import Place, places, stage_before
 from tokenprune.pruning.recomputation import NOTHING, State, recomputing, remember
 from tokenprune.pruning.selection import Selection
@@ -30,7 +30,7 @@ from tokenprune.scorers import Scorer
 from tokenprune.tokens import find_tokens, output_tokens, replace_output_tokens, replace_tokens
 
 
-class PruningHooks(CurrentPass):
+class PruningHooks(IdlePasses):
     """Stages, and the hooks that ask them while a model runs.
 
     The hooks are bound methods of this module, which is a part of the model, so that copies and pickles of the model
@@ -131,43 +131,7 @@ class PruningHooks(CurrentPass):
             images=images,
         )
         now.running, now.open = running, True
-        if now.in_tower and self._plan.keeps_all and images is None and not self._inside:
-            now.idle = self._all_kept(running, self.trace, tokens)
-            if now.idle and not _becomes_code():
-                now.idled = self._manner(tokens), running, self.trace
-
-    def _idles_again(self, args: tuple[Any, ...]) -> bool:
-        """Whether nothing is to be done again, as in the last idle pass, whose record then stands."""
-        now, idled = self._pass, self._pass.idled
-        if idled is None or not args or not (self.enabled and now.in_tower) or now.images is not None:
-            return False
-        manner, running, trace = idled
-        if not isinstance(args[0], Tensor) or _becomes_code() or manner != self._manner(args[0]):
-            return False
-        now.open = now.idle = True
-        if self.trace is not trace:
-            self.trace, now.running = trace, running
-        return True
-
-    def _manner(self, tokens: Tensor) -> tuple[Any, ...]:
-        """All by which passes on sequences (B, L, C) are idle or not, and have one record or another."""
-        return (
-            self._plan, self._execution, self.thresholds_in_force, self.training, torch.is_grad_enabled(),
-            self._pass.image_size, tokens.shape, tokens.device, type(tokens),
-        )  # fmt: skip
-
-    def _all_kept(self, running: Execution, trace: Trace, tokens: Tensor) -> bool:
-        """Record at once that no stage prunes anything of the sequence (B, L, C), unless more is to be recorded."""
-        if torch.is_grad_enabled() and (running.trains or self.training):
-            return False
-        number, sampled = trace.num_patches, running.trains and self.training
-        if not running.keeps_all(number, number, probability=1.0, sampled=sampled):
-            return False
-        selection = running.pass_all(trace.start, tokens)
-        for block in self._plan.stages:
-            layout = self.backbone.layout_at(selection.layout, block)
-            trace.selections.append(selection if layout is selection.layout else selection.replace(layout=layout))
-        return True
+        now.idle = self._idles(running, self.trace, tokens)
 
     def _before_block(
         self, place: Place, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -382,8 +346,3 @@ class PruningHooks(CurrentPass):
             self._sum.end(None)
         self._scopes.close()
         self._pass.end()
-
-
-def _becomes_code() -> bool:
-    """Whether a pass is made for a compiler, or for TorchScript, and nothing is to be taken from it to another."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

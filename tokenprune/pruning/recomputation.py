@@ -37,6 +37,7 @@ class State(NamedTuple):
 
 
 NOTHING = State()
+"""Where nothing has been decided."""
 
 
 class Recomputing(Protocol):

@@ -27,6 +27,7 @@ from tokenprune.backbones.patterns import (
 from tokenprune.errors import StateError
 from tokenprune.pruning.selection import Selection
 from tokenprune.tokens import Layout, sizes
+from tokenprune.tracing import becomes_code
 
 
 class SideInputs:
@@ -157,7 +158,7 @@ def _check_open(value: Tensor, name: str, pattern: str) -> None:
     Raises:
         StateError: It says what it is.
     """
-    known = not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    known = not becomes_code()
     if pattern == MASK and value.dtype == torch.bool and (not known or bool(value.all())):
         return
     what = "hides some tokens" if pattern == MASK and value.dtype == torch.bool else "has an entry for each token"

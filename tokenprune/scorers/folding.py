@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenprune.scorers.rows import Rows
+from tokenprune.tracing import becomes_code
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
@@ -93,10 +94,9 @@ def _transposed(weight: Tensor) -> Tensor:
 
 def _activated(bias: Tensor, rows: Tensor, weight: Tensor, activation: str) -> Tensor:
     """The activation of bias + rows · weight, (R, C'): one operator where PyTorch has an exact one."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     # It has no gradient, autocast does not know it, and on a GPU its GELU is an approximation.
     unknown = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or rows.device.type != "cpu"
-    if traced or unknown or rows.dim() == 3:
+    if becomes_code() or unknown or rows.dim() == 3:
         return _ACTIVATIONS[activation](_affine(bias, rows, weight))
     return torch._addmm_activation(bias, rows, weight, use_gelu=activation == "gelu")
 
