@@ -13,12 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import StateError
-from tokenprune.tracing import is_tracing
 
 
 def sizes(tensor: Tensor) -> Sequence[int]:
     """The shape in plain numbers, also while TorchScript traces a model, where sizes are tensors."""
-    return [int(size) for size in tensor.shape] if is_tracing() else tensor.shape
+    return [int(size) for size in tensor.shape] if _is_tracing() else tensor.shape
+
+
+def becomes_code() -> bool:
+    """Whether a compiler, an exporter or TorchScript makes code of a pass, so that its tensors belong to it alone."""
+    return torch.compiler.is_compiling() or _is_tracing()
+
+
+def _is_tracing() -> bool:
+    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, no-any-return]
 
 
 _Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenprune.pruning.current_pass import CurrentPass
 from tokenprune.pruning.executions import Execution
 from tokenprune.pruning.trace import Trace
-from tokenprune.tracing import becomes_code
+from tokenprune.tokens import becomes_code
 
 
 class IdlePasses(CurrentPass):

@@ -26,8 +26,7 @@ from tokenprune.backbones.patterns import (
 )
 from tokenprune.errors import StateError
 from tokenprune.pruning.selection import Selection
-from tokenprune.tokens import Layout, sizes
-from tokenprune.tracing import becomes_code
+from tokenprune.tokens import Layout, becomes_code, sizes
 
 
 class SideInputs:

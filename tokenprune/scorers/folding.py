@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenprune.scorers.rows import Rows
-from tokenprune.tracing import becomes_code
+from tokenprune.tokens import becomes_code
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
