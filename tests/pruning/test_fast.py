@@ -266,6 +266,8 @@ def test_compiled_training_step(case: Hierarchy) -> None:
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(case.images()).square().sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(case.images()).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.tokenprune.parameters())
 
 

@@ -115,10 +115,12 @@ def test_compile_in_eval(case: Case) -> None:
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
+        actual = case.run(compiled, images)  # the model's first pass
         expected = case.run(model, images)
-        actual = case.run(compiled, images)
         for name in expected:
             torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=1e-4)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            case.run(compiled, images)
         assert [len(kept[0]) for kept in model.tokenprune.trace.indices] == [21, 12]
 
 
@@ -135,6 +137,8 @@ def test_compile_in_training(case: Case) -> None:
     expected = gradients(case, model, images)
     # The same random numbers, since aot_eager draws them as eager does.
     assert_same_gradients({name.removeprefix("_orig_mod."): grad for name, grad in actual.items()}, expected, 1e-4)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        gradients(case, compiled, images)
 
 
 @compiled_models

@@ -14,9 +14,18 @@ from torch import Tensor, nn
 
 from tokenprune.backbones.backbone import Backbone
 from tokenprune.backbones.packed import PackedImages
+from tokenprune.backbones.padded import Images
 from tokenprune.pruning.attention_scopes import AttentionScopes
 from tokenprune.pruning.budget import Thresholds
-from tokenprune.pruning.executions import AUTO, Execution, Paths
+from tokenprune.pruning.executions import (
+    AUTO,
+    Execution,
+    Paths,
+    Whole,
+    execution_class,
+    execution_of,
+    executions,
+)
 from tokenprune.pruning.frozen import FrozenImage, FrozenStage
 from tokenprune.pruning.pass_state import PassState
 from tokenprune.pruning.places import stage_before, stage_into, stands_inside
@@ -72,6 +81,9 @@ class CurrentPass(nn.Module):
         self._anew = self._whole and any(one.anew for one in reductions)
         self._restoring = self._restores and not self._whole
         self._executions: dict[tuple[str, bool], Execution] = {}
+        for name in executions():  # now, so that what is compiled of the first pass serves the second one too
+            if not execution_class(name).obstacles(self.backbone):
+                self._execution_of(name, None)
         self._scopes = AttentionScopes(self.backbone)
         self._pass = PassState()
         self.recomputed = NOTHING
@@ -89,6 +101,14 @@ class CurrentPass(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.trace = None
         self._prepare()
+
+    def _execution_of(self, name: str, images: Images | None) -> Execution:
+        """The model's execution of a name, for those images where they are of different sizes."""
+        kind = (name, images is not None)
+        if kind not in self._executions:
+            execution = execution_of(name, self.backbone, images)
+            self._executions[kind] = Whole(execution) if self._whole else execution
+        return self._executions[kind]
 
     def _selection(self, stage: int) -> Selection | None:
         """What is in force behind a stage; ``None`` in front of the first one, and in a pass without pruning."""

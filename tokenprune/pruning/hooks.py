@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.backbones.adaptations import Removed, Scope
 from tokenprune.pruning import checks
-from tokenprune.pruning.executions import Execution, Whole, chosen_execution, execution_of
+from tokenprune.pruning.executions import Execution, chosen_execution
 from tokenprune.pruning.idle_passes import IdlePasses
 from tokenprune.pruning.places import Place, places, stage_before
 from tokenprune.pruning.recomputation import NOTHING, State, recomputing, remember
@@ -110,11 +110,7 @@ class PruningHooks(IdlePasses):
         tokens = find_tokens(block, args, kwargs, packed=self.backbone.packed is not None)
         layout, thresholds = checks.layout_of(block, tokens, backbone, images), self.thresholds_in_force
         name = chosen_execution(self._execution, training=self.training, by_image=thresholds is not None)
-        kind = (name, images is not None)
-        if kind not in self._executions:
-            execution = execution_of(name, backbone, images)
-            self._executions[kind] = Whole(execution) if self._whole else execution
-        running = self._executions[kind]
+        running = self._execution_of(name, images)
         if running.trains and self.training and self._hands_on_kept():
             checks.refuse_training_in_place()
         running.begin()
