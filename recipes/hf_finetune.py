@@ -93,6 +93,7 @@ def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
         write_results(outcome, settings, libraries=("transformers", "datasets", "accelerate"))
         if console is not None:
             console.print(results_table(outcome).rich())
+    trainer.accelerator.wait_for_everyone()  # the first process still writes
     trainer.accelerator.end_training()
     return outcome
 

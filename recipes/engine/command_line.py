@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 import typer
 import yaml
+from accelerate import PartialState
 from rich.console import Console
 
 from recipes.engine.checkpoints import Interrupted
@@ -62,8 +63,10 @@ def command(
                 if options[_flag(name)]:
                     preset.prepare(settings)
             run(settings)
-            # Threads of one that is left may end a run that is over with an error.
+            # Threads of a group that is left may end a run that is over with an error, for which a launcher kills the
+            # other processes: not while the first one still writes.
             if torch.distributed.is_available() and torch.distributed.is_initialized():
+                PartialState().wait_for_everyone()
                 torch.distributed.destroy_process_group()
         except (SettingsError, DataError, FileExistsError) as error:
             raise typer.BadParameter(str(error)) from None

@@ -95,6 +95,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     trainer.save_model(str(folder / "trained"))
     if trainer.is_world_process_zero():
         (folder / "after.json").write_text(json.dumps({"before": before, "after": after}))
+    trainer.accelerator.wait_for_everyone()  # a launcher whose process has failed kills the others, while they write
     trainer.accelerator.end_training()  # or threads of gloo that still run may end the process with an error
 
 
