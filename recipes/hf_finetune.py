@@ -33,6 +33,7 @@ from recipes.huggingface.models import (
 )
 from recipes.huggingface.settings import HfSettings
 from tokenprune.integrations.checkpoints import find_complete
+from tokenprune.integrations.sharding import save_whole
 from tokenprune.integrations.transformers import SparseTrainer
 
 PRESETS = {
@@ -88,6 +89,8 @@ def run(settings: HfSettings, *, console: Console | None = None) -> Outcome:
     trainer.train(resume_from_checkpoint=find_complete(trainer.args) if settings.resume else None)
     metrics = trainer.evaluate()
     trainer.save_model()
+    if settings.dense:  # which a SparseTrainer does by itself
+        save_whole(trainer, None)
     outcome = Outcome(model=model, scores=scores(metrics), gmacs=counts)
     if trainer.is_world_process_zero():
         write_results(outcome, settings, libraries=("transformers", "datasets", "accelerate"))

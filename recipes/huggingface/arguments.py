@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def training_arguments(settings: HfSettings, num_images: int, **options: Any) ->
         bf16=settings.mixed_precision == "bf16",
         fp16=settings.mixed_precision == "fp16",
         torch_compile=settings.compile,
-        use_cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"),
+        use_cpu=parse_flag_from_env("ACCELERATE_USE_CPU")
+        or not (torch.accelerator.is_available() or "ACCELERATE_TORCH_DEVICE" in os.environ),
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,  # the last and the best
@@ -53,6 +55,8 @@ def training_arguments(settings: HfSettings, num_images: int, **options: Any) ->
     # The number of processes is known only now.
     images_per_step = settings.images_per_step(arguments.world_size)
     arguments.learning_rate = settings.scaled_learning_rate(images_per_step)
-    arguments.lr_scheduler_kwargs = {"min_lr": min(settings.min_learning_rate, arguments.learning_rate)}
+    lowest = min(settings.min_learning_rate, arguments.learning_rate)
+    # As a part of the rate, since transformers asks DeepSpeed's optimizer, which cannot answer, for a rate's whole.
+    arguments.lr_scheduler_kwargs = {"min_lr_rate": lowest / arguments.learning_rate}
     arguments.warmup_steps = round(settings.warmup * -(-num_images // images_per_step))
     return arguments

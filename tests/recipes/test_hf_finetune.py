@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -28,7 +29,9 @@ from recipes.huggingface.arguments import training_arguments
 from recipes.huggingface.data import input_config, open_images
 from recipes.huggingface.models import freeze_embeddings, trained_classifier
 from recipes.huggingface.settings import HfSettings
+from tests.helpers.tolerances import SHARDED
 
+CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 SMOKE = ("--smoke", "--tracker", "none", "--num-workers", 0, "--max-train-images", 24, "--max-validation-images", 20)
 
 
@@ -176,6 +179,34 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
     assert {"top1", "kept_3"} < set(results(tmp_path / "run")["scores"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2", "zero2"])
+@pytest.mark.parametrize("options", [(), ("--dense",)], ids=["sparse", "dense"])
+def test_two_sharded_processes_are_two_whole_ones(
+    config: str, options: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
+    if config == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    arguments = [*SMOKE, *options, "--data-dir", folder, "--clip-gradient", 1, "--output"]
+    whole = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "recipes.hf_finetune"]
+    sharded = ["accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml", "--num_processes", "2"]
+    if config == "fsdp2":
+        sharded += ["--fsdp_transformer_layer_cls_to_wrap", "ViTLayer"]
+    sharded += ["--main_process_port", "0", "-m", "tests.helpers.sharded_on_cpu", "recipes.hf_finetune"]
+    losses = {}
+    for name, launch, given in (("whole", whole, {"ACCELERATE_USE_CPU": "true"}),
+                                ("sharded", sharded, {"DS_ACCELERATOR": "cpu"})):  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **given}
+        command = map(str, [sys.executable, "-m", *launch, *arguments, tmp_path / name])
+        subprocess.run(list(command), check=True, env=environment)
+        log = json.loads((tmp_path / name / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+        losses[name] = [line["loss"] for line in log if "loss" in line]
+    assert len(losses["whole"]) == 4 and losses["sharded"] == pytest.approx(losses["whole"], abs=SHARDED)
+    before, after = load_file(weights(tmp_path / "whole")), load_file(weights(tmp_path / "sharded"))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=SHARDED) for name in before)
+
+
 # Settings
 
 
@@ -253,11 +284,24 @@ def test_settings_reach_the_trainer(folder: Path, dense: Path, tmp_path: Path, m
 
 def test_the_paper_s_schedule_is_the_default(folder: Path, tmp_path: Path) -> None:
     given = training_arguments(settings(folder, accumulation=4, output=tmp_path), 1000)
-    assert given.learning_rate == 1e-3 * 256 / 1024 and given.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert given.learning_rate == 1e-3 * 256 / 1024 and given.lr_scheduler_kwargs == {"min_lr_rate": 4e-6 / 1e-3}
     assert given.num_train_epochs == 30 and given.warmup_steps == 5 * 4  # 1000 images are 4 steps of 256
     assert (given.weight_decay, given.label_smoothing_factor, given.max_grad_norm) == (0.05, 0.1, 0.0)
     assert given.load_best_model_at_end and given.metric_for_best_model == "eval_accuracy" and given.greater_is_better
     assert not given.remove_unused_columns and not (given.bf16 or given.fp16)
+
+
+def test_the_rate_falls_to_the_lowest_and_no_optimizer_is_asked_for_defaults(folder: Path, tmp_path: Path) -> None:
+    given = training_arguments(settings(folder, output=tmp_path, min_learning_rate=3e-5), 1000)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=given.learning_rate)
+    del optimizer.defaults["lr"]  # DeepSpeed's optimizer has no defaults
+    schedule = transformers.get_scheduler(
+        given.lr_scheduler_type, optimizer, 0, 3, scheduler_specific_kwargs=given.lr_scheduler_kwargs
+    )
+    for _ in range(3):
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(3e-5)
 
 
 def test_precision_and_checkpointing_reach_the_arguments(folder: Path, tmp_path: Path) -> None:

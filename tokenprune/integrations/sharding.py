@@ -1,4 +1,4 @@
-"""What `SparseTrainer` needs where Accelerate shards over processes: by FSDP2, or by DeepSpeed's ZeRO 1 and 2."""
+"""What a Trainer needs where Accelerate shards over processes: by FSDP2, or by DeepSpeed's ZeRO 1 and 2."""
 
 from __future__ import annotations
 
@@ -118,6 +118,17 @@ def autocast_of(accelerator: Any) -> AbstractContextManager[Any]:
         return torch.autocast(accelerator.device.type, torch.bfloat16)
     autocast: AbstractContextManager[Any] = accelerator.autocast()
     return autocast
+
+
+def save_whole(trainer: Any, output_dir: str | None) -> None:
+    """Save the whole model of a `Trainer` whose checkpoints hold it in parts, at which the Trainer itself leaves it.
+
+    Args:
+        trainer: It need not be a `SparseTrainer`. All processes have to call this.
+        output_dir: A folder; ``None`` for that of its arguments.
+    """
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT":
+        trainer._save(output_dir, state_dict=trainer.accelerator.get_state_dict(trainer.model))
 
 
 def share_weights(modules: Iterable[nn.Module], device: torch.device) -> None:

@@ -30,7 +30,7 @@ from tokenprune.integrations.checks import (
 )
 from tokenprune.integrations.learning_rates import complete_states, leave_out_backbone, split_groups, zero_gradients
 from tokenprune.integrations.own_names import own_names
-from tokenprune.integrations.sharding import autocast_of, left_unprepared, prepare_sharding, share_weights
+from tokenprune.integrations.sharding import autocast_of, left_unprepared, prepare_sharding, save_whole, share_weights
 from tokenprune.pruning.trace import Trace
 from tokenprune.training.calibration import calibrate
 from tokenprune.training.gathered import gathered
@@ -364,9 +364,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole model, also where checkpoints hold it in parts, which the Trainer leaves at that."""
         super().save_model(output_dir, _internal_call)
-        in_parts = self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT"
-        if in_parts and not _internal_call:
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        if not _internal_call:
+            save_whole(self, output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:
