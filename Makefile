@@ -52,6 +52,7 @@ benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.varlen
 	$(BIN)/python -m benchmarks.planning
+	$(BIN)/python -m benchmarks.stages
 	$(BIN)/python -m benchmarks.frozen --pairs 13
 	$(BIN)/python -m benchmarks.frozen --model digits_vit --batch-size 1 --batch-size 64 --pairs 61 \
 		--name frozen-digits-cpu
