@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections import Counter
+from collections.abc import Set
 from contextlib import ExitStack
 from typing import Annotated, Any, cast
 
@@ -20,6 +21,8 @@ from benchmarks.measuring import DType, Name, environment, input_size, report
 from recipes.digits.model import load_dense_model
 
 RANGE = "in front of a block"
+SHORT = 5e-6
+"""Operators that take less, whatever calls them, are one row."""
 
 
 def main(
@@ -37,17 +40,22 @@ def main(
     models: dict[str, nn.Module] = {}
     for scorer, label in SCORERS.items():
         sparse = tokenprune.sparsify(copy.deepcopy(dense), keep_ratio=keep_ratio, scorer=scorer)
-        models[label] = sparse
+        models[f"{label}, hooks"] = sparse
         models[f"{label}, frozen"] = tokenprune.freeze(copy.deepcopy(sparse))
     images = torch.rand(batch_size, *input_size(dense), dtype=getattr(torch, dtype))
     found = dict(zip(models, operators_of_stages(list(models.values()), images, passes), strict=True))
-    names = dict.fromkeys(operator for one in found.values() for operator in one)
-    totals = [tuple(map(sum, zip(*one.values(), strict=True))) for one in found.values()]
-    rows = [[f"`{operator}`", *(_cell(*one.get(operator, (0, 0))) for one in found.values())] for operator in names]
-    rows.append(["all", *(f"**{_cell(*total)}**" for total in totals)])
+    longest: dict[str, float] = {}
+    for of_model in found.values():
+        for operator, (_, seconds) in of_model.items():
+            longest[operator] = max(seconds, longest.get(operator, 0))
+    named = [operator for operator in longest if longest[operator] >= SHORT]
+    others, everything = longest.keys() - {*named}, longest.keys()
+    rows = [[f"`{operator}`", *(_cell(one, {operator}) for one in found.values())] for operator in named]
+    rows.append([f"others, below {1e6 * SHORT:.0f} µs each", *(_cell(one, others) for one in found.values())])
+    rows.append(["all", *(f"**{_cell(one, everything)}**" for one in found.values())])
     report(
         name,
-        f"{model}, batch {batch_size}, ρ = {keep_ratio:g}, a stage: operators that are called, and their time by "
+        f"{model}, batch {batch_size}, ρ = {keep_ratio:g}, a stage: how often operators are called, and their time by "
         f"PyTorch's profiler, medians of {passes} passes",
         environment("cpu", dtype),
         ("operator", *models),
@@ -56,7 +64,8 @@ def main(
     )
 
 
-def _cell(calls: float, seconds: float) -> str:
+def _cell(found: dict[str, tuple[float, float]], operators: Set[str]) -> str:
+    calls, seconds = (sum(found[name][index] for name in operators & found.keys()) for index in (0, 1))
     return f"{calls:.3g}: {1e6 * seconds:.0f} µs" if calls else ""
 
 
