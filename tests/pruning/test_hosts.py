@@ -142,6 +142,28 @@ def test_compile_in_training(case: Case) -> None:
 
 
 @compiled_models
+@pytest.mark.parametrize("part", ["block", "attention"])
+def test_blocks_and_attention_compiled_one_by_one(case: Case, part: str) -> None:
+    # All blocks have one source of a forward, whose code must not be taken from one without hooks for one with them.
+    model, images = case.sparsified().double(), case.images().double()
+    if torch.__version__ < "2.15" and any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        pytest.skip("earlier compilers cannot trace nn.MultiheadAttention inside a function mode")
+    compiled = copy.deepcopy(model)
+    torch.compiler.reset()
+    for index, block in enumerate(compiled.tokenprune.backbone.blocks):
+        for module in [block] if part == "block" else compiled.tokenprune.backbone.attention_modules(index):
+            module.compile(backend="aot_eager")
+    assert_same_gradients(gradients(case, compiled.train(), images), gradients(case, model.train(), images), 1e-6)
+    model.eval()
+    for step in (nn.Module.eval, tokenprune.freeze, tokenprune.unfreeze):
+        step(compiled)
+        with torch.no_grad():
+            expected, actual = case.run(model, images), case.run(compiled, images)
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=1e-6)
+
+
+@compiled_models
 def test_what_was_compiled_of_a_dense_model_is_not_taken_for_a_sparse_one(case: Case) -> None:
     # torch.compile shares what it made among models of a class, and by default does not look at their hooks.
     dense, sparse, images = case.model(), case.sparsified(), case.images()

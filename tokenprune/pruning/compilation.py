@@ -1,8 +1,10 @@
-"""What `torch.compile` sees of a model, so that it tells a sparsified one from a dense one of the same class.
+"""What `torch.compile` sees of a model, so that it tells modules with hooks from modules of the same class without.
 
 Compiled code belongs to the source of a ``forward``, and is shared by all modules whose guards it passes. Guards leave
 out hooks (``torch._dynamo.config.skip_nnmodule_hook_guards``), so that code that was compiled of a dense model would
-pass for a sparsified one, and prune nothing. They do look at whether a module has a ``forward`` of its own.
+pass for a sparsified one, and prune nothing; and where blocks are compiled one by one, that of a block in front of the
+first stage for one behind it. They do look at whether a module has a ``forward`` of its own. So modules with hooks have
+one, and no others do. Hooks that code was compiled with are guarded by what they read.
 """
 
 from __future__ import annotations

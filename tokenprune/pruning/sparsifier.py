@@ -283,9 +283,9 @@ class Sparsifier(FreezingHooks):
         try:
             for adaptation in self.backbone.adaptations:
                 adaptation.apply()
-            self._own_forward = give_own_forward(self._guarded())
             for handle in self._install_hooks(self._tower(model)):
                 self._handles.append(handle)
+            self._show_hooks(model)
             if self.language is not None:
                 self.language.install()
             model.add_module("tokenprune", self)
@@ -311,12 +311,14 @@ class Sparsifier(FreezingHooks):
         self._take_out_hooks()
         self._frozen, self.trace, self._pass.running = frozen, None, None
         self._handles += self._install_frozen(self._tower(model))
+        self._show_hooks(model)
 
     def unfreeze(self, model: nn.Module) -> None:
         """Put the hooks of a model that is not frozen into ``model`` again."""
         self._take_out_hooks()
         self._frozen = None
         self._handles += self._install_hooks(self._tower(model))
+        self._show_hooks(model)
 
     @contextmanager
     def thawed(self, model: nn.Module) -> Iterator[None]:
@@ -352,7 +354,11 @@ class Sparsifier(FreezingHooks):
     def _tower(self, model: nn.Module) -> nn.Module:
         return model if self.backbone.tower is None else self.backbone.tower
 
-    def _guarded(self) -> tuple[nn.Module, ...]:
-        """The modules with hooks one of which stands in every piece of code that a compiler makes of the model."""
-        norm = self.backbone.final_norm
-        return (*self.backbone.blocks, *(() if norm is None else (norm,)))
+    def _show_hooks(self, model: nn.Module) -> None:
+        """Let a compiler see which modules of the tower have hooks."""
+        take_own_forward(self._own_forward)
+        tower, ours = self._tower(model), {handle.id for handle in self._handles}
+        self._own_forward = give_own_forward(
+            module for module in tower.modules()
+            if module is not tower and not ours.isdisjoint({*module._forward_pre_hooks, *module._forward_hooks})
+        )  # fmt: skip
