@@ -143,7 +143,7 @@ class PruningHooks(IdlePasses):
             return self._side_inputs(place, running, args, kwargs)
         given = tokens = find_tokens(block, args, kwargs, packed=self.backbone.packed is not None)  # (B, K, C)
         state = self.recomputed if again else self._pass.state
-        passed, alone = place.stage - place.starts, place.starts and self._anew
+        passed, alone = place.stage - (1 if place.starts else 0), place.starts and self._anew
         before = trace.start if passed < 0 or alone else state.selections[passed]
         if self._restoring:
             tokens = self._resume(place, running, tokens, before, state)
