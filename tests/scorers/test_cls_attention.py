@@ -206,9 +206,8 @@ def test_attention_is_looked_at_only_where_and_while_a_scorer_asks(name: str, mo
     plain, model = case.sparsified(), case.sparsified(scorer="cls_attention")
     plain(images)
     assert not started
-    assert (
-        sum(hook_counts(model)) - sum(hook_counts(plain)) == 4
-    )  # two, one of them always called, and so a forward of its own
+    # Two, one of them always called, and so a forward of its own.
+    assert sum(hook_counts(model)) - sum(hook_counts(plain)) == 4
     model(images)
     assert len(started) == len(STAGES)
     for run in (lambda: model(images), lambda: tokenprune.dense(model).__enter__()):
