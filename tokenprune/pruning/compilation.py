@@ -4,8 +4,8 @@ Compiled code belongs to the source of a ``forward``, and is shared by all modul
 out hooks (``torch._dynamo.config.skip_nnmodule_hook_guards``), so that code that was compiled of a dense model would
 pass for a sparsified one, and prune nothing; and where blocks are compiled one by one, that of a block in front of the
 first stage for one behind it. They do look at whether a module has a ``forward`` of its own. So modules with hooks have
-one, and no others do; the tower, whose code contains theirs, keeps that of its class. Hooks that code was compiled with are
-guarded by what they read.
+one, and no others do; the tower, whose code contains theirs, keeps that of its class. Hooks that code was compiled with
+are guarded by what they read.
 """
 
 from __future__ import annotations
